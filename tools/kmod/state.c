@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * RFC patch 9: the device state region. One read takes a snapshot, one write
+ * restores one. Layout and order are in cdefs/gvt_image.h.
+ *
+ * Unlike the original, an image is taken apart and checked to its last byte
+ * before anything of the vGPU changes. As in the original the buffer is never
+ * cleared, so a read may carry leftovers behind data_size, and every refusal
+ * is EFAULT; last_error in debugfs has the reason.
+ */
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+#include <linux/vmalloc.h>
+
+#include "gvt_sample.h"
+
+#define GVT_IMAGE_HEAD_SIZE \
+	(sizeof(struct gvt_region) + sizeof(struct gvt_image_header))
+
+/* An image in state_buf, taken apart; lists are what a restore will install */
+struct gvt_image {
+	u32				pos;		/* parsed so far */
+	u32				data_size;
+	const void			*cfg;
+	const void			*sreg;
+	const void			*vreg;
+	const u64			*gtt;
+	const struct gvt_ppgtt_entry	*ppgtt;
+	unsigned int			nr_ppgtt;
+	const struct gvt_workload_entry	*workload;
+	unsigned int			nr_workloads;
+	struct list_head		roots;
+	struct list_head		queue;
+};
+
+/* --- save ------------------------------------------------------------ */
+
+static void *gvt_put_record(struct vgpu *vgpu, u32 *pos, u32 type, u32 size)
+{
+	struct gvt_region record = { .type = type, .size = size };
+	void *payload = vgpu->state_buf + *pos + sizeof(record);
+
+	memcpy(vgpu->state_buf + *pos, &record, sizeof(record));
+	*pos += sizeof(record) + size;
+	return payload;
+}
+
+static void gvt_put(struct vgpu *vgpu, u32 *pos, u32 type, const void *data,
+		    u32 size)
+{
+	memcpy(gvt_put_record(vgpu, pos, type, size), data, size);
+}
+
+static void gvt_put_ppgtts(struct vgpu *vgpu, u32 *pos)
+{
+	struct gvt_ppgtt_entry *out;
+	struct gvt_ppgtt *root;
+
+	out = gvt_put_record(vgpu, pos, GVT_MIGRATION_PPGTT,
+			     vgpu->nr_ppgtts * sizeof(*out));
+	list_for_each_entry(root, &vgpu->ppgtts, node)
+		memcpy(out++, &root->entry, sizeof(*out));
+}
+
+/* Bytes of an image of this vGPU as it is now */
+static u64 gvt_image_size(struct vgpu *vgpu, unsigned int nr_workloads)
+{
+	return GVT_IMAGE_HEAD_SIZE + 6 * sizeof(struct gvt_region) +
+	       GVT_IMAGE_CFG_SIZE + 2 * GVT_IMAGE_REG_SIZE +
+	       gvt_gm_entries(vgpu) * sizeof(u64) +
+	       vgpu->nr_ppgtts * sizeof(struct gvt_ppgtt_entry) +
+	       nr_workloads * sizeof(struct gvt_workload_entry);
+}
+
+static int gvt_snapshot(struct vgpu *vgpu, struct gvt_workload_entry *workloads)
+{
+	unsigned int nr = gvt_submit_save(vgpu, workloads);
+	u64 total = gvt_image_size(vgpu, nr);
+	struct gvt_image_header *head;
+	u32 pos = 0;
+
+	if (total >= MIGRATION_IMG_MAX_SIZE) {
+		gvt_note(vgpu, "state: image of %llu bytes, region has %u",
+			 total, MIGRATION_IMG_MAX_SIZE);
+		return -EFAULT;
+	}
+	head = gvt_put_record(vgpu, &pos, GVT_MIGRATION_HEAD, sizeof(*head));
+	memset(head, 0, sizeof(*head));
+	head->version = GVT_IMAGE_VERSION;
+	head->data_size = total;
+	gvt_put(vgpu, &pos, GVT_MIGRATION_CFG_SPACE, vgpu->cfg,
+		GVT_IMAGE_CFG_SIZE);
+	gvt_put(vgpu, &pos, GVT_MIGRATION_SREG, vgpu->sreg, GVT_IMAGE_REG_SIZE);
+	gvt_put(vgpu, &pos, GVT_MIGRATION_VREG, vgpu->vreg, GVT_IMAGE_REG_SIZE);
+	gvt_put(vgpu, &pos, GVT_MIGRATION_GTT, vgpu->guest_gtt,
+		gvt_gm_entries(vgpu) * sizeof(u64));
+	gvt_put_ppgtts(vgpu, &pos);
+	gvt_put(vgpu, &pos, GVT_MIGRATION_WORKLOAD, workloads,
+		nr * sizeof(*workloads));
+	return WARN_ON(pos != total) ? -EFAULT : 0;
+}
+
+/* state_lock is held from here on */
+static int gvt_state_buffer(struct vgpu *vgpu)
+{
+	if (!vgpu->state_buf)
+		vgpu->state_buf = __vmalloc(MIGRATION_IMG_MAX_SIZE,
+					    GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+	return vgpu->state_buf ? 0 : -ENOMEM;
+}
+
+static int gvt_take_snapshot(struct vgpu *vgpu)
+{
+	struct gvt_workload_entry *workloads;
+	int ret;
+
+	workloads = kvcalloc(GVT_QUEUE_MAX, sizeof(*workloads),
+			     GFP_KERNEL_ACCOUNT);
+	if (!workloads)
+		return -ENOMEM;
+	mutex_lock(&vgpu->lock);
+	ret = gvt_snapshot(vgpu, workloads);
+	mutex_unlock(&vgpu->lock);
+	kvfree(workloads);
+	return ret;
+}
+
+ssize_t gvt_state_read(struct vgpu *vgpu, char __user *buf, size_t count,
+		       u64 off)
+{
+	int ret;
+
+	if (off)
+		return -EFAULT;
+	count = min_t(size_t, count, MIGRATION_IMG_MAX_SIZE);
+	mutex_lock(&vgpu->state_lock);
+	ret = gvt_state_buffer(vgpu);
+	if (!ret)
+		ret = gvt_take_snapshot(vgpu);
+	if (!ret && copy_to_user(buf, vgpu->state_buf, count))
+		ret = -EFAULT;
+	mutex_unlock(&vgpu->state_lock);
+	return ret ? ret : count;
+}
+
+/* --- restore --------------------------------------------------------- */
+
+static int gvt_bad(struct vgpu *vgpu, const char *what)
+{
+	gvt_note(vgpu, "state: %s", what);
+	return -EFAULT;
+}
+
+/* Next @bytes of the image into the kernel's copy, where they are checked */
+static int gvt_fetch(struct vgpu *vgpu, struct gvt_image *image,
+		     const char __user *ubuf, u32 bytes)
+{
+	if (bytes > image->data_size - image->pos)
+		return gvt_bad(vgpu, "a record runs over data_size");
+	if (copy_from_user(vgpu->state_buf + image->pos, ubuf + image->pos,
+			   bytes))
+		return gvt_bad(vgpu, "the caller's buffer cannot be read");
+	image->pos += bytes;
+	return 0;
+}
+
+static int gvt_get_head(struct vgpu *vgpu, struct gvt_image *image,
+			const char __user *ubuf, size_t count)
+{
+	const struct gvt_image_header *head =
+		vgpu->state_buf + sizeof(struct gvt_region);
+	const struct gvt_region *record = vgpu->state_buf;
+	int ret;
+
+	image->data_size = GVT_IMAGE_HEAD_SIZE;
+	if (count < GVT_IMAGE_HEAD_SIZE)
+		return gvt_bad(vgpu, "shorter than a header");
+	ret = gvt_fetch(vgpu, image, ubuf, GVT_IMAGE_HEAD_SIZE);
+	if (ret)
+		return ret;
+	if (record->type != GVT_MIGRATION_HEAD || record->size != sizeof(*head))
+		return gvt_bad(vgpu, "does not begin with a HEAD record");
+	if (head->version != GVT_IMAGE_VERSION)
+		return gvt_bad(vgpu, "unknown version");
+	if (head->data_size < (s32)GVT_IMAGE_HEAD_SIZE ||
+	    head->data_size >= MIGRATION_IMG_MAX_SIZE ||
+	    head->data_size > count)
+		return gvt_bad(vgpu, "data_size is wrong");
+	image->data_size = head->data_size;
+	return 0;
+}
+
+/* A record of exactly this type; @size is what it must have, or 0 for any */
+static int gvt_get_record(struct vgpu *vgpu, struct gvt_image *image,
+			  const char __user *ubuf, u32 type, u32 size,
+			  const void **payload, u32 *got)
+{
+	struct gvt_region *record = vgpu->state_buf + image->pos;
+	struct gvt_region here;
+	int ret;
+
+	ret = gvt_fetch(vgpu, image, ubuf, sizeof(*record));
+	if (ret)
+		return ret;
+	memcpy(&here, record, sizeof(here));
+	if (here.type != type)
+		return gvt_bad(vgpu, "record of another type than its place demands");
+	if (size && here.size != size)
+		return gvt_bad(vgpu, "record of a wrong size");
+	*payload = vgpu->state_buf + image->pos;
+	if (got)
+		*got = here.size;
+	return gvt_fetch(vgpu, image, ubuf, here.size);
+}
+
+static int gvt_check_cfg(struct vgpu *vgpu, const void *cfg)
+{
+	int differs;
+
+	/* vendor and device, then revision and class */
+	mutex_lock(&vgpu->lock);
+	differs = memcmp(cfg, vgpu->cfg, 4) || memcmp(cfg + 8, vgpu->cfg + 8, 4);
+	mutex_unlock(&vgpu->lock);
+	return differs ? gvt_bad(vgpu, "of another PCI device") : 0;
+}
+
+static bool gvt_window_ok(u64 base, u64 size)
+{
+	return !(base & ~GVT_PAGE_MASK) && base + size <= GVT_GM_SIZE;
+}
+
+static int gvt_check_pvinfo(struct vgpu *vgpu, const void *vreg)
+{
+	const struct vgt_if *pvinfo = vreg + VGT_PVINFO_PAGE;
+	u64 low = pvinfo->mappable_base, high = pvinfo->nonmappable_base;
+
+	if (pvinfo->magic != VGT_MAGIC ||
+	    pvinfo->version_major != VGT_VERSION_MAJOR)
+		return gvt_bad(vgpu, "no PVINFO in VREG");
+	if (pvinfo->mappable_size != vgpu->low_gm ||
+	    pvinfo->nonmappable_size != vgpu->high_gm ||
+	    pvinfo->fence_num != GVT_VGPU_FENCES)
+		return gvt_bad(vgpu, "of another vGPU type");
+	if (!gvt_window_ok(low, vgpu->low_gm) ||
+	    !gvt_window_ok(high, vgpu->high_gm) ||
+	    (low < high + vgpu->high_gm && high < low + vgpu->low_gm))
+		return gvt_bad(vgpu, "impossible GM bases in PVINFO");
+	return 0;
+}
+
+static int gvt_prepare_roots(struct vgpu *vgpu, struct gvt_image *image)
+{
+	struct gvt_ppgtt *root;
+	unsigned int i;
+
+	if (image->nr_ppgtt > GVT_PPGTT_MAX)
+		return gvt_bad(vgpu, "too many PPGTT roots");
+	for (i = 0; i < image->nr_ppgtt; i++) {
+		root = kzalloc(sizeof(*root), GFP_KERNEL_ACCOUNT);
+		if (!root)
+			return -ENOMEM;
+		list_add_tail(&root->node, &image->roots);
+		memcpy(&root->entry, &image->ppgtt[i], sizeof(root->entry));
+		root->entry.reserved = 0;	/* padding in the original */
+		if (!gvt_ppgtt_valid(&root->entry))
+			return gvt_bad(vgpu, "impossible PPGTT root");
+	}
+	return 0;
+}
+
+static int gvt_prepare_queue(struct vgpu *vgpu, struct gvt_image *image)
+{
+	int ret;
+
+	if (image->nr_workloads > GVT_QUEUE_MAX)
+		return gvt_bad(vgpu, "too many workloads");
+	if (gvt_submit_check(image->workload, image->nr_workloads))
+		return gvt_bad(vgpu, "impossible workload");
+	ret = gvt_submit_prepare(image->workload, image->nr_workloads,
+				 &image->queue);
+	return ret == -EINVAL ? gvt_bad(vgpu, "impossible workload") : ret;
+}
+
+static int gvt_get_tables(struct vgpu *vgpu, struct gvt_image *image,
+			  const char __user *ubuf)
+{
+	const void *payload;
+	u32 size;
+	int ret;
+
+	ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_PPGTT, 0,
+			     &payload, &size);
+	if (ret)
+		return ret;
+	if (size % sizeof(*image->ppgtt))
+		return gvt_bad(vgpu, "PPGTT record of a broken size");
+	image->ppgtt = payload;
+	image->nr_ppgtt = size / sizeof(*image->ppgtt);
+
+	ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_WORKLOAD, 0,
+			     &payload, &size);
+	if (ret)
+		return ret;
+	if (size % sizeof(*image->workload))
+		return gvt_bad(vgpu, "WORKLOAD record of a broken size");
+	image->workload = payload;
+	image->nr_workloads = size / sizeof(*image->workload);
+	return 0;
+}
+
+static int gvt_get_image(struct vgpu *vgpu, struct gvt_image *image,
+			 const char __user *ubuf, size_t count)
+{
+	const void *gtt;
+	int ret;
+
+	ret = gvt_get_head(vgpu, image, ubuf, count);
+	if (!ret)
+		ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_CFG_SPACE,
+				     GVT_IMAGE_CFG_SIZE, &image->cfg, NULL);
+	if (!ret)
+		ret = gvt_check_cfg(vgpu, image->cfg);
+	if (!ret)
+		ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_SREG,
+				     GVT_IMAGE_REG_SIZE, &image->sreg, NULL);
+	if (!ret)
+		ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_VREG,
+				     GVT_IMAGE_REG_SIZE, &image->vreg, NULL);
+	if (!ret)
+		ret = gvt_check_pvinfo(vgpu, image->vreg);
+	if (!ret)
+		ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_GTT,
+				     gvt_gm_entries(vgpu) * sizeof(u64), &gtt,
+				     NULL);
+	if (ret)
+		return ret;
+	image->gtt = gtt;
+	ret = gvt_get_tables(vgpu, image, ubuf);
+	if (!ret && image->pos != image->data_size)
+		ret = gvt_bad(vgpu, "bytes behind the last record");
+	if (!ret)
+		ret = gvt_prepare_roots(vgpu, image);
+	if (!ret)
+		ret = gvt_prepare_queue(vgpu, image);
+	return ret;
+}
+
+/* Nothing in here can fail */
+static void gvt_apply(struct vgpu *vgpu, struct gvt_image *image)
+{
+	memcpy(vgpu->cfg, image->cfg, GVT_IMAGE_CFG_SIZE);
+	memcpy(vgpu->sreg, image->sreg, GVT_IMAGE_REG_SIZE);
+	memcpy(vgpu->vreg, image->vreg, GVT_IMAGE_REG_SIZE);
+	memset(vgpu->elsp_index, 0, sizeof(vgpu->elsp_index));
+	gvt_fences_reload(vgpu);
+	gvt_gtt_restore(vgpu, image->gtt);
+	gvt_ppgtt_replace(vgpu, &image->roots, image->nr_ppgtt);
+	gvt_submit_replace(vgpu, &image->queue);
+}
+
+/* Take vgpu->lock at a moment when no workload runs */
+static void gvt_lock_idle(struct vgpu *vgpu)
+{
+	mutex_lock(&vgpu->lock);
+	while (vgpu->running) {
+		mutex_unlock(&vgpu->lock);
+		gvt_submit_wait_idle(vgpu);
+		mutex_lock(&vgpu->lock);
+	}
+}
+
+ssize_t gvt_state_write(struct vgpu *vgpu, const char __user *buf,
+			size_t count, u64 off)
+{
+	struct gvt_image image = {};
+	int ret;
+
+	INIT_LIST_HEAD(&image.roots);
+	INIT_LIST_HEAD(&image.queue);
+	if (off || count > MIGRATION_IMG_MAX_SIZE)
+		return -EFAULT;
+	mutex_lock(&vgpu->state_lock);
+	ret = gvt_state_buffer(vgpu);
+	if (!ret)
+		ret = gvt_get_image(vgpu, &image, buf, count);
+	if (!ret) {
+		gvt_lock_idle(vgpu);
+		gvt_apply(vgpu, &image);
+		mutex_unlock(&vgpu->lock);
+	}
+	mutex_unlock(&vgpu->state_lock);
+	gvt_ppgtt_free(&image.roots);
+	gvt_submit_discard(&image.queue);
+	return ret ? ret : count;
+}
+
+void gvt_state_init(struct vgpu *vgpu)
+{
+	mutex_init(&vgpu->state_lock);
+}
+
+void gvt_state_fini(struct vgpu *vgpu)
+{
+	vfree(vgpu->state_buf);
+	vgpu->state_buf = NULL;
+}
