@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Programs for developing and testing; no part of the installed package."""

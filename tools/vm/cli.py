@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""The command line of ``scripts/vm``."""
+
+import argparse
+import compileall
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Final, Never
+
+from tools.vm import guest, kernels, kvm, machine, module
+from tools.vm.cache import cache_root
+from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT, Interrupted, RunnerError
+
+_CHECKOUT: Final = Path(__file__).resolve().parents[2]
+_KEPT_RUNS: Final = 5
+_EPILOG: Final = f"""\
+Exit status: COMMAND's own; {EXIT_KERNEL_FAULT} the kernel printed a WARN, BUG or Oops (shown on stderr); \
+{EXIT_TIMEOUT} the time ran out; {EXIT_RUNNER} the runner failed; 128+N ended by signal N. \
+Everything is kept in $VFIO_MIG_CACHE (default: $XDG_CACHE_HOME/vfio_mig, ~/.cache/vfio_mig). \
+COMMAND's stdin is /dev/null; its writes are lost, except those below $VFIO_MIG_VM_OUT."""
+
+
+def say(message: str) -> None:
+    """Tell the user something; stdout is COMMAND's."""
+    print(f"vm: {message}", file=sys.stderr, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = argparse.ArgumentParser(
+        prog="scripts/vm",
+        description="Run COMMAND in a VM with the sample driver loaded; without COMMAND, a shell.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    result.add_argument("--kernel", default=kernels.SERIES[0], metavar="6.12|6.1|PATH", help="default: %(default)s")
+    which = result.add_mutually_exclusive_group()
+    which.add_argument("--break", dest="mutation", choices=module.MUTATIONS, help="load the driver with this broken")
+    which.add_argument("--no-module", action="store_true", help="do not build or load the sample driver")
+    result.add_argument("--module-args", default="", metavar="'a=1 b=2'", help="parameters of the sample driver")
+    result.add_argument("--build-all", action="store_true", help="build all mutations first; alone: do only that")
+    result.add_argument("--memory", default="1G", help="default: %(default)s")
+    result.add_argument("--cpus", type=int, default=2, help="default: %(default)s")
+    result.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS", help="default: %(default)s")
+    result.add_argument("-v", "--verbose", action="store_true")
+    result.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
+    return result
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; what follows the options is COMMAND's and stays as it is.
+
+    >>> parse(["--cpus", "1", "--", "sh", "-c", "--"]).command
+    ['sh', '-c', '--']
+    """
+    options = parser().parse_args(arguments)
+    if options.command[:1] == ["--"]:
+        del options.command[0]
+    return options
+
+
+def _on_signal(signum: int, _frame: FrameType | None) -> Never:
+    raise Interrupted(signum)
+
+
+def _forget_old_runs(runs: Path) -> None:
+    old = sorted((path for path in runs.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    for path in old[:-_KEPT_RUNS]:
+        # Another runner may be in the same place, or in this directory: only what is a day old is nobody's.
+        if time.time() - path.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _precompile() -> None:
+    # Compiling under emulation costs seconds per file, and what the guest compiles is lost.
+    for name in ("vfio_mig", "tools", "tests"):
+        compileall.compile_dir(_CHECKOUT / name, quiet=2)
+
+
+def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options, guest.Guest]:
+    log = say if options.verbose else _silent
+    kernel = kernels.find(options.kernel, cache, log)
+    modules = None
+    loaded = None
+    if not options.no_module:
+        wanted = {None, options.mutation, *(module.MUTATIONS if options.build_all else ())}
+        modules = module.build(_CHECKOUT, kernel, cache, tuple(sorted(wanted, key=str)))
+        loaded = modules / module.file_name(options.mutation)
+    out = Path(os.environ.get("VFIO_MIG_VM_OUT") or cache / "out").absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    machine_options = machine.Options(
+        kernel=kernel, kvm=kvm.usable(kernel.image, cache),
+        memory=options.memory, cpus=options.cpus, timeout=options.timeout,
+    )  # fmt: skip
+    environment = guest.environment(
+        os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release
+    )
+    what = guest.Guest(
+        tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,
+        cwd=Path.cwd(), environment=environment, command=options.command,
+    )  # fmt: skip
+    log(machine.environment_note(machine_options))
+    return machine_options, what
+
+
+def _silent(_message: str) -> None:
+    pass
+
+
+def _run(options: argparse.Namespace) -> int:
+    cache = cache_root(os.environ)
+    machine_options, what = _prepare(options, cache)
+    if options.build_all and not options.command:
+        return 0
+    runs = cache / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    _forget_old_runs(runs)
+    _precompile()
+    directory = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=runs))
+    keep = options.verbose
+    try:
+        if not options.command:
+            return machine.shell(machine_options, what, directory)
+        outcome = machine.run(machine_options, what, directory)
+        if message := machine.explain(outcome, machine_options, directory):
+            keep = True
+            say(message)
+        return outcome.exit_code()
+    finally:
+        if keep:
+            say(f"logs: {directory}")
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code."""
+    options = parse(arguments)
+    if not options.command and not options.build_all and not sys.stdin.isatty():
+        say("a shell needs a terminal; give a COMMAND")
+        return EXIT_RUNNER
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _on_signal)
+    try:
+        return _run(options)
+    except (RunnerError, OSError) as error:
+        say(str(error))
+        return EXIT_RUNNER
+    except Interrupted as interrupted:
+        return 128 + interrupted.signum

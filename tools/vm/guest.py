@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""What runs inside the VM: a bootstrap line, the entry script, and COMMAND's own script.
+
+The guest sees the host's root directory read-only. virtme's own mount of it has no cache, which makes starting a
+Python five times slower under emulation, so the entry script mounts it once more with a cache, puts one writable
+overlay over all of it (writes are lost at the end), and runs COMMAND in there. Two directories are really shared: the
+run directory, through which output and status travel, and the results directory.
+"""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT_TAG: Final = "vm_root"
+RUN_TAG: Final = "vm_run"
+OUT_TAG: Final = "vm_out"
+
+STDOUT: Final = "stdout"
+STDERR: Final = "stderr"
+STATUS: Final = "status"  # appears last, when everything else is written
+DMESG: Final = "dmesg"
+FAILURE: Final = "failure"  # why COMMAND was not started
+GUEST_LOG: Final = "guest.log"
+
+_RUN: Final = "/run/vm/run"
+_9P: Final = "trans=virtio,version=9p2000.L,msize=512000"
+
+# The one line that goes through the kernel's command line, which is short: fetch the rest from the run directory.
+BOOTSTRAP: Final = f"busybox mkdir -p {_RUN} && busybox mount -t 9p -o {_9P} {RUN_TAG} {_RUN} && exec /bin/bash {_RUN}/entry.sh"
+
+# Variables in front of it: tree, module, module_args (array), out, interactive.
+_ENTRY: Final = f"""
+run={_RUN}
+lower=/run/vm/lower
+root=/run/vm/root
+
+finish() {{
+	inside dmesg >$run/{DMESG}
+	printf '%s\\n' "$1" >$run/{STATUS}.new
+	busybox mv $run/{STATUS}.new $run/{STATUS}
+	busybox sync
+	echo o >/proc/sysrq-trigger  # power off at once; there is nothing here to shut down
+	busybox sleep 60
+}}
+
+fail() {{
+	printf '%s\\n' "$1" >$run/{FAILURE}
+	finish 1
+}}
+
+inside() {{ busybox chroot $root "$@"; }}
+
+# One static program: starting the dynamic ones from the uncached root takes a third of a second each.
+mount_root() {{
+	busybox mkdir -p $lower $root /run/vm/upper /run/vm/work &&
+		busybox mount -t 9p -o ro,cache=loose,{_9P} {ROOT_TAG} $lower &&
+		busybox mount -t overlay -o lowerdir=$lower,upperdir=/run/vm/upper,workdir=/run/vm/work vm $root &&
+		busybox mount -o rbind /proc $root/proc &&
+		busybox mount -o rbind /sys $root/sys &&
+		busybox mount -o rbind /dev $root/dev &&
+		busybox mount -o bind /run $root/run &&
+		busybox mount -o bind $run $root$run &&
+		busybox mkdir -p "$root$out" &&
+		busybox mount -t 9p -o {_9P} {OUT_TAG} "$root$out"
+}}
+
+mount_debugfs() {{
+	[[ -d /sys/kernel/debug/bdi ]] || busybox mount -t debugfs debugfs $root/sys/kernel/debug
+}}
+
+load_module() {{
+	[[ -n $module ]] || return 0
+	inside modprobe -d "$tree" -a mdev vfio vfio_iommu_type1 || return
+	inside insmod "$module" "${{module_args[@]}}"
+}}
+
+run_command() {{
+	local out_fifo=/run/vm/stdout out_cat err_fifo=/run/vm/stderr err_cat status try
+	# Pipes, as a shell would give: a command may reopen, truncate or poll its output.
+	busybox mkfifo $out_fifo $err_fifo
+	busybox cat $out_fifo >$run/{STDOUT} &
+	out_cat=$!
+	busybox cat $err_fifo >$run/{STDERR} &
+	err_cat=$!
+	busybox chroot $root /bin/bash {_RUN}/command.sh </dev/null >$out_fifo 2>$err_fifo
+	status=$?
+	# Whatever COMMAND left running may hold the pipes for ever; its output does not count any more.
+	for ((try = 0; try < 20; try++)); do
+		kill -0 $out_cat 2>/dev/null || kill -0 $err_cat 2>/dev/null || break
+		busybox sleep 0.1
+	done
+	return $status
+}}
+
+if ((!interactive)); then
+	exec </dev/null >$run/{GUEST_LOG} 2>&1
+fi
+mount_root || fail 'the guest could not mount its root directory'
+mount_debugfs || fail 'the guest could not mount debugfs'
+load_module || fail 'the sample driver could not be loaded'
+if ((interactive)); then
+	inside /bin/bash {_RUN}/command.sh
+else
+	run_command
+fi
+finish $?
+"""
+
+_PASSED_ON: Final = ("VFIO_MIG_", "PYTEST_")
+_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """What the guest is to do. All paths are the host's, which are the same inside."""
+
+    tree: Path
+    module: Path | None
+    module_args: Sequence[str]
+    out: Path
+    cwd: Path
+    environment: Mapping[str, str]
+    command: Sequence[str]  # empty: an interactive shell
+
+
+def environment(
+    host: Mapping[str, str], *, venv: Path, modules: Path | None, out: Path, release: str
+) -> dict[str, str]:
+    """Return the variables that COMMAND sees."""
+    guest = {key: value for key, value in host.items() if key.startswith(_PASSED_ON)}
+    guest |= {
+        "PATH": f"{venv / 'bin'}:{_PATH}",
+        "VIRTUAL_ENV": str(venv),
+        "HOME": host.get("HOME", "/root"),
+        "LANG": "C.UTF-8",
+        "TERM": host.get("TERM", "dumb"),
+        "VFIO_MIG_VM": release,  # how a program knows that it runs in here
+        "VFIO_MIG_VM_OUT": str(out),
+    }
+    if modules is not None:
+        guest["VFIO_MIG_KMOD_DIR"] = str(modules)
+    return guest
+
+
+def _assignment(name: str, value: str | Path) -> bytes:
+    # Bytes: a path or an argument need not be UTF-8.
+    return os.fsencode(f"{name}={shlex.quote(str(value))}\n")
+
+
+def entry_script(guest: Guest) -> bytes:
+    """Return the script that prepares the guest, runs COMMAND and turns the machine off."""
+    arguments = " ".join(shlex.quote(argument) for argument in guest.module_args)
+    head = [
+        _assignment("tree", guest.tree),
+        _assignment("module", guest.module or ""),
+        os.fsencode(f"module_args=({arguments})\n"),
+        _assignment("out", guest.out),
+        _assignment("interactive", "0" if guest.command else "1"),
+    ]
+    return b"".join(head) + _ENTRY.encode()
+
+
+def command_script(guest: Guest) -> bytes:
+    """Return the script that becomes COMMAND: its directory, its variables, its arguments, each exactly as given."""
+    lines = [b"export " + _assignment(name, value) for name, value in guest.environment.items()]
+    lines.append(os.fsencode(f"cd -- {shlex.quote(str(guest.cwd))} || exit 125\n"))
+    command = guest.command or ("bash", "-i")
+    lines.append(os.fsencode(f"exec {' '.join(shlex.quote(word) for word in command)}\n"))
+    return b"".join(lines)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: MIT
+"""Starting QEMU through virtme-ng, passing its output on while it runs, and judging how it ended."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from tools.vm import guest
+from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT
+from tools.vm.guest import Guest
+from tools.vm.kernels import Kernel
+from tools.vm.kernlog import faults
+
+CONSOLE: Final = "console"
+_POLL_SECONDS: Final = 0.05
+_TAIL_LINES: Final = 25
+_CHUNK: Final = 1 << 16
+
+# Found by a udev in the guest and useless there; loading them takes half of the boot under emulation.
+_BLACKLIST: Final = (
+    "kvm kvm_amd kvm_intel ahci libata sr_mod sg cdrom psmouse evdev i2c_i801 iTCO_wdt i6300esb lpc_ich pcspkr "
+    "serio_raw button qemu_fw_cfg aesni_intel ghash_clmulni_intel sha1_ssse3 sha256_ssse3 sha512_ssse3 "
+    "crc32_pclmul crct10dif_pclmul crc32c_intel ccp"
+)
+_KERNEL_OPTIONS: Final = (
+    f"modprobe.blacklist={','.join(_BLACKLIST.split())}",
+    "loglevel=5",  # warnings reach the console, which is all that is left after a panic
+    "log_buf_len=8M",  # a long run must not push a WARN out of the buffer
+    # An Oops leaves locks held and threads dead: end at once (virtme adds panic=-1) and not by time-out.
+    "oops=panic",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the machine is built and how long it may run."""
+
+    kernel: Kernel
+    kvm: bool
+    memory: str
+    cpus: int
+    timeout: float  # seconds, from start to end
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is known when QEMU has ended."""
+
+    status: int | None  # COMMAND's own, if it came to an end
+    failure: str | None  # why COMMAND was not started
+    faults: Sequence[str]  # of the kernel's log
+    timed_out: bool
+
+    def exit_code(self) -> int:
+        """Return the runner's exit code. A kernel that complained outweighs whatever COMMAND said."""
+        if self.faults:
+            return EXIT_KERNEL_FAULT
+        if self.timed_out:
+            return EXIT_TIMEOUT
+        if self.failure is not None or self.status is None:
+            return EXIT_RUNNER
+        return self.status
+
+
+def _share(path: Path, tag: str, *, readonly: bool) -> list[str]:
+    escaped = str(path).replace(",", ",,")  # QEMU's own quoting
+    access = ",readonly=on" if readonly else ""
+    return [
+        "-fsdev", f"local,id={tag},path={escaped},security_model=none,multidevs=remap{access}",
+        "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}",
+    ]  # fmt: skip
+
+
+def virtme_command(options: Options, run: Path, out: Path, *, interactive: bool) -> list[str]:
+    """Return the command line of virtme-ng's runner.
+
+    The lower-level ``virtme-run`` is used and not ``vng``, which puts a shell in between that would survive us.
+    """
+    virtme_run = Path(sys.executable).parent / "virtme-run"
+    how = (
+        ["--shell", str(run / "shell")]
+        if interactive
+        else ["--show-boot-console", "--script-sh", guest.BOOTSTRAP]
+    )
+    return [
+        "setpriv", "--pdeathsig", "KILL", "--", str(virtme_run),
+        "--kimg", str(options.kernel.image), "--mods", "auto",
+        "--qemu-bin", str(run / "qemu"), "--disable-microvm", "--force-9p",
+        *([] if options.kvm else ["--disable-kvm"]),
+        "--user", "root", "--memory", options.memory, "--cpus", str(options.cpus),
+        # An overlay makes virtme's initramfs load the module, which we need too, and faster than we could.
+        "--overlay-rwdir", "/etc",
+        *how,
+        *(part for option in _KERNEL_OPTIONS for part in ("--kopt", option)),
+        "--qemu-opts",  # takes all that follows
+        *_share(Path("/"), guest.ROOT_TAG, readonly=True),
+        *_share(run, guest.RUN_TAG, readonly=False),
+        *_share(out, guest.OUT_TAG, readonly=False),
+    ]  # fmt: skip
+
+
+def write_scripts(run: Path, what: Guest) -> None:
+    """Fill the run directory."""
+    (run / "entry.sh").write_bytes(guest.entry_script(what))
+    (run / "command.sh").write_bytes(guest.command_script(what))
+    # QEMU is a child of virtme-run, which is ours: each dies with its parent, however that ends.
+    qemu = run / "qemu"
+    qemu.write_text('#!/bin/sh\nexec setpriv --pdeathsig KILL -- qemu-system-x86_64 "$@"\n')
+    shell = run / "shell"
+    shell.write_text(f"#!/bin/bash\n{guest.BOOTSTRAP}\n")
+    for script in (qemu, shell):
+        script.chmod(0o755)
+    for name in (guest.STDOUT, guest.STDERR, CONSOLE):
+        (run / name).touch()
+
+
+class _Follower:
+    """Passes on what is appended to a file."""
+
+    def __init__(self, path: Path, sink: BinaryIO) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._sink = sink
+
+    def close(self) -> None:
+        self._file.close()
+
+    def pump(self) -> None:
+        """Pass on everything that is there now."""
+        while data := self._file.read(_CHUNK):
+            self._sink.write(data)
+            self._sink.flush()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End virtme-run and, through its parent-death signal, QEMU; wait for the first."""
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+def _watch(process: subprocess.Popen[bytes], followers: Sequence[_Follower], deadline: float) -> bool:
+    """Pass output on until QEMU ends; return whether the time ran out first."""
+    while process.poll() is None:
+        for follower in followers:
+            follower.pump()
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(_POLL_SECONDS)
+    return False
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(errors="replace") if path.exists() else None
+
+
+def outcome_of(run: Path, *, timed_out: bool) -> Outcome:
+    """Judge a run by what it left in its directory."""
+    status = _read(run / guest.STATUS)
+    # The console alone is left after a panic; dmesg is complete otherwise.
+    log = _read(run / guest.DMESG) or _read(run / CONSOLE) or ""
+    failure = _read(run / guest.FAILURE)
+    return Outcome(
+        status=int(status) if status is not None and failure is None else None,
+        failure=failure.strip() if failure is not None else None,
+        faults=faults(log),
+        timed_out=timed_out and status is None,
+    )
+
+
+def run(options: Options, what: Guest, directory: Path) -> Outcome:
+    """Run COMMAND in a VM; its output appears on our stdout and stderr as it is written.
+
+    :param directory: empty; holds the run's scripts and logs afterwards.
+    :raises Interrupted: a signal came; the VM has been ended.
+    """
+    write_scripts(directory, what)
+    command = virtme_command(options, directory, what.out, interactive=False)
+    (directory / "virtme-command").write_text(shlex.join(command) + "\n")
+    followers = [
+        _Follower(directory / guest.STDOUT, sys.stdout.buffer),
+        _Follower(directory / guest.STDERR, sys.stderr.buffer),
+    ]
+    deadline = time.monotonic() + options.timeout
+    with (directory / CONSOLE).open("wb") as console, (directory / "virtme-output").open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=console,
+            start_new_session=True,  # the terminal's Ctrl-C is for us, and we end QEMU
+        )  # fmt: skip
+        try:
+            timed_out = _watch(process, followers, deadline)
+        finally:
+            _end(process)
+    try:
+        for follower in followers:
+            follower.pump()
+    finally:
+        for follower in followers:
+            follower.close()
+    return outcome_of(directory, timed_out=timed_out)
+
+
+def shell(options: Options, what: Guest, directory: Path) -> int:
+    """Give an interactive shell in a VM on this terminal; return 0 if it came up."""
+    write_scripts(directory, what)
+    command = virtme_command(options, directory, what.out, interactive=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the shell inside
+    try:
+        process = subprocess.Popen(command)
+        try:
+            process.wait()
+        finally:
+            _end(process)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    outcome = outcome_of(directory, timed_out=False)
+    return EXIT_RUNNER if outcome.failure is not None else 0
+
+
+def explain(outcome: Outcome, options: Options, directory: Path) -> str:
+    """Say why a run counts as failed beyond COMMAND's own status; empty if it does not."""
+    if outcome.faults:
+        return "the kernel complained:\n" + "\n".join(outcome.faults)
+    if outcome.timed_out:
+        return f"the time ran out after {options.timeout:g} s; the VM was ended"
+    if outcome.failure is not None:
+        return f"{outcome.failure}:\n{_read(directory / guest.GUEST_LOG) or ''}".rstrip()
+    if outcome.status is None:
+        logs = [_read(directory / "virtme-output") or "", _read(directory / CONSOLE) or ""]
+        last = [line for log in logs for line in log.splitlines()[-_TAIL_LINES:]]
+        return "the VM ended without a result; the end of its console:\n" + "\n".join(last)
+    return ""
+
+
+def environment_note(options: Options) -> str:
+    """Say in one line what the machine is."""
+    accelerator = "KVM" if options.kvm else "emulation (KVM is not usable here)"
+    return f"kernel {options.kernel.release}, {accelerator}, {options.cpus} CPUs, {options.memory}, pid {os.getpid()}"

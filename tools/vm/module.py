@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Building the sample driver for a kernel, once per source state, and its mutations."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from tools.vm.cache import locked
+from tools.vm.errors import RunnerError
+from tools.vm.kernels import Kernel
+
+# Each disables one mechanism; the tests must notice every one of them.
+MUTATIONS: Final = ("g2h_gtt", "g2h_fence", "g2h_cmd", "pvinfo_base", "aperture_zero")
+NAME: Final = "gvt_sample"
+_SOURCES: Final = ("tools/kmod", "cdefs")
+_SUFFIXES: Final = frozenset({".c", ".h"})
+_FILES: Final = frozenset({"Makefile", "Kbuild"})
+
+
+def file_name(mutation: str | None) -> str:
+    """Return the name of a built module in the module directory.
+
+    >>> file_name(None), file_name("g2h_gtt")
+    ('gvt_sample.ko', 'gvt_sample-g2h_gtt.ko')
+    """
+    return f"{NAME}.ko" if mutation is None else f"{NAME}-{mutation}.ko"
+
+
+def warnings_in(log: str) -> list[str]:
+    """Return the lines of a build log that are warnings about our code.
+
+    Kbuild's remark that another compiler built the kernel is none: CC=gcc is what we ask for.
+    """
+    found = re.compile(r"(^|: |\s)warning: |^WARNING: ", re.IGNORECASE)
+    return [line for line in log.splitlines() if found.search(line) and "the compiler differs from" not in line]
+
+
+def source_files(checkout: Path) -> list[Path]:
+    """List what a build reads, relative to *checkout*, in a fixed order."""
+    return sorted(
+        path.relative_to(checkout)
+        for directory in _SOURCES
+        for path in (checkout / directory).rglob("*")
+        if path.is_file() and not path.name.endswith(".mod.c") and (path.suffix in _SUFFIXES or path.name in _FILES)
+    )
+
+
+def source_key(checkout: Path, kernel: Kernel) -> str:
+    """Return a name that changes with the sources, the kernel, and where it is."""
+    digest = hashlib.sha256(os.fsencode(f"{kernel.release}\0{kernel.tree}\0"))
+    for path in source_files(checkout):
+        content = (checkout / path).read_bytes()
+        digest.update(os.fsencode(path) + b"\0" + len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()[:16]
+
+
+def make_command(kernel: Kernel, work: Path, mutation: str | None) -> list[str]:
+    """Return the kernel's own build command for a copy of the sources below *work*.
+
+    Debian's header directory has a Makefile of one line, an include of an absolute path that holds only where the
+    package is installed; ``-f`` goes around it.
+    """
+    common = sorted((kernel.tree / "usr" / "src").glob("linux-headers-*-common"))
+    return [
+        "make",
+        "-C", str(kernel.headers),
+        *(["-f", str(common[0] / "Makefile")] if common else []),
+        f"M={work / 'tools/kmod'}",
+        f"CDEFS={work / 'cdefs'}",
+        "CC=gcc",  # the default is the versioned compiler that built the kernel
+        "W=1",
+        "CONFIG_DEBUG_INFO_BTF_MODULES=",  # or a missing pahole is an error
+        *([f"BREAK={mutation}"] if mutation else []),
+        "modules",
+    ]  # fmt: skip
+
+
+def _compile(checkout: Path, kernel: Kernel, work: Path, mutation: str | None) -> Path:
+    for path in source_files(checkout):
+        (work / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkout / path, work / path)
+    # MAKEFLAGS of a make that called us would change what this one does.
+    environment = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
+    done = subprocess.run(
+        make_command(kernel, work, mutation),
+        env={**environment, "LC_ALL": "C"}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    what = f"{file_name(mutation)} for {kernel.release}"
+    if done.returncode != 0:
+        raise RunnerError(f"building {what} failed:\n{done.stdout}")
+    if warned := warnings_in(done.stdout):
+        raise RunnerError(f"building {what} gave {len(warned)} warning(s):\n{done.stdout}")
+    built = work / "tools/kmod" / f"{NAME}.ko"
+    if not built.exists():
+        raise RunnerError(f"the build of {what} left no {NAME}.ko:\n{done.stdout}")
+    return built
+
+
+def build(checkout: Path, kernel: Kernel, cache: Path, mutations: tuple[str | None, ...]) -> Path:
+    """Make sure that the named builds exist (None is the driver itself); return the directory that holds them."""
+    if not (checkout / "tools/kmod").is_dir():
+        raise RunnerError(f"{checkout}/tools/kmod is missing; --no-module runs without the sample driver")
+    directory = cache / "modules" / source_key(checkout, kernel)
+    with locked(cache / "modules" / f".{directory.name}.lock"):
+        directory.mkdir(exist_ok=True)
+        for mutation in mutations:
+            target = directory / file_name(mutation)
+            if target.exists():
+                continue
+            with tempfile.TemporaryDirectory(prefix=".build-", dir=cache / "modules") as work:
+                _compile(checkout, kernel, Path(work), mutation).replace(target)
+    return directory
