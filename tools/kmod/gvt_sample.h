@@ -233,7 +233,9 @@ __printf(2, 3) void gvt_note(struct vgpu *vgpu, const char *fmt, ...);
 int gvt_pool_init(void);
 void gvt_pool_fini(void);
 unsigned int gvt_pool_available(const struct gvt_type *type);
-int gvt_pool_alloc(struct vgpu *vgpu);	/* -ENOSPC; fills host_* and id */
+bool gvt_pool_fits(const struct gvt_type *type);	/* into an empty host */
+u64 gvt_pool_aperture(void);		/* bytes: BAR2 of every vGPU */
+int gvt_pool_alloc(struct vgpu *vgpu);	/* -ENOSPC; by type: host_*, sizes, id */
 void gvt_pool_free(struct vgpu *vgpu);
 
 /* vgpu.c */
@@ -255,6 +257,8 @@ void gvt_irq_event(struct vgpu *vgpu, int ring, enum gvt_event event);
 /* under lock: registers 0x44200..0x4433f, 4 bytes, 4-aligned */
 bool gvt_irq_owns(u32 off);
 void gvt_irq_mmio_write(struct vgpu *vgpu, u32 off, u32 value);
+/* under lock, after COMMAND or MSI control changed: INTx is a level */
+void gvt_irq_recheck(struct vgpu *vgpu);
 
 /* debugfs.c */
 void gvt_debugfs_init(void);
