@@ -99,9 +99,7 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
         kernel=kernel, kvm=kvm.usable(kernel.image, cache),
         memory=options.memory, cpus=options.cpus, timeout=options.timeout,
     )  # fmt: skip
-    environment = guest.environment(
-        os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release
-    )
+    environment = guest.environment(os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release)
     what = guest.Guest(
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,
         cwd=Path.cwd(), environment=environment, command=options.command,

@@ -12,8 +12,8 @@ class RunnerError(Exception):
     """The VM could not be prepared or started; COMMAND did not run, or its result is unknown."""
 
 
-class Interrupted(BaseException):  # noqa: N818 -- a signal, not an error; like KeyboardInterrupt it must pass `except Exception`
-    """A signal asked the runner to end. QEMU is gone when this reaches the caller."""
+class Interrupted(BaseException):
+    """A signal asked the runner to end; no error, hence outside of Exception. QEMU is gone when the caller sees it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)

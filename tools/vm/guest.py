@@ -29,7 +29,9 @@ _RUN: Final = "/run/vm/run"
 _9P: Final = "trans=virtio,version=9p2000.L,msize=512000"
 
 # The one line that goes through the kernel's command line, which is short: fetch the rest from the run directory.
-BOOTSTRAP: Final = f"busybox mkdir -p {_RUN} && busybox mount -t 9p -o {_9P} {RUN_TAG} {_RUN} && exec /bin/bash {_RUN}/entry.sh"
+BOOTSTRAP: Final = (
+    f"busybox mkdir -p {_RUN} && busybox mount -t 9p -o {_9P} {RUN_TAG} {_RUN} && exec /bin/bash {_RUN}/entry.sh"
+)
 
 # Variables in front of it: tree, module, module_args (array), out, interactive.
 _ENTRY: Final = f"""

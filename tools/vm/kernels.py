@@ -38,9 +38,9 @@ class Kernel:
 
 
 def release_from_depends(output: str, series: str) -> str | None:
-    """Find the release in what ``apt-cache depends --important linux-image-…`` prints.
+    r"""Find the release in what ``apt-cache depends --important linux-image-…`` prints.
 
-    >>> release_from_depends("linux-image-amd64\\n  Depends: linux-image-6.1.0-56-amd64\\n", "6.1")
+    >>> release_from_depends("linux-image-amd64\n  Depends: linux-image-6.1.0-56-amd64\n", "6.1")
     '6.1.0-56-amd64'
     """
     pattern = rf"^\s*\|?Depends: linux-image-({re.escape(series)}\.\S*-{_FLAVOUR})$"
@@ -51,8 +51,8 @@ def release_from_depends(output: str, series: str) -> str | None:
 def packages_of(release: str, series: str, kbuild_names: str) -> list[str]:
     """Name the packages that an image and a module build need.
 
-    :param kbuild_names: what ``apt-cache pkgnames linux-kbuild-`` prints. The kbuild package carries the whole version in
-        newer kernels and only the series in older ones.
+    :param kbuild_names: what ``apt-cache pkgnames linux-kbuild-`` prints. Newer kernels' kbuild package
+        carries the whole version, older ones' only the series.
     """
     version = release.removesuffix(f"-{_FLAVOUR}")
     known = set(kbuild_names.split())
@@ -139,7 +139,11 @@ def _fetch_once(apt: Apt, series: str, kernels: Path, log: Log) -> Kernel:
 def make_dependencies(kernel: Kernel) -> None:
     """Make modules.dep and its like, which packages make only when they are installed."""
     done = subprocess.run(
-        ["depmod", "-b", kernel.tree, kernel.release], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        ["depmod", "-b", kernel.tree, kernel.release],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         raise RunnerError(f"depmod failed: {done.stderr.strip()}")

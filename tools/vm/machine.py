@@ -84,11 +84,7 @@ def virtme_command(options: Options, run: Path, out: Path, *, interactive: bool)
     The lower-level ``virtme-run`` is used and not ``vng``, which puts a shell in between that would survive us.
     """
     virtme_run = Path(sys.executable).parent / "virtme-run"
-    how = (
-        ["--shell", str(run / "shell")]
-        if interactive
-        else ["--show-boot-console", "--script-sh", guest.BOOTSTRAP]
-    )
+    how = ["--shell", str(run / "shell")] if interactive else ["--show-boot-console", "--script-sh", guest.BOOTSTRAP]
     return [
         "setpriv", "--pdeathsig", "KILL", "--", str(virtme_run),
         "--kimg", str(options.kernel.image), "--mods", "auto",
