@@ -122,9 +122,10 @@ struct gvt_workload {
 	u64			pair;		/* same number: same ELSP pair */
 	bool			cancelled;	/* reset or close while running */
 	/* filled by the scan, worker only */
-	u32			*shadow;	/* patched ring commands */
+	u32			*shadow;	/* patched commands: ring, batches */
 	unsigned int		shadow_dws;
-	void			*priv;		/* scan.c's own */
+	unsigned int		ring_dws;	/* the ring's part */
+	u32			ring_tail;	/* HEAD after completion */
 };
 
 struct gvt_ppgtt {
