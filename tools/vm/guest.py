@@ -26,6 +26,7 @@ FAILURE: Final = "failure"  # why COMMAND was not started
 GUEST_LOG: Final = "guest.log"
 
 _RUN: Final = "/run/vm/run"
+_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _9P: Final = "trans=virtio,version=9p2000.L,msize=512000"
 
 # The one line that goes through the kernel's command line, which is short: fetch the rest from the run directory.
@@ -35,6 +36,7 @@ BOOTSTRAP: Final = (
 
 # Variables in front of it: tree, module, module_args (array), out, interactive.
 _ENTRY: Final = f"""
+export PATH={_PATH}
 run={_RUN}
 lower=/run/vm/lower
 root=/run/vm/root
@@ -53,7 +55,8 @@ fail() {{
 	finish 1
 }}
 
-inside() {{ busybox chroot $root "$@"; }}
+# env finds the real program; busybox would prefer its own smaller one of the same name.
+inside() {{ busybox chroot $root /usr/bin/env "$@"; }}
 
 # One static program: starting the dynamic ones from the uncached root takes a third of a second each.
 mount_root() {{
@@ -112,7 +115,6 @@ finish $?
 """
 
 _PASSED_ON: Final = ("VFIO_MIG_", "PYTEST_")
-_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True, slots=True)
