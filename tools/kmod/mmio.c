@@ -8,6 +8,7 @@
 
 #include "gvt_sample.h"
 
+#define GVT_CSB_EMPTY		7	/* write pointer before the first entry */
 #define GVT_GDRST		0x941c	/* i915: GEN6_GDRST */
 #define GVT_GDRST_FULL		BIT(0)
 #define GVT_RESET_KEEPS_FROM	0x44200	/* interrupts and display survive */
@@ -259,10 +260,13 @@ static void gvt_mmio_defaults(struct vgpu *vgpu, u32 from_zero_to)
 {
 	u32 low = gvt_pvinfo(vgpu)->mappable_base;
 	u32 high = gvt_pvinfo(vgpu)->nonmappable_base;
-	int bank;
+	int bank, ring;
 
 	memset(vgpu->vreg, 0, from_zero_to);
 	memset(vgpu->elsp_index, 0, sizeof(vgpu->elsp_index));
+	for (ring = 0; ring < GVT_RING_COUNT; ring++)
+		*gvt_vreg32(vgpu, gvt_ring_base[ring] + GVT_RING_CSB_PTR) =
+			GVT_CSB_EMPTY;
 	gvt_pvinfo_init(vgpu, low, high);
 	if (from_zero_to > GVT_IMR(GVT_IRQ_BANKS))
 		for (bank = 0; bank < GVT_IRQ_BANKS; bank++)

@@ -358,15 +358,17 @@ static void gvt_apply(struct vgpu *vgpu, struct gvt_image *image)
 	gvt_submit_replace(vgpu, &image->queue);
 }
 
-/* Take vgpu->lock at a moment when no workload runs */
-static void gvt_lock_idle(struct vgpu *vgpu)
+/* Take vgpu->lock at a moment when no workload runs; a signal may end the wait */
+static int gvt_lock_idle(struct vgpu *vgpu)
 {
 	mutex_lock(&vgpu->lock);
 	while (vgpu->running) {
 		mutex_unlock(&vgpu->lock);
-		gvt_submit_wait_idle(vgpu);
+		if (wait_event_killable(vgpu->idle, !READ_ONCE(vgpu->running)))
+			return -EINTR;
 		mutex_lock(&vgpu->lock);
 	}
+	return 0;
 }
 
 ssize_t gvt_state_write(struct vgpu *vgpu, const char __user *buf,
@@ -383,8 +385,9 @@ ssize_t gvt_state_write(struct vgpu *vgpu, const char __user *buf,
 	ret = gvt_state_buffer(vgpu);
 	if (!ret)
 		ret = gvt_get_image(vgpu, &image, buf, count);
+	if (!ret)
+		ret = gvt_lock_idle(vgpu);
 	if (!ret) {
-		gvt_lock_idle(vgpu);
 		gvt_apply(vgpu, &image);
 		mutex_unlock(&vgpu->lock);
 	}
