@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     MakeGuest = Callable[..., Guest]
 
 HERE = Path(__file__).parent
-WHERE_TO_RUN = "needs the VM with the sample driver: run `scripts/vm -- pytest tests/vm` or `scripts/test --vm`"
+WHERE_TO_RUN = (
+    "needs the VM with the sample driver: run `scripts/test --vm`, or `scripts/vm --build-all -- pytest tests/vm`"
+)
 
 
 def in_vm() -> bool:

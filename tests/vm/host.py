@@ -97,7 +97,10 @@ def load_module(mutant: str | None = None, **parameters: int) -> None:
     """Insert the driver, or its variant with one translation disabled."""
     name = f"{MODULE}-{mutant}.ko" if mutant else f"{MODULE}.ko"
     words = " ".join(f"{key}={value}" for key, value in parameters.items())
-    fd = os.open(module_directory() / name, os.O_RDONLY | os.O_CLOEXEC)
+    path = module_directory() / name
+    if not path.exists():
+        raise FileNotFoundError(f"{name} is not built; mutants come with `scripts/vm --build-all`")
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _syscall(_SYS_FINIT_MODULE, ctypes.c_int(fd), ctypes.c_char_p(words.encode()), ctypes.c_int(0))
     finally:
