@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""What can go wrong, as one exception tree.
+
+::
+
+    VfioMigError
+    ├── UsageError             2  the request makes no sense as it is worded
+    ├── OpenError              3  the device cannot be reached
+    │   ├── DeviceNotFoundError
+    │   └── DeviceBusyError
+    ├── UnsupportedError       4  the device does not do this
+    ├── DeviceError            5  the device or the kernel failed
+    ├── ImageError             6  the bytes are not a whole, well-formed image
+    │   └── MismatchError         ... or do not fit this device
+    ├── HostError              7  disk, memory or permissions of this host
+    └── InterruptedJobError  130  a signal ended the job, which has rolled back
+
+``str()`` of each is the one line for the user, without the program's name: ``device: problem; hint``.
+"""
+
+import errno as errno_names
+import os
+from typing import ClassVar
+
+
+def errno_text(number: int) -> str:
+    """Say an errno by name and in words: ``EBUSY (Device or resource busy)``."""
+    return f"{errno_names.errorcode.get(number, f'errno {number}')} ({os.strerror(number)})"
+
+
+class VfioMigError(Exception):
+    """Base of everything that this package raises on purpose; never raised itself.
+
+    :param problem: what failed, without a full stop.
+    :param device: the name of the device it failed on.
+    :param hint: what to do next.
+    """
+
+    exit_code: ClassVar[int]
+
+    def __init__(self, problem: str, *, device: str | None = None, hint: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.device = device
+        self.hint = hint
+        self.undo_errors: list[BaseException] = []
+        """What failed in addition while the job rolled back; the first error is the one reported."""
+
+    def __str__(self) -> str:
+        text = self.problem if self.device is None else f"{self.device}: {self.problem}"
+        for error in self.undo_errors:
+            text += f"; while rolling back: {error}"
+        return text if self.hint is None else f"{text}; {self.hint}"
+
+
+class UsageError(VfioMigError):
+    """The request makes no sense as it is worded: bad syntax, contradicting options, a useless header."""
+
+    exit_code = 2
+
+
+class OpenError(VfioMigError):
+    """The device cannot be opened."""
+
+    exit_code = 3
+
+
+class DeviceNotFoundError(OpenError):
+    """There is no such device."""
+
+
+class DeviceBusyError(OpenError):
+    """Somebody else has the device open, or nobody has where a holder is needed."""
+
+
+class UnsupportedError(VfioMigError):
+    """The device, its driver or the kernel does not support what was asked; nothing was changed."""
+
+    exit_code = 4
+
+
+class DeviceError(VfioMigError):
+    """The device or the kernel failed a request that it supports.
+
+    :param errno: the kernel's error number, 0 when there is none.
+    """
+
+    exit_code = 5
+
+    def __init__(self, problem: str, *, device: str | None = None, hint: str | None = None, errno: int = 0) -> None:
+        super().__init__(problem, device=device, hint=hint)
+        self.errno = errno
+
+
+class ImageError(VfioMigError):
+    """The bytes are not a whole, well-formed image. Nothing was written to a device."""
+
+    exit_code = 6
+
+
+class MismatchError(ImageError):
+    """A whole image, but not one for this device. Nothing was written to the device."""
+
+
+class HostError(VfioMigError):
+    """The host failed: disk full, no permission on a file, out of memory."""
+
+    exit_code = 7
+
+
+class InterruptedJobError(VfioMigError):
+    """A signal or Ctrl-C ended the job; it has rolled back."""
+
+    exit_code = 130
