@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""Dirty bitmaps: bit *i* of byte *j* is page 8*j* + *i*. A bitmap of *n* pages has ceil(n / 8) bytes or more; bits from
+*n* on are ignored.
+
+Counting needs no numpy, because every save counts; the rest loads it.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vfio_mig.dirty.ranges import PageRange
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Dirty(NamedTuple):
+    """The dirty bits of *nr_pages* pages from page number *start_page* on, in exactly ceil(nr_pages / 8) bytes."""
+
+    start_page: int
+    nr_pages: int
+    bitmap: bytes
+
+    def total(self) -> int:
+        """Return how many pages are dirty."""
+        return count(self.bitmap, self.nr_pages)
+
+    def ranges(self) -> Iterator[PageRange]:
+        """Yield the dirty pages in order."""
+        return ranges(self.bitmap, self.start_page, self.nr_pages)
+
+
+def size(nr_pages: int) -> int:
+    """Return the bytes that the bitmap of *nr_pages* pages has."""
+    return (nr_pages + 7) // 8
+
+
+def trim(bitmap: Buffer, nr_pages: int) -> bytes:
+    """Return exactly the bitmap of *nr_pages* pages, bits behind the last page cleared.
+
+    :raises ValueError: it is too short.
+    """
+    length = size(nr_pages)
+    if len(bitmap) < length:
+        raise ValueError(f"{len(bitmap)} bytes are no bitmap of {nr_pages} pages")
+    trimmed = bytearray(bitmap[:length])
+    if nr_pages % 8:
+        trimmed[-1] &= (1 << nr_pages % 8) - 1
+    return bytes(trimmed)
+
+
+def count(bitmap: Buffer, nr_pages: int) -> int:
+    """Return how many of the first *nr_pages* bits are set."""
+    return int.from_bytes(trim(bitmap, nr_pages), "little").bit_count()
+
+
+def ranges(bitmap: Buffer, start_page: int, nr_pages: int) -> Iterator[PageRange]:
+    """Yield the set bits as page ranges, in order, as few as possible; bit 0 is page *start_page*."""
+    import numpy as np  # noqa: PLC0415 -- 114 ms
+
+    bits = _bits(bitmap, nr_pages)
+    # Where a bit differs from the one before it; outside the bitmap all bits are 0.
+    edges = np.flatnonzero(np.diff(bits, prepend=np.uint8(0), append=np.uint8(0))).tolist()
+    for first, end in zip(edges[::2], edges[1::2], strict=True):
+        yield PageRange(start_page + first, end - first)
+
+
+def from_ranges(page_ranges: "list[PageRange]", start_page: int, nr_pages: int) -> bytes:
+    """Return the bitmap in which exactly these pages are set; pages outside are left out."""
+    import numpy as np  # noqa: PLC0415 -- 114 ms
+
+    bits = np.zeros(nr_pages, np.uint8)
+    for range_ in page_ranges:
+        bits[max(range_.start - start_page, 0) : max(range_.end - start_page, 0)] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def union(one: Buffer, other: Buffer, nr_pages: int) -> bytes:
+    """Return the pages that are in at least one of two bitmaps of the same pages."""
+    return _combine(operator.or_, one, other, nr_pages)
+
+
+def intersection(one: Buffer, other: Buffer, nr_pages: int) -> bytes:
+    """Return the pages that are in both of two bitmaps of the same pages."""
+    return _combine(operator.and_, one, other, nr_pages)
+
+
+def difference(one: Buffer, other: Buffer, nr_pages: int) -> bytes:
+    """Return the pages that are in the first of two bitmaps of the same pages and not in the second."""
+    return _combine(lambda left, right: left & ~right, one, other, nr_pages)
+
+
+def density(bitmap: Buffer, nr_pages: int, buckets: int) -> list[float]:
+    """Return the share of dirty pages, 0 to 1, in each of *buckets* equal parts, at most one per page."""
+    import numpy as np  # noqa: PLC0415 -- 114 ms
+
+    buckets = min(buckets, nr_pages)
+    if buckets < 1:
+        return []
+    bounds = [bucket * nr_pages // buckets for bucket in range(buckets + 1)]
+    sums = np.add.reduceat(_bits(bitmap, nr_pages), bounds[:-1], dtype=np.int64)
+    return [float(share) for share in sums / np.diff(bounds)]
+
+
+def _bits(bitmap: Buffer, nr_pages: int) -> "NDArray[np.uint8]":
+    import numpy as np  # noqa: PLC0415 -- 114 ms
+
+    if len(bitmap) < size(nr_pages):
+        raise ValueError(f"{len(bitmap)} bytes are no bitmap of {nr_pages} pages")
+    return np.unpackbits(np.frombuffer(bitmap, np.uint8), count=nr_pages, bitorder="little")
+
+
+def _combine(function: Callable[[Any, Any], Any], one: Buffer, other: Buffer, nr_pages: int) -> bytes:
+    import numpy as np  # noqa: PLC0415 -- 114 ms
+
+    arrays = [np.frombuffer(trim(bitmap, nr_pages), np.uint8) for bitmap in (one, other)]
+    result: bytes = function(*arrays).tobytes()
+    return result

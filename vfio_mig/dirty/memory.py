@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: MIT
+"""Guest memory that lies in files: memfd, /dev/shm, hugetlbfs or plain, as ``FILE@GPA[:SIZE[+OFFSET]]``."""
+
+import mmap
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from typing import Final, Self
+
+from vfio_mig.dirty.ranges import ADDRESS_END, PAGE, PageRange, merge, parse_number
+from vfio_mig.errors import HostError, UsageError, errno_text
+
+CHUNK: Final = 4 << 20
+"""Bytes that are read from a file at a time."""
+
+
+class MemoryMap:
+    """A piece of guest memory: *size* bytes of a file from *offset* on are the guest's from address *gpa* on.
+
+    Before :meth:`open` the size may be 0: the rest of the file. Owns its fd and mapping.
+    """
+
+    __slots__ = ("_fd", "_mapping", "gpa", "offset", "path", "size", "writable")
+
+    def __init__(self, path: str, gpa: int, size: int = 0, offset: int = 0) -> None:
+        self.path = path
+        self.gpa = gpa
+        self.size = size
+        self.offset = offset
+        self.writable = False
+        self._fd = -1
+        self._mapping: mmap.mmap | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Take ``FILE@GPA[:SIZE[+OFFSET]]`` apart; FILE may contain @ and colons, the last @ counts.
+
+        :raises UsageError: bad syntax, or not whole pages. The file is not looked at yet.
+        """
+        path, at, place = text.rpartition("@")
+        gpa_text, colon, size_text = place.partition(":")
+        size_text, plus, offset_text = size_text.partition("+")
+        if not path or not at or (colon and not size_text) or (plus and not offset_text):
+            raise UsageError(f"memory {text!r} is not FILE@GPA[:SIZE[+OFFSET]]")
+        new = cls(
+            path,
+            parse_number(gpa_text),
+            parse_number(size_text) if colon else 0,
+            parse_number(offset_text) if plus else 0,
+        )
+        if colon and not new.size:
+            raise UsageError(f"memory {text!r} has no size")
+        new._check_pages()
+        return new
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.gpa:#x}:{self.size:#x}" + (f"+{self.offset:#x}" if self.offset else "")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pages(self) -> PageRange:
+        """The guest pages that this is."""
+        return PageRange(self.gpa // PAGE, self.size // PAGE)
+
+    def open(self, *, writable: bool = False) -> Self:
+        """Open the file and settle the size.
+
+        :param writable: for a container that is to let a device write there.
+        :raises UsageError: no regular file, or shorter than said.
+        :raises HostError: it cannot be opened.
+        """
+        try:
+            # Without O_NONBLOCK a FIFO would keep us waiting. Links are followed: /proc/PID/fd/N is a memfd's path.
+            flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+            self._fd = os.open(self.path, flags)
+            status = os.fstat(self._fd)
+        except OSError as error:
+            raise HostError(f"{self.path}: cannot open guest memory: {errno_text(error.errno or 0)}") from error
+        self.writable = writable
+        try:
+            self._settle(status)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def map(self) -> mmap.mmap:
+        """Return the memory, mapped shared; the same mapping at each call, ours to close.
+
+        Reading through it is for who must: a file that somebody shortens then kills the process (SIGBUS), and
+        reading a hole of a memfd fills it. :meth:`read` does neither.
+        """
+        if self._mapping is None:
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if self.writable else 0)
+            try:
+                self._mapping = mmap.mmap(self._fd, self.size, mmap.MAP_SHARED, protection, offset=self.offset)
+            except OSError as error:
+                raise HostError(f"{self.path}: cannot map guest memory: {errno_text(error.errno or 0)}") from error
+        return self._mapping
+
+    def read(self, gpa: int, view: memoryview) -> None:
+        """Fill *view* with guest memory from address *gpa* on, all of it inside this map.
+
+        :raises HostError: the file cannot be read or has become shorter.
+        """
+        if not self.gpa <= gpa <= gpa + len(view) <= self.gpa + self.size:
+            raise ValueError(f"{len(view)} bytes at {gpa:#x} are not in {self}")
+        offset = gpa - self.gpa + self.offset
+        while view:
+            try:
+                got = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise HostError(f"{self.path}: cannot read guest memory: {errno_text(error.errno or 0)}") from error
+            if not got:
+                raise HostError(f"{self.path}: guest memory ends at {offset:#x}: the file has become shorter")
+            view, offset = view[got:], offset + got
+
+    def close(self) -> None:
+        """Close mapping and fd; a second call does nothing.
+
+        A mapping that somebody still has a buffer of lives until that is gone.
+        """
+        mapping, self._mapping = self._mapping, None
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        if mapping is not None:
+            with suppress(BufferError):
+                mapping.close()
+
+    def _settle(self, status: os.stat_result) -> None:
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{self.path} is no regular file; guest memory must be one")
+        left = status.st_size - self.offset
+        if left <= 0 or left < self.size:
+            raise UsageError(f"{self.path} has {status.st_size} bytes, memory {self} needs more")
+        self.size = self.size or left
+        self._check_pages()
+
+    def _check_pages(self) -> None:
+        if self.gpa % PAGE or self.size % PAGE or self.offset % PAGE:
+            raise UsageError(f"memory {self} is not made of whole pages of {PAGE} bytes")
+        if self.gpa + max(self.size, PAGE) > ADDRESS_END:
+            raise UsageError(f"memory {self} is beyond 64 bits")
+
+
+class Memory:
+    """All of a guest's memory that we were told of, in order of address; a context manager that owns its maps."""
+
+    def __init__(self, maps: Sequence[MemoryMap], *, writable: bool = False) -> None:
+        """Open the maps; if one fails, the others are closed.
+
+        :raises UsageError: two of them overlap, or as :meth:`MemoryMap.open`.
+        """
+        self.maps: list[MemoryMap] = []
+        try:
+            for map_ in maps:
+                self.maps.append(map_.open(writable=writable))
+            self.maps.sort(key=lambda map_: map_.gpa)
+            self._check_overlaps()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all maps."""
+        for map_ in self.maps:
+            map_.close()
+
+    def _check_overlaps(self) -> None:
+        for one, other in pairwise(self.maps):
+            if one.pages.end > other.pages.start:
+                raise UsageError(f"memory {one} and {other} overlap")
+
+    @property
+    def ranges(self) -> list[PageRange]:
+        """The guest's pages, as few ranges as possible."""
+        return merge(map_.pages for map_ in self.maps)
+
+    @property
+    def end(self) -> int:
+        """The address behind the guest's last byte."""
+        return max((map_.gpa + map_.size for map_ in self.maps), default=0)
+
+    def find(self, page_ranges: Iterable[PageRange]) -> Iterator[tuple[MemoryMap, PageRange]]:
+        """Yield the parts of *page_ranges* that are guest memory, each within one map."""
+        for range_ in page_ranges:
+            for map_ in self.maps:
+                start, end = max(range_.start, map_.pages.start), min(range_.end, map_.pages.end)
+                if start < end:
+                    yield map_, PageRange(start, end - start)
+
+    def read(self, page_ranges: Iterable[PageRange]) -> Iterator[tuple[int, memoryview]]:
+        """Yield (guest-physical address, content) of the pages that are guest memory, at most CHUNK bytes at a time.
+
+        All contents are in one buffer that the next step overwrites. Reads through the page cache, so it sees what a
+        device and the guest's CPUs have stored; a page that is being written may be half old.
+        """
+        buffer = memoryview(bytearray(CHUNK))
+        for map_, range_ in self.find(page_ranges):
+            for gpa in range(range_.start * PAGE, range_.end * PAGE, CHUNK):
+                view = buffer[: min(CHUNK, range_.end * PAGE - gpa)]
+                map_.read(gpa, view)
+                yield gpa, view

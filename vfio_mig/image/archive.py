@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: MIT
+"""The archive: one file, or one stream, that holds a saved device. Format version 1.
+
+It is a POSIX tar, so ``tar tvf`` lists it and ``tar xf`` unpacks it. Members, in this order:
+
+``header.json``
+    A JSON object: ``format`` ("vfio-mig"), ``version`` (1), and what the saving job knows of the device.
+``state/0000``, ``state/0001``, …
+    The device state, cut into members of at most 8 MiB; joined in this order it is the state.
+``dirty/0000``, …
+    A dirty bitmap each: bit *i* of byte *j* is page 8*j* + *i* (4096 bytes each) counted from the member's
+    ``start_page``; bits past its ``nr_pages`` are zero. Both numbers are in the manifest.
+``pages/0000``, …
+    Guest memory. A little-endian u64 count *n*, then *n* pairs of u64 (guest-physical address, bytes), multiples of
+    4096, then the contents in the same order. Where a page comes again, the later one counts.
+``manifest.json``
+    The commit record: ``format``, ``version``, ``members`` (``name``, ``size``, ``sha256`` of each member before it,
+    in order, with what belongs to its kind), ``statistics``, and ``sha256`` of the manifest itself as it is without
+    this key. It is written as ``json.dumps(…, sort_keys=True, separators=(",", ":"))``.
+
+``state``, ``dirty`` and ``pages`` members may be mixed; each kind is numbered from 0000 without gaps. After the
+manifest come tar's two zero blocks and nothing else. An archive without a manifest is incomplete and is refused.
+"""
+
+import hashlib
+import json
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, Final, NamedTuple
+
+from vfio_mig.errors import ImageError
+from vfio_mig.image import tar
+from vfio_mig.image.files import host_error
+
+Buffer = bytes | bytearray | memoryview
+
+FORMAT: Final = "vfio-mig"
+VERSION: Final = 1
+CHUNK: Final = 8 << 20
+"""Content of one state or pages member, bytes at most."""
+MEMBER_MAX: Final = 16 << 20
+"""What the reader takes for one member, bytes; nothing larger is ever allocated for a size it has read."""
+HEADER_MAX: Final = 1 << 20
+MANIFEST_MAX: Final = 64 << 20
+PAGE: Final = 4096
+ADDRESS_END: Final = 1 << 64
+_SPOOL_IN_MEMORY: Final = 64 << 20
+_COUNT: Final = struct.Struct("<Q")
+_PAIR: Final = struct.Struct("<QQ")
+_KINDS: Final = ("state", "dirty", "pages")
+
+
+class Member(NamedTuple):
+    """A member as the manifest lists it, and where its content is in the file or spool it can be read again from."""
+
+    name: str
+    size: int
+    sha256: str
+    offset: int
+    extra: dict[str, int]
+
+    def entry(self) -> dict[str, Any]:
+        """Return the manifest's words."""
+        return {"name": self.name, "size": self.size, "sha256": self.sha256, **self.extra}
+
+    @property
+    def kind(self) -> str:
+        """``state``, ``dirty``, ``pages``, or the name of the header."""
+        return self.name.partition("/")[0]
+
+
+class DirtyBitmap(NamedTuple):
+    """A bitmap from an archive: first page, number of pages, ceil(nr_pages / 8) bytes."""
+
+    start_page: int
+    nr_pages: int
+    bitmap: bytes
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+class ArchiveWriter:
+    """Write an archive to a file or pipe, front to back. Not complete before :meth:`finish`; never closes the file.
+
+    :param file: where to; nothing is read back.
+    :param header: what ``header.json`` says beside format and version; values that JSON can carry.
+    :raises HostError: a write failed; what is in the file is no archive.
+    """
+
+    def __init__(self, file: BinaryIO, header: Mapping[str, Any]) -> None:
+        self._file = file
+        self._mtime = int(time.time())
+        self._members: list[Member] = []
+        self._counts = dict.fromkeys(_KINDS, 0)
+        self._finished = False
+        self._put("header.json", [_canonical({**header, "format": FORMAT, "version": VERSION})])
+
+    def add_state(self, chunks: Buffer | Iterable[Buffer]) -> int:
+        """Append device state, in pieces of any size; may be called again. Returns the bytes added."""
+        total = 0
+        pending = bytearray()
+        for chunk in [chunks] if isinstance(chunks, bytes | bytearray | memoryview) else chunks:
+            view = memoryview(chunk).cast("B")
+            total += len(view)
+            while len(pending) + len(view) >= CHUNK:
+                room = CHUNK - len(pending)
+                self._add("state", [pending, view[:room]])
+                pending, view = bytearray(), view[room:]
+            pending += view
+        if pending:
+            self._add("state", [pending])
+        return total
+
+    def add_dirty(self, start_page: int, nr_pages: int, bitmap: Buffer) -> None:
+        """Append the dirty bitmap of *nr_pages* pages from *start_page* on: ceil(nr_pages / 8) bytes."""
+        problem = _dirty_problem(start_page, nr_pages, bitmap)
+        if problem:
+            raise ValueError(problem)
+        self._add("dirty", [bitmap], start_page=start_page, nr_pages=nr_pages)
+
+    def add_pages(self, pages: Iterable[tuple[int, Buffer]]) -> int:
+        """Append guest memory: (guest-physical address, content), both whole pages. Returns the bytes added.
+
+        A buffer is copied before the next one is asked for, so it may be used again.
+        """
+        total = 0
+        ranges: list[list[int]] = []
+        content = bytearray()
+        for start, buffer in pages:
+            gpa, view = start, memoryview(buffer).cast("B")
+            if gpa % PAGE or len(view) % PAGE or not 0 <= gpa <= ADDRESS_END - len(view):
+                raise ValueError(f"no whole pages: {len(view)} bytes at {gpa:#x}")
+            total += len(view)
+            while view:
+                piece = view[: CHUNK - len(content)]
+                if ranges and sum(ranges[-1]) == gpa:
+                    ranges[-1][1] += len(piece)
+                else:
+                    ranges.append([gpa, len(piece)])
+                content += piece
+                gpa, view = gpa + len(piece), view[len(piece) :]
+                if len(content) == CHUNK:
+                    self._add("pages", [_index(ranges), content])
+                    ranges, content = [], bytearray()
+        if ranges:
+            self._add("pages", [_index(ranges), content])
+        return total
+
+    def finish(self, statistics: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write manifest and end, and return the manifest. After this the archive is whole (flush is the caller's)."""
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "members": [member.entry() for member in self._members],
+            "statistics": dict(statistics or {}),
+        }
+        manifest["sha256"] = hashlib.sha256(_canonical(manifest)).hexdigest()
+        self._put("manifest.json", [_canonical(manifest)])
+        self._write(tar.END)
+        self._finished = True
+        return manifest
+
+    def _add(self, kind: str, parts: list[Buffer], **extra: int) -> None:
+        self._put(f"{kind}/{self._counts[kind]:04d}", parts, **extra)
+        self._counts[kind] += 1
+
+    def _put(self, name: str, parts: list[Buffer], **extra: int) -> None:
+        if self._finished:
+            raise ValueError("the archive is finished")
+        size = sum(len(part) for part in parts)
+        digest = hashlib.sha256()
+        self._write(tar.header(name, size, self._mtime))
+        for part in parts:
+            self._write(part)
+            digest.update(part)
+        self._write(bytes(tar.padding(size)))
+        self._members.append(Member(name, size, digest.hexdigest(), 0, extra))
+
+    def _write(self, data: Buffer) -> None:
+        try:
+            view = memoryview(data)
+            while view:
+                # A raw (unbuffered) stream may take a part, or None when it would block.
+                written = self._file.write(view) or 0
+                view = view[written:]
+        except OSError as error:
+            raise host_error("cannot write", str(getattr(self._file, "name", "output")), error) from error
+
+
+class Archive:
+    """A whole archive: every member was there and matched its SHA-256 when :func:`read_archive` returned.
+
+    Contents are read again from the file, or from the spool that a pipe was copied to, and checked again; the file
+    must stay open. ImageError if it changed meanwhile.
+    """
+
+    def __init__(
+        self, source: BinaryIO, header: dict[str, Any], members: list[Member], manifest: dict[str, Any]
+    ) -> None:
+        self._source = source
+        self.header = header
+        self.members = members
+        self.manifest = manifest
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """What the saving job measured."""
+        statistics: dict[str, Any] = self.manifest["statistics"]
+        return statistics
+
+    @property
+    def state_size(self) -> int:
+        """Bytes of device state."""
+        return sum(member.size for member in self._of("state"))
+
+    def state_chunks(self) -> Iterator[bytes]:
+        """Yield the device state, at most MEMBER_MAX bytes at a time."""
+        return map(self._content, self._of("state"))
+
+    def state(self) -> bytes:
+        """Return the device state in one piece; compare :attr:`state_size` with what is reasonable first."""
+        return b"".join(self.state_chunks())
+
+    def dirty(self) -> Iterator[DirtyBitmap]:
+        """Yield the dirty bitmaps in the order in which they were saved."""
+        for member in self._of("dirty"):
+            yield DirtyBitmap(member.extra["start_page"], member.extra["nr_pages"], self._content(member))
+
+    def pages(self) -> Iterator[tuple[int, memoryview]]:
+        """Yield guest memory: (guest-physical address, content); where a page comes again, the later counts."""
+        for member in self._of("pages"):
+            yield from _split_pages(member.name, memoryview(self._content(member)))
+
+    def _of(self, kind: str) -> Iterator[Member]:
+        return (member for member in self.members if member.kind == kind)
+
+    def _content(self, member: Member) -> bytes:
+        try:
+            self._source.seek(member.offset)
+        except OSError as error:
+            raise host_error("cannot read", _name_of(self._source), error) from error
+        content = _read(self._source, member.size)
+        if hashlib.sha256(content).hexdigest() != member.sha256:
+            raise ImageError(f"{member.name}: the file has changed while it was used")
+        return content
+
+
+def read_archive(file: BinaryIO) -> Archive:
+    """Read a whole archive and verify it: format, order, names, sizes, every member's SHA-256, nothing behind it.
+
+    :param file: a file, read from where it stands, or a pipe, which is copied to an unnamed temporary file.
+    :raises ImageError: anything is wrong; the message names the member or the byte offset.
+    :raises HostError: reading failed, or there is no room for the copy of a pipe.
+    """
+    return _Reader(file).read()
+
+
+def _name_of(file: BinaryIO) -> str:
+    name = getattr(file, "name", None)
+    return name if isinstance(name, str) else "input"
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """Read *size* bytes, fewer at the end of the file only."""
+    parts: list[bytes] = []
+    while size:
+        try:
+            part = file.read(size)
+        except OSError as error:
+            raise host_error("cannot read", _name_of(file), error) from error
+        if not part:
+            break
+        parts.append(part)
+        size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _Reader:
+    """One pass over an archive."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.offset = 0
+        self.mtime: int | None = None
+        self.counts = dict.fromkeys(_KINDS, 0)
+        self.base = 0
+        self.spool: BinaryIO | None = None
+        if file.seekable():
+            self.base = file.tell()
+        else:
+            import tempfile  # noqa: PLC0415 -- 3 ms, for pipes alone
+
+            self.spool = tempfile.SpooledTemporaryFile(_SPOOL_IN_MEMORY)  # type: ignore[assignment]  # noqa: SIM115
+
+    def read(self) -> Archive:
+        name, content, first = self._member()
+        if name != "header.json":
+            raise ImageError(f"begins with {name!r} instead of header.json: no archive of this program")
+        header = _load_object(name, content)
+        _check_version(name, header)
+        members = [first]
+        while True:
+            name, content, member = self._member()
+            if name == "manifest.json":
+                break
+            self._check_name(name)
+            if member.kind == "pages":
+                for _ in _split_pages(name, memoryview(content)):
+                    pass
+            members.append(member)
+        manifest = _load_manifest(content)
+        members = _match(members, manifest["members"])
+        self._check_dirty(members)
+        self._check_end()
+        return Archive(self.spool or self.file, header, members, manifest)
+
+    def _member(self) -> tuple[str, bytes, Member]:
+        """Read one member whole; its size is checked before anything of that size is allocated."""
+        at = self.offset
+        block = self._take(tar.BLOCK, f"member header at {at:#x}")
+        if not any(block):
+            raise ImageError(f"ends at {at:#x} without manifest.json", hint="the save was not finished; save it again")
+        name, size, mtime = tar.parse_header(block, at)
+        if self.mtime not in (None, mtime):
+            raise ImageError(f"member header at {at:#x} has another time than the first")
+        self.mtime = mtime
+        limit = {"header.json": HEADER_MAX, "manifest.json": MANIFEST_MAX}.get(name, MEMBER_MAX)
+        if size > limit:
+            raise ImageError(f"{name}: {size} bytes are too many, at most {limit} are allowed")
+        offset = self.base + self.offset
+        content = self._take(size, name)
+        if any(self._take(tar.padding(size), name)):
+            raise ImageError(f"{name}: the padding behind it is damaged")
+        if self.spool is not None:
+            offset = self._keep(content)
+        return name, content, Member(name, size, hashlib.sha256(content).hexdigest(), offset, {})
+
+    def _take(self, size: int, what: str) -> bytes:
+        data = _read(self.file, size)
+        self.offset += len(data)
+        if len(data) < size:
+            raise ImageError(f"{what}: cut off at byte {self.offset}", hint="the file is incomplete; save it again")
+        return data
+
+    def _keep(self, content: bytes) -> int:
+        assert self.spool is not None  # noqa: S101 -- for the type checker
+        try:
+            offset = self.spool.tell()
+            self.spool.write(content)
+        except OSError as error:
+            raise host_error("cannot copy the input to it", "temporary file", error) from error
+        return offset
+
+    def _check_name(self, name: str) -> None:
+        kind = name.partition("/")[0]
+        if kind not in self.counts or name != f"{kind}/{self.counts[kind]:04d}":
+            raise ImageError(f"member {name!r} has no place here")
+        self.counts[kind] += 1
+
+    def _check_dirty(self, members: list[Member]) -> None:
+        archive = Archive(self.spool or self.file, {}, members, {})
+        here = None if self.spool else self.file.tell()
+        for bitmap in archive.dirty():
+            if problem := _dirty_problem(*bitmap):
+                raise ImageError(f"dirty bitmap: {problem}")
+        if here is not None:
+            self.file.seek(here)
+
+    def _check_end(self) -> None:
+        if any(self._take(len(tar.END), "end of the archive")):
+            raise ImageError(f"bytes behind manifest.json, before {self.offset:#x}")
+        if _read(self.file, 1):
+            raise ImageError(f"bytes behind the end of the archive, at {self.offset:#x}")
+
+
+def _load_object(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ImageError(f"{name}: no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ImageError(f"{name}: no JSON object")
+    return value
+
+
+def _check_version(name: str, value: Mapping[str, Any]) -> None:
+    if value.get("format") != FORMAT:
+        raise ImageError(f"{name}: format is {value.get('format')!r}, not {FORMAT!r}")
+    if value.get("version") != VERSION:
+        raise ImageError(f"{name}: format version {value.get('version')!r}, this program reads {VERSION}")
+
+
+def _load_manifest(content: bytes) -> dict[str, Any]:
+    name = "manifest.json"
+    manifest = _load_object(name, content)
+    _check_version(name, manifest)
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    try:
+        good = _canonical(manifest) == content
+        good = good and manifest.get("sha256") == hashlib.sha256(_canonical(rest)).hexdigest()
+    except (ValueError, RecursionError):  # NaN, lone surrogates
+        good = False
+    if not good or not isinstance(manifest.get("members"), list) or not isinstance(manifest.get("statistics"), dict):
+        raise ImageError(f"{name}: damaged")
+    return manifest
+
+
+def _match(members: list[Member], entries: list[object]) -> list[Member]:
+    """Compare what was read with what the manifest lists, and take the manifest's additions over."""
+    if len(members) != len(entries):
+        raise ImageError(f"manifest.json lists {len(entries)} members, {len(members)} are there")
+    matched = []
+    for member, entry in zip(members, entries, strict=True):
+        keys = ("start_page", "nr_pages") if member.kind == "dirty" else ()
+        if not isinstance(entry, dict) or entry.keys() != {"name", "size", "sha256", *keys}:
+            raise ImageError(f"manifest.json: bad entry for {member.name}")
+        extra = {key: entry[key] for key in keys}
+        if not all(type(value) is int for value in extra.values()):
+            raise ImageError(f"manifest.json: bad entry for {member.name}")
+        matched.append(member._replace(extra=extra))
+        if matched[-1].entry() != entry:
+            raise ImageError(f"{member.name}: differs from what manifest.json says: damaged")
+    return matched
+
+
+def _dirty_problem(start_page: int, nr_pages: int, bitmap: Buffer) -> str | None:
+    """Say what is wrong with a bitmap, if anything."""
+    if start_page < 0 or nr_pages < 0 or start_page + nr_pages > ADDRESS_END // PAGE:
+        return f"impossible range: {nr_pages} pages from page {start_page} on"
+    if len(bitmap) != (nr_pages + 7) // 8:
+        return f"{len(bitmap)} bytes for {nr_pages} pages"
+    if len(bitmap) > MEMBER_MAX:
+        return f"{nr_pages} pages are too many for one member"
+    if nr_pages % 8 and bitmap[-1] >> nr_pages % 8:
+        return f"bits set past {nr_pages} pages"
+    return None
+
+
+def _index(ranges: list[list[int]]) -> bytes:
+    return _COUNT.pack(len(ranges)) + b"".join(_PAIR.pack(*pair) for pair in ranges)
+
+
+def _split_pages(name: str, member: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield the ranges of a pages member, every bound checked first."""
+    if len(member) < _COUNT.size:
+        raise ImageError(f"{name}: too short")
+    (count,) = _COUNT.unpack_from(member)
+    content_at = _COUNT.size + count * _PAIR.size
+    if content_at > len(member):
+        raise ImageError(f"{name}: {count} ranges do not fit into {len(member)} bytes")
+    ranges = list(_PAIR.iter_unpack(member[_COUNT.size : content_at]))
+    for gpa, size in ranges:
+        if gpa % PAGE or size % PAGE or not size or gpa + size > ADDRESS_END:
+            raise ImageError(f"{name}: impossible range: {size} bytes at {gpa:#x}")
+    if sum(size for _, size in ranges) != len(member) - content_at:
+        raise ImageError(f"{name}: its ranges do not add up to its size")
+    for gpa, size in ranges:
+        yield gpa, member[content_at : content_at + size]
+        content_at += size
