@@ -27,7 +27,8 @@ import json
 import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, Final, NamedTuple
+from contextlib import suppress
+from typing import Any, BinaryIO, Final, NamedTuple, Self, cast
 
 from vfio_mig.errors import ImageError
 from vfio_mig.image import tar
@@ -193,17 +194,34 @@ class ArchiveWriter:
 class Archive:
     """A whole archive: every member was there and matched its SHA-256 when :func:`read_archive` returned.
 
-    Contents are read again from the file, or from the spool that a pipe was copied to, and checked again; the file
-    must stay open. ImageError if it changed meanwhile.
+    Contents are read again from the file and checked again (ImageError if it changed meanwhile), so the file must
+    stay open; or from the copy that was made of a pipe. A context manager, which owns that copy and not the file.
     """
 
     def __init__(
-        self, source: BinaryIO, header: dict[str, Any], members: list[Member], manifest: dict[str, Any]
+        self,
+        source: BinaryIO,
+        header: dict[str, Any],
+        members: list[Member],
+        manifest: dict[str, Any],
+        spool: BinaryIO | None = None,
     ) -> None:
-        self._source = source
+        self._source = spool or source
+        self._spool = spool
         self.header = header
         self.members = members
         self.manifest = manifest
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the copy of a pipe; a second call does nothing. The file stays open."""
+        if self._spool is not None:
+            self._spool.close()
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -255,7 +273,18 @@ def read_archive(file: BinaryIO) -> Archive:
     :raises ImageError: anything is wrong; the message names the member or the byte offset.
     :raises HostError: reading failed, or there is no room for the copy of a pipe.
     """
-    return _Reader(file).read()
+    spool: BinaryIO | None = None
+    if not file.seekable():
+        import tempfile  # noqa: PLC0415 -- 3 ms, for pipes alone
+
+        spool = cast("BinaryIO", tempfile.SpooledTemporaryFile(_SPOOL_IN_MEMORY))  # noqa: SIM115 -- Archive closes it
+    try:
+        return _Reader(file, spool).read()
+    except BaseException:
+        if spool is not None:
+            with suppress(OSError):  # what it could not write is not wanted any more
+                spool.close()
+        raise
 
 
 def _name_of(file: BinaryIO) -> str:
@@ -281,19 +310,13 @@ def _read(file: BinaryIO, size: int) -> bytes:
 class _Reader:
     """One pass over an archive."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, spool: BinaryIO | None) -> None:
         self.file = file
+        self.spool = spool
+        self.base = file.tell() if spool is None else 0
         self.offset = 0
         self.mtime: int | None = None
         self.counts = dict.fromkeys(_KINDS, 0)
-        self.base = 0
-        self.spool: BinaryIO | None = None
-        if file.seekable():
-            self.base = file.tell()
-        else:
-            import tempfile  # noqa: PLC0415 -- 3 ms, for pipes alone
-
-            self.spool = tempfile.SpooledTemporaryFile(_SPOOL_IN_MEMORY)  # type: ignore[assignment]  # noqa: SIM115
 
     def read(self) -> Archive:
         name, content, first = self._member()
@@ -312,10 +335,12 @@ class _Reader:
                     pass
             members.append(member)
         manifest = _load_manifest(content)
-        members = _match(members, manifest["members"])
-        self._check_dirty(members)
+        archive = Archive(self.file, header, _match(members, manifest["members"]), manifest, self.spool)
         self._check_end()
-        return Archive(self.spool or self.file, header, members, manifest)
+        for bitmap in archive.dirty():
+            if problem := _dirty_problem(*bitmap):
+                raise ImageError(f"dirty bitmap: {problem}")
+        return archive
 
     def _member(self) -> tuple[str, bytes, Member]:
         """Read one member whole; its size is checked before anything of that size is allocated."""
@@ -359,15 +384,6 @@ class _Reader:
         if kind not in self.counts or name != f"{kind}/{self.counts[kind]:04d}":
             raise ImageError(f"member {name!r} has no place here")
         self.counts[kind] += 1
-
-    def _check_dirty(self, members: list[Member]) -> None:
-        archive = Archive(self.spool or self.file, {}, members, {})
-        here = None if self.spool else self.file.tell()
-        for bitmap in archive.dirty():
-            if problem := _dirty_problem(*bitmap):
-                raise ImageError(f"dirty bitmap: {problem}")
-        if here is not None:
-            self.file.seek(here)
 
     def _check_end(self) -> None:
         if any(self._take(len(tar.END), "end of the archive")):

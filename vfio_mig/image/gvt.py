@@ -88,7 +88,7 @@ class Workload(NamedTuple):
 
     ring_id: int
     elsp: tuple[int, ...]
-    index: int
+    elsp_index: int
 
 
 class GvtImage(NamedTuple):
@@ -257,9 +257,9 @@ def _entries(records: dict[str, Record], name: str, layout: struct.Struct) -> It
 
 def _check_workloads(workloads: list[Workload], records: dict[str, Record]) -> None:
     for number, workload in enumerate(workloads):
-        if not 0 <= workload.ring_id < _RINGS or workload.index > _ELSP_INDEX_MAX:
+        if not 0 <= workload.ring_id < _RINGS or workload.elsp_index > _ELSP_INDEX_MAX:
             at = records["WORKLOAD"].offset + RECORD.size + number * _WORKLOAD_ENTRY.size
-            raise ImageError(f"workload at {at:#x}: impossible ring {workload.ring_id} or index {workload.index}")
+            raise ImageError(f"workload at {at:#x}: impossible ring {workload.ring_id} or index {workload.elsp_index}")
 
 
 def _warnings(image: GvtImage) -> Iterator[str]:
