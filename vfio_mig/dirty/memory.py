@@ -122,6 +122,21 @@ class MemoryMap:
                 raise HostError(f"{self.path}: guest memory ends at {offset:#x}: the file has become shorter")
             view, offset = view[got:], offset + got
 
+    def write(self, gpa: int, view: memoryview) -> None:
+        """Store *view* as guest memory from address *gpa* on, all of it inside this map.
+
+        :raises HostError: the file cannot be written.
+        """
+        if not self.gpa <= gpa <= gpa + len(view) <= self.gpa + self.size:
+            raise ValueError(f"{len(view)} bytes at {gpa:#x} are not in {self}")
+        offset = gpa - self.gpa + self.offset
+        while view:
+            try:
+                done = os.pwrite(self._fd, view, offset)
+            except OSError as error:
+                raise HostError(f"{self.path}: cannot write guest memory: {errno_text(error.errno or 0)}") from error
+            view, offset = view[done:], offset + done
+
     def close(self) -> None:
         """Close mapping and fd; a second call does nothing.
 
@@ -202,6 +217,18 @@ class Memory:
                 start, end = max(range_.start, map_.pages.start), min(range_.end, map_.pages.end)
                 if start < end:
                     yield map_, PageRange(start, end - start)
+
+    def write(self, gpa: int, view: memoryview) -> int:
+        """Store whole pages from address *gpa* on; what is no memory of ours is left out.
+
+        :returns: how many pages were stored.
+        """
+        stored = 0
+        for map_, range_ in self.find([PageRange(gpa // PAGE, len(view) // PAGE)]):
+            at = range_.start * PAGE - gpa
+            map_.write(range_.start * PAGE, view[at : at + range_.nr_pages * PAGE])
+            stored += range_.nr_pages
+        return stored
 
     def read(self, page_ranges: Iterable[PageRange]) -> Iterator[tuple[int, memoryview]]:
         """Yield (guest-physical address, content) of the pages that are guest memory, at most CHUNK bytes at a time.

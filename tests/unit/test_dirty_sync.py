@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: MIT
+"""Guest memory in files, and copying its dirty pages."""
+
+import errno
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vfio_mig.dirty.bitmap import Dirty, from_ranges
+from vfio_mig.dirty.memory import CHUNK, Memory, MemoryMap
+from vfio_mig.dirty.ranges import PageRange
+from vfio_mig.dirty.sync import Round, SparseFile, copy, sync, zero_runs
+from vfio_mig.errors import HostError, UsageError
+from vfio_mig.image.archive import ArchiveWriter, read_archive
+
+PAGE = 4096
+
+
+@contextmanager
+def memfd(content: bytes) -> Iterator[tuple[int, str]]:
+    fd = os.memfd_create("guest")
+    try:
+        os.pwrite(fd, content, 0)
+        yield fd, f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+def page(byte: int) -> bytes:
+    return bytes([byte]) * PAGE
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ram@0", ("ram", 0, 0, 0)),
+        ("/dev/shm/ram@0x100000000:1G", ("/dev/shm/ram", 1 << 32, 1 << 30, 0)),
+        ("ram@4G:1G+3G", ("ram", 4 << 30, 1 << 30, 3 << 30)),
+        ("a@b:c@1M:4K", ("a@b:c", 1 << 20, 4096, 0)),
+        ("user@host@0", ("user@host", 0, 0, 0)),
+    ],
+)
+def test_memory_is_read_as_users_write_it(text: str, expected: tuple[str, int, int, int]) -> None:
+    parsed = MemoryMap.parse(text)
+    assert (parsed.path, parsed.gpa, parsed.size, parsed.offset) == expected
+    if parsed.size:
+        again = MemoryMap.parse(str(parsed))
+        assert (again.path, again.gpa, again.size, again.offset) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["", "ram", "@0", "ram@", "ram@x", "ram@0:", "ram@0:0", "ram@1", "ram@0:1", "ram@0:4K+", "ram@0:4K+1"],
+        *["ram@0+4K", "ram@-4K", "ram@0:4K:4K", "ram@0xfffffffffffff000:8K", "ram@0x10000000000000000"],
+    ],
+)
+def test_bad_memory_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError):
+        MemoryMap.parse(text)
+
+
+@given(st.text(alphabet="ram/@:+0x1K ", max_size=14))
+def test_any_text_is_memory_or_a_usage_error(text: str) -> None:
+    try:
+        parsed = MemoryMap.parse(text)
+    except UsageError:
+        return
+    assert parsed.path
+    assert parsed.gpa % PAGE == parsed.size % PAGE == parsed.offset % PAGE == 0
+    assert parsed.gpa + parsed.size <= 1 << 64
+
+
+def test_the_size_is_the_rest_of_the_file() -> None:
+    with memfd(bytes(5 * PAGE)) as (_, path):
+        with MemoryMap(path, 0x100000).open() as whole:
+            assert (whole.size, whole.pages) == (5 * PAGE, PageRange(0x100, 5))
+        with MemoryMap(path, 0, 0, 2 * PAGE).open() as rest:
+            assert rest.size == 3 * PAGE
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "offset"),
+    [(0, 0, 0), (PAGE, 2 * PAGE, 0), (PAGE, 0, PAGE), (PAGE + 1, 0, 0), (2 * PAGE, 8192, 4096)],
+)
+def test_a_file_that_is_too_short_or_crooked_is_refused(length: int, size: int, offset: int) -> None:
+    with memfd(bytes(length)) as (_, path), pytest.raises(UsageError):
+        MemoryMap(path, 0, size, offset).open()
+
+
+def test_memory_must_be_a_regular_file_that_is_there(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, "/dev/zero"):
+        with pytest.raises(UsageError, match="is no regular file; guest memory must be one"):
+            MemoryMap(str(path), 0).open()
+    with pytest.raises(HostError, match="cannot open guest memory: ENOENT"):
+        MemoryMap(str(tmp_path / "no"), 0).open()
+    with pytest.raises(HostError, match="EISDIR"):
+        MemoryMap(str(tmp_path), 0).open(writable=True)
+
+
+def test_memory_that_overlaps_is_refused_and_closed() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with memfd(bytes(4 * PAGE)) as (_, path):
+        with pytest.raises(UsageError, match="overlap"):
+            Memory([MemoryMap(path, 0x3000), MemoryMap(path, 0)])
+        with pytest.raises(HostError):
+            Memory([MemoryMap(path, 0), MemoryMap("/no/such/file", 0x4000)])
+        with Memory([MemoryMap(path, 0x4000), MemoryMap(path, 0)]) as memory:
+            assert [map_.gpa for map_ in memory.maps] == [0, 0x4000]
+            assert memory.ranges == [PageRange(0, 8)]
+            assert memory.end == 0x8000
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_mapping_is_shared_with_the_file_and_writable_only_where_asked() -> None:
+    with memfd(page(1) + page(2)) as (fd, path):
+        with MemoryMap(path, 0, PAGE, PAGE).open(writable=True) as writable:
+            mapping = writable.map()
+            assert mapping is writable.map()
+            assert len(mapping) == PAGE
+            mapping[0] = 9
+        assert os.pread(fd, 2, PAGE) == b"\x09\x02"
+        with MemoryMap(path, 0).open() as readable, pytest.raises(TypeError):
+            readable.map()[0] = 1
+        kept = MemoryMap(path, 0).open()
+        view = memoryview(kept.map())
+        kept.close()
+        kept.close()
+        assert view[0] == 1
+        view.release()
+
+
+def test_reading_gives_the_pages_asked_for_across_maps_and_gaps() -> None:
+    with memfd(page(1) + page(2)) as (_, one), memfd(page(3) + page(4)) as (_, two):
+        maps = [MemoryMap(two, 0x4000), MemoryMap(one, 0x1000)]
+        with Memory(maps) as memory:
+            got = [(gpa, bytes(view)) for gpa, view in memory.read([PageRange(0, 5), PageRange(5, 90)])]
+    assert got == [(0x1000, page(1) + page(2)), (0x4000, page(3)), (0x5000, page(4))]
+
+
+def test_long_reads_are_cut_into_chunks() -> None:
+    with memfd(page(7) * 2000) as (_, path), Memory([MemoryMap(path, 0)]) as memory:
+        sizes = [len(view) for _, view in memory.read([PageRange(0, 2000)])]
+    assert sizes == [CHUNK, 2000 * PAGE - CHUNK]
+
+
+def test_a_file_that_becomes_shorter_is_an_error_and_not_a_crash() -> None:
+    with memfd(page(1) * 4) as (fd, path), Memory([MemoryMap(path, 0)]) as memory:
+        os.ftruncate(fd, PAGE)
+        with pytest.raises(HostError, match="guest memory ends at 0x1000: the file has become shorter"):
+            list(memory.read([PageRange(0, 4)]))
+
+
+def test_reading_a_hole_does_not_fill_it() -> None:
+    with memfd(b"") as (fd, path):
+        os.ftruncate(fd, 64 * PAGE)
+        with Memory([MemoryMap(path, 0)]) as memory:
+            assert all(not any(view) for _, view in memory.read([PageRange(0, 64)]))
+        assert os.fstat(fd).st_blocks == 0
+
+
+@given(st.lists(st.sampled_from([0, 1]), min_size=1, max_size=12), st.integers(0, PAGE - 1))
+def test_zero_runs_agree_with_the_reference(kinds: list[int], at: int) -> None:
+    data = bytearray(len(kinds) * PAGE)
+    for number, kind in enumerate(kinds):
+        data[number * PAGE + at] = kind
+    runs = list(zero_runs(memoryview(data)))
+    assert [is_zero for _, count, is_zero in runs for _ in range(count)] == [not kind for kind in kinds]
+    assert [start for start, _, _ in runs] == [sum(c for _, c, _ in runs[:i]) for i in range(len(runs))]
+    assert all(one[2] != other[2] for one, other in pairwise(runs))
+    assert list(zero_runs(memoryview(b""))) == []
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=16, max_size=16), st.integers(0, 0xFFFF)), max_size=4),
+    st.lists(st.integers(0, 2), max_size=20),
+)
+def test_after_each_round_the_file_equals_memory_where_it_was_dirty(
+    rounds: list[tuple[list[int], int]], old: list[int]
+) -> None:
+    """The reference is a bytearray; *old* is what an earlier run left in the file."""
+    base = 4
+    expected = bytearray(b"".join(map(page, old)).ljust((base + 16) * PAGE, b"\0"))
+    with memfd(b"".join(map(page, old))) as (out, _), memfd(bytes(16 * PAGE)) as (guest, path):
+        sink = SparseFile(out, "out")
+        with Memory([MemoryMap(path, base * PAGE)]) as memory:
+            for content, bits in rounds:
+                os.pwrite(guest, b"".join(map(page, content)), 0)
+                dirty, written, outside = copy(memory, [Dirty(base, 16, bits.to_bytes(2, "little"))], sink)
+                for i in range(16):
+                    if bits >> i & 1:
+                        expected[(base + i) * PAGE : (base + i + 1) * PAGE] = page(content[i])
+                assert dirty == bits.bit_count()
+                assert written == sum(1 for i in range(16) if bits >> i & 1 and content[i])
+                assert outside == 0
+            sink.finish((base + 16) * PAGE)
+        assert os.pread(out, len(expected) + 1, 0) == expected
+
+
+def test_zero_pages_become_holes() -> None:
+    with memfd(bytes(CHUNK) + page(1) + bytes(CHUNK)) as (_, path), memfd(b"") as (out, _):
+        pages = (2 * CHUNK + PAGE) // PAGE
+        with Memory([MemoryMap(path, 1 << 30)]) as memory:
+            sink = SparseFile(out, "out")
+            bitmap = from_ranges([PageRange(1 << 18, pages)], 1 << 18, pages)
+            assert copy(memory, [Dirty(1 << 18, pages, bitmap)], sink) == (pages, 1, 0)
+            sink.finish(memory.end)
+            assert os.fstat(out).st_size == memory.end
+            assert os.fstat(out).st_blocks * 512 == PAGE
+
+
+def test_a_page_that_has_become_zero_is_cleared_on_a_real_file_system(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w+b") as file:
+        sink = SparseFile(file.fileno(), "out")
+        for content in (page(1) * 4, page(1) + page(0) * 2 + page(1), page(0) * 4):
+            sink.write(PAGE, memoryview(content))
+            sink.finish(8 * PAGE)
+            assert (tmp_path / "out").read_bytes() == page(0) + content + page(0) * 3
+
+
+def test_finishing_never_shortens_a_file() -> None:
+    with memfd(page(1) * 3) as (out, _):
+        SparseFile(out, "out").finish(PAGE)
+        assert os.fstat(out).st_size == 3 * PAGE
+
+
+def test_pages_outside_the_memory_are_counted() -> None:
+    with memfd(page(1) * 2) as (_, path), memfd(b"") as (out, _), Memory([MemoryMap(path, PAGE)]) as memory:
+        assert copy(memory, [Dirty(0, 8, b"\xff")], SparseFile(out, "out")) == (8, 2, 6)
+
+
+def write_and_finish(sink: SparseFile) -> None:
+    sink.write(0, memoryview(page(1) + page(0)))
+    sink.finish(2 * PAGE)
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "match"),
+    [
+        ("pwrite", errno.ENOSPC, r"^out: cannot write: ENOSPC \(No space left on device\)$"),
+        ("pwrite", errno.EFBIG, "EFBIG .*; this file system has no files so large"),
+        ("lseek", errno.EIO, "EIO"),
+        ("fsync", errno.ENOSPC, "ENOSPC"),
+    ],
+)
+def test_a_failing_destination_is_the_hosts_error(
+    monkeypatch: pytest.MonkeyPatch, call: str, number: int, match: str
+) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with memfd(b"") as (out, _):
+        sink = SparseFile(out, "out")
+        monkeypatch.setattr(os, call, fail)
+        with pytest.raises(HostError, match=match):
+            write_and_finish(sink)
+
+
+def test_dirty_pages_go_into_the_image_too() -> None:
+    file = io.BytesIO()
+    with memfd(page(1) + page(2) + page(3)) as (_, path), Memory([MemoryMap(path, 0x10000)]) as memory:
+        writer = ArchiveWriter(file, {})
+        assert writer.add_pages(memory.read(Dirty(0x10, 3, b"\x05").ranges())) == 2 * PAGE
+        writer.finish()
+    file.seek(0)
+    assert [(gpa, bytes(view)) for gpa, view in read_archive(file).pages()] == [
+        (0x10000, page(1)),
+        (0x12000, page(3)),
+    ]
+
+
+class Guest:
+    """What the sync asks: a dirty set per round, and when the stop came."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self.counts = iter(counts)
+        self.log: list[str] = []
+
+    def fetch(self) -> list[Dirty]:
+        count = next(self.counts)
+        self.log.append(str(count))
+        return [Dirty(0, 8, bytes([(1 << count) - 1]))]
+
+    def stop(self) -> None:
+        self.log.append("stop")
+
+
+@pytest.mark.parametrize(
+    ("counts", "rounds", "log"),
+    [
+        ([5, 5, 5], 9, "5 5 stop 5"),
+        ([8, 4, 2, 2, 1], 9, "8 4 2 2 stop 1"),
+        ([8, 4, 2, 1], 3, "8 4 2 stop 1"),
+        ([3, 4, 4], 9, "3 4 stop 4"),
+        ([0, 0, 0], 9, "0 0 stop 0"),
+        ([6, 6], 1, "6 stop 6"),
+        ([6], 0, "stop 6"),
+    ],
+)
+def test_rounds_end_when_the_set_stops_shrinking_and_one_follows_the_stop(
+    counts: list[int], rounds: int, log: str
+) -> None:
+    guest, seen = Guest(counts), list[Round]()
+    with memfd(page(1) * 4) as (_, path), memfd(b"") as (out, _), Memory([MemoryMap(path, 0)]) as memory:
+        done = sync(memory, guest.fetch, SparseFile(out, "out"), guest.stop, rounds=rounds, progress=seen.append)
+    assert " ".join(guest.log) == log
+    assert seen == done
+    assert [r.stopped for r in done] == [False] * (len(done) - 1) + [True]
+    last = done[-1]
+    assert last.pages_dirty == counts[-1]
+    assert last.pages_written + last.pages_zero + last.pages_outside == last.pages_dirty
+    assert last.bytes_written == last.pages_written * PAGE
+    assert min(last.bitmap_time, last.copy_time) >= 0
+
+
+def test_what_the_guest_wrote_last_is_in_the_destination() -> None:
+    with memfd(page(1)) as (guest, path), memfd(b"") as (out, _), Memory([MemoryMap(path, 0)]) as memory:
+
+        def stop() -> None:
+            os.pwrite(guest, page(9), 0)
+
+        sync(memory, lambda: [Dirty(0, 1, b"\x01")], SparseFile(out, "out"), stop)
+        assert os.pread(out, PAGE, 0) == page(9)
