@@ -153,6 +153,29 @@ def test_long_reads_are_cut_into_chunks() -> None:
     assert sizes == [CHUNK, 2000 * PAGE - CHUNK]
 
 
+def test_writing_stores_what_is_memory_and_leaves_the_rest_out() -> None:
+    with memfd(bytes(2 * PAGE)) as (one, one_path), memfd(bytes(2 * PAGE)) as (two, two_path):
+        with Memory([MemoryMap(one_path, 0x1000), MemoryMap(two_path, 0x3000)], writable=True) as memory:
+            assert memory.write(0x2000, memoryview(page(1) + page(2))) == 2
+            assert memory.write(0x4000, memoryview(page(3) + page(4))) == 1
+            assert memory.write(0x9000, memoryview(page(5))) == 0
+        assert os.pread(one, 2 * PAGE, 0) == page(0) + page(1)
+        assert os.pread(two, 3 * PAGE, 0) == page(2) + page(3)
+
+
+def test_hugetlbfs_without_write_is_written_through_the_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(*_: Any) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with memfd(bytes(3 * PAGE)) as (fd, path):
+        with MemoryMap(path, 0x1000, 2 * PAGE, PAGE).open(writable=True) as memory:
+            monkeypatch.setattr(os, "pwrite", pwrite)
+            memory.write(0x2000, memoryview(page(1)))
+        assert os.pread(fd, 3 * PAGE, 0) == page(0) * 2 + page(1)
+        with MemoryMap(path, 0).open() as memory, pytest.raises(HostError, match="cannot write guest memory: EINVAL"):
+            memory.write(0, memoryview(page(1)))
+
+
 def test_a_file_that_becomes_shorter_is_an_error_and_not_a_crash() -> None:
     with memfd(page(1) * 4) as (fd, path), Memory([MemoryMap(path, 0)]) as memory:
         os.ftruncate(fd, PAGE)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Guest memory that lies in files: memfd, /dev/shm, hugetlbfs or plain, as ``FILE@GPA[:SIZE[+OFFSET]]``."""
 
+import errno
 import mmap
 import os
 import stat
@@ -134,6 +135,10 @@ class MemoryMap:
             try:
                 done = os.pwrite(self._fd, view, offset)
             except OSError as error:
+                if error.errno == errno.EINVAL and self.writable:  # hugetlbfs has no write(2)
+                    at = offset - self.offset
+                    self.map()[at : at + len(view)] = view
+                    return
                 raise HostError(f"{self.path}: cannot write guest memory: {errno_text(error.errno or 0)}") from error
             view, offset = view[done:], offset + done
 
