@@ -60,7 +60,7 @@ def count(bitmap: Buffer, nr_pages: int) -> int:
 
 def ranges(bitmap: Buffer, start_page: int, nr_pages: int) -> Iterator[PageRange]:
     """Yield the set bits as page ranges, in order, as few as possible; bit 0 is page *start_page*."""
-    import numpy as np  # noqa: PLC0415 -- 114 ms
+    import numpy as np
 
     bits = _bits(bitmap, nr_pages)
     # Where a bit differs from the one before it; outside the bitmap all bits are 0.
@@ -71,7 +71,7 @@ def ranges(bitmap: Buffer, start_page: int, nr_pages: int) -> Iterator[PageRange
 
 def from_ranges(page_ranges: "list[PageRange]", start_page: int, nr_pages: int) -> bytes:
     """Return the bitmap in which exactly these pages are set; pages outside are left out."""
-    import numpy as np  # noqa: PLC0415 -- 114 ms
+    import numpy as np
 
     bits = np.zeros(nr_pages, np.uint8)
     for range_ in page_ranges:
@@ -96,7 +96,7 @@ def difference(one: Buffer, other: Buffer, nr_pages: int) -> bytes:
 
 def density(bitmap: Buffer, nr_pages: int, buckets: int) -> list[float]:
     """Return the share of dirty pages, 0 to 1, in each of *buckets* equal parts, at most one per page."""
-    import numpy as np  # noqa: PLC0415 -- 114 ms
+    import numpy as np
 
     buckets = min(buckets, nr_pages)
     if buckets < 1:
@@ -107,7 +107,7 @@ def density(bitmap: Buffer, nr_pages: int, buckets: int) -> list[float]:
 
 
 def _bits(bitmap: Buffer, nr_pages: int) -> "NDArray[np.uint8]":
-    import numpy as np  # noqa: PLC0415 -- 114 ms
+    import numpy as np
 
     if len(bitmap) < size(nr_pages):
         raise ValueError(f"{len(bitmap)} bytes are no bitmap of {nr_pages} pages")
@@ -115,7 +115,7 @@ def _bits(bitmap: Buffer, nr_pages: int) -> "NDArray[np.uint8]":
 
 
 def _combine(function: Callable[[Any, Any], Any], one: Buffer, other: Buffer, nr_pages: int) -> bytes:
-    import numpy as np  # noqa: PLC0415 -- 114 ms
+    import numpy as np
 
     arrays = [np.frombuffer(trim(bitmap, nr_pages), np.uint8) for bitmap in (one, other)]
     result: bytes = function(*arrays).tobytes()

@@ -118,7 +118,7 @@ def zero_runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
         yield 0, 1, bytes(view) == _ZERO_PAGE
         return
 
-    import numpy as np  # noqa: PLC0415 -- 114 ms
+    import numpy as np
 
     pages = np.frombuffer(view, np.uint64).reshape(-1, PAGE // 8)
     zero = np.equal(pages.max(axis=1, initial=0), 0)

@@ -275,7 +275,7 @@ def read_archive(file: BinaryIO) -> Archive:
     """
     spool: BinaryIO | None = None
     if not file.seekable():
-        import tempfile  # noqa: PLC0415 -- 3 ms, for pipes alone
+        import tempfile
 
         spool = cast("BinaryIO", tempfile.SpooledTemporaryFile(_SPOOL_IN_MEMORY))  # noqa: SIM115 -- Archive closes it
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# ruff: noqa: PTH105, PTH108, PTH118, PTH119, PTH120 -- pathlib costs 9 ms, in the command that stops a device
+
 """Output files that are whole or not there."""
 
 import errno

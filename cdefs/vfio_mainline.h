@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: (GPL-2.0-only WITH Linux-syscall-note) OR MIT */
+/*
+ * The part of mainline's <linux/vfio.h> that vfio_mig uses. A test compares
+ * every size, offset and constant with the system's own header. See gvt_rfc.h
+ * for the rules that this file's syntax follows.
+ */
+#ifndef VFIO_MIG_VFIO_MAINLINE_H
+#define VFIO_MIG_VFIO_MAINLINE_H
+
+#include <linux/types.h>
+
+#define VFIO_API_VERSION 0
+#define VFIO_TYPE1_IOMMU 1
+#define VFIO_TYPE1v2_IOMMU 3
+
+#define VFIO_GROUP_FLAGS_VIABLE 0x1
+#define VFIO_GROUP_FLAGS_CONTAINER_SET 0x2
+
+struct vfio_group_status {
+	__u32 argsz;
+	__u32 flags;
+};
+
+struct vfio_info_cap_header {
+	__u16 id;
+	__u16 version;
+	__u32 next;
+};
+
+#define VFIO_DEVICE_FLAGS_RESET 0x1
+#define VFIO_DEVICE_FLAGS_PCI 0x2
+#define VFIO_DEVICE_FLAGS_PLATFORM 0x4
+#define VFIO_DEVICE_FLAGS_AMBA 0x8
+#define VFIO_DEVICE_FLAGS_CCW 0x10
+#define VFIO_DEVICE_FLAGS_AP 0x20
+#define VFIO_DEVICE_FLAGS_FSL_MC 0x40
+#define VFIO_DEVICE_FLAGS_CAPS 0x80
+
+struct vfio_device_info {
+	__u32 argsz;
+	__u32 flags;
+	__u32 num_regions;
+	__u32 num_irqs;
+	__u32 cap_offset;
+};
+
+#define VFIO_REGION_INFO_FLAG_READ 0x1
+#define VFIO_REGION_INFO_FLAG_WRITE 0x2
+#define VFIO_REGION_INFO_FLAG_MMAP 0x4
+#define VFIO_REGION_INFO_FLAG_CAPS 0x8
+
+struct vfio_region_info {
+	__u32 argsz;
+	__u32 flags;
+	__u32 index;
+	__u32 cap_offset;
+	__u64 size;
+	__u64 offset;
+};
+
+#define VFIO_REGION_INFO_CAP_SPARSE_MMAP 1
+#define VFIO_REGION_INFO_CAP_TYPE 2
+
+struct vfio_region_sparse_mmap_area {
+	__u64 offset;
+	__u64 size;
+};
+
+struct vfio_region_info_cap_sparse_mmap {
+	struct vfio_info_cap_header header;
+	__u32 nr_areas;
+	__u32 reserved;
+	struct vfio_region_sparse_mmap_area areas[];
+};
+
+struct vfio_region_info_cap_type {
+	struct vfio_info_cap_header header;
+	__u32 type;
+	__u32 subtype;
+};
+
+#define VFIO_PCI_BAR0_REGION_INDEX 0
+#define VFIO_PCI_BAR2_REGION_INDEX 2
+#define VFIO_PCI_ROM_REGION_INDEX 6
+#define VFIO_PCI_CONFIG_REGION_INDEX 7
+#define VFIO_PCI_VGA_REGION_INDEX 8
+
+#define VFIO_DMA_MAP_FLAG_READ 0x1
+#define VFIO_DMA_MAP_FLAG_WRITE 0x2
+
+struct vfio_iommu_type1_dma_map {
+	__u32 argsz;
+	__u32 flags;
+	__u64 vaddr;
+	__u64 iova;
+	__u64 size;
+};
+
+#define VFIO_DEVICE_FEATURE_MASK 0xffff
+#define VFIO_DEVICE_FEATURE_GET 0x10000
+#define VFIO_DEVICE_FEATURE_SET 0x20000
+#define VFIO_DEVICE_FEATURE_PROBE 0x40000
+
+struct vfio_device_feature {
+	__u32 argsz;
+	__u32 flags;
+	__u8 data[];
+};
+
+#define VFIO_DEVICE_FEATURE_MIGRATION 1
+#define VFIO_MIGRATION_STOP_COPY 0x1
+#define VFIO_MIGRATION_P2P 0x2
+#define VFIO_MIGRATION_PRE_COPY 0x4
+
+struct vfio_device_feature_migration {
+	__u64 flags;
+};
+
+#endif

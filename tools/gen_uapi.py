@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Make ``vfio_mig/uapi/_generated.py`` and its stub from the headers in ``cdefs/``.
+
+Usage: python -m tools.gen_uapi [OUTPUT_DIRECTORY]
+
+cffi's out-of-line ABI mode: at run time neither compiler nor parser is needed. The output depends on the headers
+alone; a unit test compares it with what is committed.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Final
+
+from cffi import FFI
+
+ROOT: Final = Path(__file__).parent.parent
+CDEFS: Final = ROOT / "cdefs"
+HEADERS: Final = ("vfio_mainline.h", "gvt_rfc.h", "gvt_image.h", "gvt_pvinfo.h")
+MODULE: Final = "vfio_mig.uapi._generated"
+
+TYPES: Final = """
+typedef uint8_t __u8;
+typedef uint16_t __u16;
+typedef uint32_t __u32;
+typedef uint64_t __u64;
+typedef int32_t __s32;
+"""
+# What only a C compiler needs; every other directive must be one that cffi reads, or fail there
+COMPILER_LINE: Final = re.compile(r"#include <linux/types\.h>|#ifndef VFIO_MIG_\w+_H|#define VFIO_MIG_\w+_H|#endif")
+DEFINE: Final = re.compile(r"#define (\w+) (?:0x[0-9a-fA-F]+|\d+)$", re.MULTILINE)
+STRUCT: Final = re.compile(r"^struct (\w+) \{$(.*?)^\};$", re.MULTILINE | re.DOTALL)
+FIELD: Final = re.compile(r"^\t(struct \w+|\w+) (\w+)(\[\w*\])?;", re.MULTILINE)
+
+
+def without_compiler_lines(text: str) -> str:
+    """Drop guards and includes; nothing else."""
+    return "\n".join(line for line in text.splitlines() if not COMPILER_LINE.fullmatch(line.strip())) + "\n"
+
+
+def declarations(cdefs: Path = CDEFS) -> str:
+    """Return all headers as one text for cffi."""
+    return "".join(without_compiler_lines((cdefs / name).read_text(encoding="ascii")) for name in HEADERS)
+
+
+def write_module(text: str, directory: Path) -> None:
+    """Let cffi write the module."""
+    ffi = FFI()
+    ffi.cdef(TYPES + text)
+    ffi.set_source(MODULE, None)
+    ffi.emit_python_code(str(directory / "_generated.py"))
+
+
+def _field_type(kind: str, array: str | None) -> str:
+    if kind.startswith("struct "):
+        name = kind.removeprefix("struct ")
+        return f"Array[{name}]" if array else name
+    return "Array[int]" if array else "int"
+
+
+def _stub_struct(name: str, body: str) -> str:
+    fields = [f"    {field}: {_field_type(kind, array)}" for kind, field, array in FIELD.findall(body)]
+    return f"class {name}(CData):\n" + "\n".join(fields) + "\n"
+
+
+STUB_HEAD: Final = """# SPDX-License-Identifier: MIT
+# Made by tools/gen_uapi.py from cdefs/*.h; do not edit.
+from collections.abc import Mapping
+from typing import Any, Generic, Literal, TypeVar, overload
+
+T = TypeVar("T")
+
+class CData: ...
+
+class Array(CData, Generic[T]):
+    def __getitem__(self, index: int) -> T: ...
+    def __setitem__(self, index: int, value: T) -> None: ...
+    def __len__(self) -> int: ...
+
+"""
+
+
+def write_stub(text: str, directory: Path) -> None:
+    """Write the types that mypy sees: a class per struct, an overload of new() for each."""
+    structs = STRUCT.findall(text)
+    constants = DEFINE.findall(text)
+    new = [
+        f'    @overload\n    def new(self, cdecl: Literal["struct {name} *"], '
+        f"init: Mapping[str, Any] = ..., /) -> {name}: ..."
+        for name, _ in structs
+    ]
+    names = [f'"struct {name}"' for name, _ in structs]
+    ffi = [
+        "class _FFI:",
+        *new,
+        '    @overload\n    def new(self, cdecl: Literal["int *"], init: int = ..., /) -> Array[int]: ...',
+        f"    def sizeof(self, cdecl: CData | Literal[{', '.join(names)}], /) -> int: ...",
+        f"    def offsetof(self, cdecl: Literal[{', '.join(names)}], field: str, /) -> int: ...",
+        f"    def integer_const(self, name: Literal[{', '.join(map(repr, constants))}], /) -> int: ...".replace(
+            "'", '"'
+        ),
+        "    def buffer(self, cdata: CData, size: int = ..., /) -> bytearray: ...",
+        "\nffi: _FFI",
+    ]
+    body = "\n".join(_stub_struct(name, fields) for name, fields in structs)
+    (directory / "_generated.pyi").write_text(STUB_HEAD + body + "\n" + "\n".join(ffi) + "\n", encoding="ascii")
+
+
+def main() -> None:
+    """Write both files."""
+    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "vfio_mig" / "uapi"
+    text = declarations()
+    write_module(text, directory)
+    write_stub(text, directory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""``status``, ``stop``, ``start``, ``reset``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from vfio_mig.cli.output import pid_option, print_json, settings_of
+
+if TYPE_CHECKING:
+    from vfio_mig.cli.main import Options
+    from vfio_mig.jobs.control import Done
+
+PAST = {"stop": "stopped", "start": "started", "reset": "reset"}
+
+
+def _report(options: Options, done: Done) -> None:
+    if options.as_json:
+        print_json(done._asdict())
+    elif not options.quiet:
+        click.echo(f"{done.device}: {PAST[done.action]} in {done.seconds * 1e3:.1f} ms")
+
+
+@click.command("stop")
+@click.argument("device")
+@pid_option
+@click.pass_obj
+def stop_command(options: Options, device: str, pid: int | None) -> None:
+    """Stop DEVICE and leave it stopped; running work finishes, queued work stays queued.
+
+    The device must be open in some process, as a stop ends with the last close: see `vfio-mig hold`.
+    (In mdevctl, `stop` removes the mdev; here it pauses the device.)
+
+    \b
+    Example: vfio-mig stop 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
+    """
+    from vfio_mig.jobs.control import stop_device
+
+    _report(options, stop_device(device, settings_of(options, pid)))
+
+
+@click.command("start")
+@click.argument("device")
+@pid_option
+@click.pass_obj
+def start_command(options: Options, device: str, pid: int | None) -> None:
+    """Let a stopped DEVICE go on; its queued work runs.
+
+    \b
+    Example: vfio-mig start 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
+    """
+    from vfio_mig.jobs.control import start_device
+
+    _report(options, start_device(device, settings_of(options, pid)))
+
+
+@click.command("reset")
+@click.argument("device")
+@click.option("--force", is_flag=True, help="Also when another process uses the device.")
+@pid_option
+@click.pass_obj
+def reset_command(options: Options, device: str, *, force: bool, pid: int | None) -> None:
+    """Reset DEVICE: its registers, queued work and interrupts are lost.
+
+    \b
+    Example: vfio-mig reset 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
+    """
+    from vfio_mig.jobs.control import reset_device
+
+    _report(options, reset_device(device, settings_of(options, pid), force=force))
+
+
+@click.command("status")
+@click.argument("device")
+@pid_option
+@click.pass_obj
+def status_command(options: Options, device: str, pid: int | None) -> None:
+    """Tell who has DEVICE open and which protocol it speaks; opens nothing that is closed.
+
+    The 2017 RFC has no way to ask whether a device runs: an open one is `unknown`.
+
+    \b
+    Example: vfio-mig --json status 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
+    """
+    from vfio_mig.jobs.control import device_status
+
+    status = device_status(device, settings_of(options, pid))
+    if options.as_json:
+        print_json(status._asdict())
+        return
+    holder = "nobody" if status.holder_pid is None else f"PID {status.holder_pid} ({status.holder})"
+    click.echo(f"{status.device}: {status.state}; {status.kind} {status.type}, open in {holder}")
+    if status.protocol is not None:
+        click.echo(f"protocol: {status.protocol}")

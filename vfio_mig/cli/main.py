@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""The command line's frame: global options, commands loaded when they are called, errors, signals."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from vfio_mig import __version__
+from vfio_mig.errors import InterruptedJobError, VfioMigError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+COMMANDS = {  # command: module below vfio_mig.cli
+    "dirty": "transfer",
+    "hold": "hold",
+    "info": "devices",
+    "list": "devices",
+    "mdev": "mdev",
+    "reset": "control",
+    "restore": "transfer",
+    "save": "transfer",
+    "start": "control",
+    "status": "control",
+    "stop": "control",
+    "sync": "transfer",
+}
+
+
+class Lazy(click.Group):
+    """A group that imports a command's module only to run it, or to tell about it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Name every command."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import one command."""
+        module_name = COMMANDS.get(cmd_name)
+        if module_name is None:
+            return None
+        import importlib
+
+        module = importlib.import_module(f"vfio_mig.cli.{module_name}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+
+class Options:
+    """The global options, as every command finds them in its context."""
+
+    __slots__ = ("abi", "as_json", "quiet", "uapi_header", "verbose")
+
+    def __init__(self, *, as_json: bool, verbose: bool, quiet: bool, abi: str, uapi_header: str | None) -> None:
+        self.as_json = as_json
+        self.verbose = verbose
+        self.quiet = quiet
+        self.abi = abi
+        self.uapi_header = uapi_header
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vfio-mig", message="%(prog)s %(version)s")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: sizes in bytes, times in seconds.")
+@click.option("-v", "--verbose", is_flag=True, help="Say on stderr how the device was reached and what is being done.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and what was asked for.")
+@click.option("--abi", default="auto", show_default=True, metavar="NAME", help="Accept this protocol only: gvt-rfc.")
+@click.option(
+    "--uapi-header",
+    metavar="FILE",
+    envvar="VFIO_MIG_UAPI_HEADER",
+    help="Take the RFC's numbers from this linux/vfio.h of a patched kernel.",
+)
+@click.pass_context
+def cli(ctx: click.Context, *, as_json: bool, verbose: bool, quiet: bool, abi: str, uapi_header: str | None) -> None:
+    """Stop, save and restore VFIO devices without a VMM in the way.
+
+    DEVICE is an mdev's UUID, a PCI address, a path in /sys, or /dev/vfio/N for a group of one device.
+
+    \b
+    Example: move a vGPU's state from one device to another
+      vfio-mig hold $A & vfio-mig hold $B &
+      vfio-mig save $A gpu.vfm
+      vfio-mig restore $B gpu.vfm --start
+
+    \b
+    Exit codes: 0 done, 2 wrong usage, 3 no such device or it cannot be opened, 4 not supported by the device,
+    5 the device or kernel failed, 6 the image is invalid or does not fit, 7 the host failed, 130 interrupted.
+    """
+    ctx.obj = Options(as_json=as_json, verbose=verbose, quiet=quiet, abi=abi, uapi_header=uapi_header)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    raise KeyboardInterrupt
+
+
+def _fail(error: VfioMigError) -> NoReturn:
+    click.echo(f"vfio-mig: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+def main() -> NoReturn:
+    """Run the command line; the one place where an error becomes a line and an exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        sys.exit(cli.main(prog_name="vfio-mig", standalone_mode=False) or 0)
+    except VfioMigError as error:
+        _fail(error)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail(InterruptedJobError("interrupted; what was begun has been undone"))
+    except BrokenPipeError:
+        # whoever read our output is gone; nothing more can be said there
+        sys.stderr.close()
+        sys.exit(InterruptedJobError.exit_code)

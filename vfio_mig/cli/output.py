@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""What the commands have in common: settings from the global options, printing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from vfio_mig.cli.main import Options
+    from vfio_mig.dirty.memory import MemoryMap
+    from vfio_mig.dirty.ranges import PageRange
+    from vfio_mig.jobs.session import Settings
+
+
+def settings_of(options: Options, pid: int | None = None) -> Settings:
+    """Turn the global options into what the jobs take."""
+    from vfio_mig.jobs.session import Settings
+
+    return Settings(abi=options.abi, uapi_header=options.uapi_header, pid=pid)
+
+
+def print_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """Print one JSON document, keys in the order given."""
+    import json
+
+    click.echo(json.dumps(value, indent=2))
+
+
+def say(options: Options, text: str) -> None:
+    """Print a sentence on what was done, unless the user wants quiet; to stderr, as stdout may be the image."""
+    if not options.quiet:
+        click.echo(text, err=True)
+
+
+memory_option = click.option(
+    "--memory",
+    multiple=True,
+    metavar="FILE@GPA[:SIZE]",
+    help="Guest memory: FILE is the guest's from address GPA on (repeatable).",
+)
+range_option = click.option(
+    "--range",
+    "ranges",
+    multiple=True,
+    metavar="START[+LENGTH|-END]",
+    help="Guest addresses to ask for (repeatable); by default those of --memory, else the first 4 GiB.",
+)
+pid_option = click.option("--pid", type=click.IntRange(min=1), help="Borrow the device from this process.")
+
+
+def parse_memory(texts: Sequence[str]) -> list[MemoryMap]:
+    """Parse every --memory; the files are not opened yet."""
+    if not texts:
+        return []
+    from vfio_mig.dirty.memory import MemoryMap
+
+    return [MemoryMap.parse(text) for text in texts]
+
+
+def parse_ranges(texts: Sequence[str]) -> list[PageRange]:
+    """Parse every --range."""
+    if not texts:
+        return []
+    from vfio_mig.dirty.ranges import parse_range
+
+    return [parse_range(text) for text in texts]

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: MIT
+"""Open a device through its group and a type1 container, or borrow it from the process that has done so."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Final, Protocol
+
+from vfio_mig import uapi
+from vfio_mig.device import Device
+from vfio_mig.errors import DeviceBusyError, DeviceNotFoundError, OpenError, errno_text
+from vfio_mig.host.holders import duplicate_fd, find_holder
+from vfio_mig.uapi import IoctlError, ffi
+
+if TYPE_CHECKING:
+    import mmap
+    from collections.abc import Sequence
+
+    from vfio_mig.host.discover import HostDevice
+    from vfio_mig.host.holders import Holder
+
+CONTAINER: Final = "/dev/vfio/vfio"
+_TYPE1V2: Final = ffi.integer_const("VFIO_TYPE1v2_IOMMU")
+_VIABLE: Final = ffi.integer_const("VFIO_GROUP_FLAGS_VIABLE")
+_READ_WRITE: Final = ffi.integer_const("VFIO_DMA_MAP_FLAG_READ") | ffi.integer_const("VFIO_DMA_MAP_FLAG_WRITE")
+
+_GROUP_HINTS: Final = {
+    errno.ENOENT: "is the device bound to a VFIO driver, and udev running?",
+    errno.EACCES: "run as root, or give this user the group's node",
+    errno.EPERM: "a no-IOMMU group needs CAP_SYS_RAWIO",
+}
+_CONTAINER_HINTS: Final = {
+    errno.ENOENT: "load the module: modprobe vfio",
+    errno.ENODEV: "load the module: modprobe vfio_iommu_type1",
+    errno.EPERM: "another device of its group belongs to a host driver",
+    errno.EACCES: "run as root, or give this user /dev/vfio/vfio",
+}
+
+
+class GuestMemory(Protocol):
+    """A piece of guest memory: *size* bytes at guest-physical address *gpa*, mapped into this process by map()."""
+
+    gpa: int
+    size: int
+
+    def map(self) -> mmap.mmap:
+        """Return the memory, mapped shared and writable; stays the owner's."""
+
+
+def open_device(device: HostDevice, *, memory: Sequence[GuestMemory] = (), pid: int | None = None) -> Device:
+    """Open a device; when our own holder has it, or the process *pid* is named, borrow it there.
+
+    :param memory: mapped for the device's DMA at its guest-physical addresses, when it is opened and not borrowed.
+    :raises DeviceBusyError: another process has it.
+    :raises OpenError: it cannot be opened; the message has the errno and what to do.
+    """
+    if device.node is None:
+        raise OpenError("it has no IOMMU group", device=device.name, hint="is its VFIO driver loaded?")
+    holder = find_holder(device, pid)
+    if pid is not None and holder is None:
+        raise DeviceBusyError(f"PID {pid} does not have its group open", device=device.name, hint="leave out --pid")
+    if holder is not None:
+        if pid is None and not holder.is_hold:
+            raise _busy(device, holder)
+        return _borrow(device, holder)
+    return _open_group(device, device.node, memory)
+
+
+def _busy(device: HostDevice, holder: Holder | None) -> DeviceBusyError:
+    if holder is None:
+        return DeviceBusyError(
+            f"{device.node} is open in another process: EBUSY (Device or resource busy)",
+            device=device.name,
+            hint="run as root to see which",
+        )
+    return DeviceBusyError(
+        f"it is open in PID {holder.pid} ({holder.command})",
+        device=device.name,
+        hint=f"borrow it with --pid {holder.pid}, or end that process",
+    )
+
+
+def _borrow(device: HostDevice, holder: Holder) -> Device:
+    """Have the holder's own group give us a second fd of the device, so the kernel vouches for what it is."""
+    group = duplicate_fd(device, holder)
+    try:
+        fd = _get_device_fd(device, group)
+    finally:
+        os.close(group)
+    return Device(device.name, fd, how="borrowed", holder=holder)
+
+
+def _get_device_fd(device: HostDevice, group: int) -> int:
+    try:
+        return uapi.call(group, uapi.GROUP_GET_DEVICE_FD, bytearray(device.name.encode() + b"\0"))
+    except IoctlError as error:
+        if error.errno == errno.ENODEV:
+            raise DeviceNotFoundError(f"group {device.group} does not have it: {error}", device=device.name) from error
+        raise OpenError(str(error), device=device.name) from error
+
+
+def _open_node(device: HostDevice, path: str, hints: dict[int, str]) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise _busy(device, find_holder(device)) from error
+        raise OpenError(
+            f"cannot open {path}: {errno_text(error.errno or 0)}",
+            device=device.name,
+            hint=hints.get(error.errno or 0),
+        ) from error
+
+
+def _open_group(device: HostDevice, node: str, memory: Sequence[GuestMemory]) -> Device:
+    owned: list[int] = []
+    try:
+        group = _open_node(device, node, _GROUP_HINTS)
+        owned.append(group)
+        container = _open_node(device, CONTAINER, _CONTAINER_HINTS)
+        owned.append(container)
+        _join(device, group, container)
+        for piece in memory:
+            _map(device, container, piece)
+        return Device(device.name, _get_device_fd(device, group), owned=owned)
+    except BaseException:
+        for fd in owned:
+            os.close(fd)
+        raise
+
+
+def _join(device: HostDevice, group: int, container: int) -> None:
+    """Put the group into the container and give that an IOMMU: v2, as only that can track dirty pages."""
+    try:
+        status = ffi.new("struct vfio_group_status *", {"argsz": ffi.sizeof("struct vfio_group_status")})
+        uapi.call(group, uapi.GROUP_GET_STATUS, status)
+        if not status.flags & _VIABLE:
+            raise OpenError(
+                f"group {device.group} is not viable",
+                device=device.name,
+                hint="bind every device of the group to a VFIO driver, or to none",
+            )
+        uapi.call(group, uapi.GROUP_SET_CONTAINER, ffi.new("int *", container))
+        uapi.call(container, uapi.SET_IOMMU, _TYPE1V2)
+    except IoctlError as error:
+        raise OpenError(str(error), device=device.name, hint=_CONTAINER_HINTS.get(error.errno or 0)) from error
+
+
+def _map(device: HostDevice, container: int, piece: GuestMemory) -> None:
+    import ctypes
+
+    mapping = piece.map()
+    pinned = ctypes.c_char.from_buffer(mapping)  # holds the mapping only as long as its address is asked for
+    request = ffi.new(
+        "struct vfio_iommu_type1_dma_map *",
+        {
+            "argsz": ffi.sizeof("struct vfio_iommu_type1_dma_map"),
+            "flags": _READ_WRITE,
+            "vaddr": ctypes.addressof(pinned),
+            "iova": piece.gpa,
+            "size": piece.size,
+        },
+    )
+    del pinned
+    try:
+        uapi.call(container, uapi.IOMMU_MAP_DMA, request)
+    except IoctlError as error:
+        raise OpenError(f"guest memory {piece}: {error}", device=device.name) from error

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""Stop, start, reset and ask a device."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from vfio_mig.errors import UsageError
+from vfio_mig.jobs.session import Settings, find, holder_of, open_session, require_holder
+
+
+class Done(NamedTuple):
+    """One thing done to one device.
+
+    :param action: ``stop``, ``start`` or ``reset``.
+    :param seconds: time from the request to the device's answer.
+    """
+
+    device: str
+    action: str
+    seconds: float
+
+
+class Status(NamedTuple):
+    """What can be said of a device.
+
+    :param holder_pid: process that has it open, None when nobody has.
+    :param protocol: name of the migration protocol; None when nobody holds the device, as only an open device tells.
+    :param state: ``closed``, or ``unknown``: the RFC has no way to ask whether a device runs.
+    """
+
+    device: str
+    kind: str
+    type: str
+    holder_pid: int | None
+    holder: str | None
+    protocol: str | None
+    state: str
+
+
+def _timed(name: str, action: str, settings: Settings | None) -> Done:
+    with open_session(name, settings) as session:
+        request = getattr(session.protocol, action)
+        began = time.perf_counter()
+        request()
+        return Done(session.device.name, action, time.perf_counter() - began)
+
+
+def stop_device(name: str, settings: Settings | None = None) -> Done:
+    """Stop a device that some process keeps open; its running work finishes, queued work stays queued.
+
+    :raises DeviceBusyError: nobody has it open, so the stop would not outlive this call.
+    :raises DeviceError: the kernel refused; the device still runs.
+    """
+    require_holder(find(name), "stop")
+    return _timed(name, "stop", settings)
+
+
+def start_device(name: str, settings: Settings | None = None) -> Done:
+    """Let a stopped device go on.
+
+    :raises DeviceBusyError: nobody has it open; a device starts by itself when it is opened.
+    """
+    require_holder(find(name), "start")
+    return _timed(name, "start", settings)
+
+
+def reset_device(name: str, settings: Settings | None = None, *, force: bool = False) -> Done:
+    """Reset a device: registers, queued work and interrupts are lost.
+
+    :param force: also when it is borrowed from a process that is not our own holder.
+    :raises UsageError: it belongs to somebody else, and *force* is not set.
+    """
+    found = find(name)
+    holder = holder_of(found)
+    if holder is not None and not holder.is_hold and not force:
+        raise UsageError(
+            f"a reset would take the device's interrupts and registers away from PID {holder.pid} ({holder.command})",
+            device=found.name,
+            hint="use --force if that is what you want",
+        )
+    return _timed(name, "reset", settings)
+
+
+def device_status(name: str, settings: Settings | None = None) -> Status:
+    """Tell who has a device open and what it speaks; opens nothing that is closed."""
+    found = find(name)
+    holder = holder_of(found)
+    protocol = None
+    if holder is not None and (holder.is_hold or (settings is not None and settings.pid is not None)):
+        with open_session(name, settings) as session:
+            protocol = session.protocol.name
+    return Status(
+        found.name,
+        found.kind,
+        found.type,
+        None if holder is None else holder.pid,
+        None if holder is None else holder.command,
+        protocol,
+        "closed" if holder is None else "unknown",
+    )

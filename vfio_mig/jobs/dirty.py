@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""Ask a device which guest pages it may have written, and copy them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from vfio_mig.errors import HostError, UsageError, errno_text
+from vfio_mig.jobs.rollback import Rollback
+from vfio_mig.jobs.save import default_ranges
+from vfio_mig.jobs.session import Settings, open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from vfio_mig.dirty.bitmap import Dirty
+    from vfio_mig.dirty.memory import Memory, MemoryMap
+    from vfio_mig.dirty.ranges import PageRange
+    from vfio_mig.dirty.sync import Round
+
+PAGE = 4096
+
+
+class DirtyReport(NamedTuple):
+    """A dirty bitmap. Pages of 4096 bytes, times in seconds.
+
+    :param ranges: (guest-physical address, bytes) of each run of dirty pages; empty unless asked for.
+    """
+
+    device: str
+    pages: int
+    pages_dirty: int
+    bitmap_time: float
+    ranges: list[tuple[int, int]]
+
+
+class SyncReport(NamedTuple):
+    """What a sync did; the last round ran with the device stopped.
+
+    :param stop_time: from the STOP request to its answer, seconds.
+    :param stopped_time: from the STOP request to the end of the last round.
+    """
+
+    device: str
+    file: str
+    stop_time: float
+    stopped_time: float
+    pages_dirty: int
+    pages_written: int
+    bytes_written: int
+    rounds: list[Round]
+
+
+def fetch_dirty(
+    name: str,
+    settings: Settings | None = None,
+    *,
+    memory: Sequence[MemoryMap] = (),
+    ranges: Sequence[PageRange] = (),
+    list_ranges: bool = False,
+) -> DirtyReport:
+    """Fetch the dirty bitmap. For the RFC: pages the device may write, running or stopped; reading clears nothing.
+
+    :param ranges: guest pages to ask for; by default those of *memory*, else the first 4 GiB.
+    :param list_ranges: fill in the report's ranges.
+    """
+    from vfio_mig.dirty.fetch import fetch
+    from vfio_mig.dirty.memory import Memory
+
+    with Memory(memory, writable=True) as guest, open_session(name, settings, memory=guest.maps) as session:
+        began = time.perf_counter()
+        chunks = list(fetch(session.protocol.dirty, default_ranges(guest, ranges)))
+        seconds = time.perf_counter() - began
+        device = session.device.name
+    return DirtyReport(
+        device,
+        sum(chunk.nr_pages for chunk in chunks),
+        sum(chunk.total() for chunk in chunks),
+        seconds,
+        _runs(chunks) if list_ranges else [],
+    )
+
+
+def _runs(chunks: list[Dirty]) -> list[tuple[int, int]]:
+    from vfio_mig.dirty.ranges import merge
+
+    runs = merge(run for chunk in chunks if chunk.total() for run in chunk.ranges())
+    return [(run.start * PAGE, run.nr_pages * PAGE) for run in runs]
+
+
+@contextmanager
+def _sparse_target(path: str) -> Iterator[int]:
+    """Open the destination: a regular file, made with mode 0600 if there is none; links are not followed."""
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise HostError(f"{path}: cannot open the destination: {errno_text(error.errno or 0)}") from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise UsageError(f"{path} is no regular file", hint="the destination must be one")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _refuse_same_file(guest: Memory, fd: int, path: str) -> None:
+    here = os.fstat(fd)
+    for map_ in guest.maps:
+        there = os.stat(map_.path)
+        if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+            raise UsageError(f"{path} is the guest's memory itself", hint="name another destination")
+
+
+def sync_dirty(
+    name: str,
+    file: str,
+    settings: Settings | None = None,
+    *,
+    memory: Sequence[MemoryMap],
+    ranges: Sequence[PageRange] = (),
+    rounds: int = 3,
+    leave_running: bool = False,
+    progress: Callable[[Round], object] = lambda _: None,
+) -> SyncReport:
+    """Copy the dirty pages of guest memory into a sparse file, at their guest-physical addresses.
+
+    Rounds run while the device does, until the dirty set stops shrinking; then it is stopped for the last one, and
+    left stopped unless *leave_running*. After a failure the device runs; the file then has some of the pages.
+
+    :param rounds: rounds before the stop, at most.
+    :param progress: called after each round.
+    """
+    from vfio_mig.dirty.fetch import fetch
+    from vfio_mig.dirty.memory import Memory
+    from vfio_mig.dirty.sync import SparseFile, sync
+
+    if not memory:
+        raise UsageError("nothing to copy from", hint="name the guest's memory with --memory FILE@GPA[:SIZE]")
+    stopped: list[float] = []
+    with (
+        Memory(memory, writable=True) as guest,
+        open_session(name, settings, memory=guest.maps) as session,
+        Rollback() as rollback,
+        _sparse_target(file) as fd,
+    ):
+        _refuse_same_file(guest, fd, file)
+        wanted = default_ranges(guest, ranges)
+        sink = SparseFile(fd, file)
+
+        def stop() -> None:
+            stopped.append(time.perf_counter())
+            rollback.push(session.protocol.start)
+            session.protocol.stop()
+            stopped.append(time.perf_counter())
+
+        done = sync(guest, lambda: fetch(session.protocol.dirty, wanted), sink, stop, rounds=rounds, progress=progress)
+        end = time.perf_counter()
+        if leave_running:
+            session.protocol.start()
+        sink.finish(guest.end)
+        device = session.device.name
+    return SyncReport(
+        device,
+        file,
+        stopped[1] - stopped[0],
+        end - stopped[0],
+        done[-1].pages_dirty,
+        sum(one.pages_written for one in done),
+        sum(one.bytes_written for one in done),
+        done,
+    )

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: MIT
+"""Save a device: stop it, fetch its dirty bitmap, read its state, commit the image."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from vfio_mig.errors import UsageError
+from vfio_mig.jobs.rollback import Rollback
+from vfio_mig.jobs.session import Settings, open_session
+from vfio_mig.jobs.state import check_state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vfio_mig.dirty.bitmap import Dirty
+    from vfio_mig.dirty.memory import Memory, MemoryMap
+    from vfio_mig.dirty.ranges import PageRange
+    from vfio_mig.image.archive import ArchiveWriter
+    from vfio_mig.jobs.session import Session
+
+STDOUT = "-"
+
+
+class SaveReport(NamedTuple):
+    """What a save did. Times in seconds, sizes in bytes, pages of 4096 bytes.
+
+    :param stop_time: from the STOP request to its answer.
+    :param bitmap_time: fetching the dirty bitmap.
+    :param state_read_time: reading the state.
+    :param stopped_time: from the STOP request until the device was started again, or until all of it was read.
+    :param start_time: from the START request to its answer, 0 when the device stays stopped.
+    """
+
+    device: str
+    file: str
+    stop_time: float
+    bitmap_time: float
+    state_read_time: float
+    start_time: float
+    stopped_time: float
+    state_bytes: int
+    pages_dirty: int
+    pages_written: int
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the part that the manifest keeps."""
+        return {key: value for key, value in self._asdict().items() if key not in ("device", "file")}
+
+
+class _Clock:
+    """Seconds of each phase, by its name in the report."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {"start_time": 0.0, "bitmap_time": 0.0}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.times[name] = time.perf_counter() - began
+
+
+@contextmanager
+def _output(file: str, *, force: bool) -> Iterator[BinaryIO]:
+    """Open the target before the device is touched; it appears only when the block ends well."""
+    if file == STDOUT:
+        if sys.stdout.isatty():
+            raise UsageError(
+                "the image is binary and will not be written to a terminal", hint="redirect it or name a file"
+            )
+        with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as stream:
+            yield stream
+            stream.flush()
+    else:
+        from vfio_mig.image.files import committed
+
+        with committed(file, force=force) as stream:
+            yield stream
+
+
+def describe_device(session: Session) -> dict[str, Any]:
+    """Return what ``header.json`` says of a device, so that a restore can tell whether the image fits."""
+    from vfio_mig import __version__
+
+    found = session.found
+    kernel = os.uname()
+    return {
+        "protocol": session.protocol.name,
+        "device": {"name": found.name, "kind": found.kind, "type": found.type, "driver": found.driver or ""},
+        "kernel": kernel.release,
+        "machine": kernel.machine,
+        "program": f"vfio-mig {__version__}",
+        "time": int(time.time()),
+    }
+
+
+def default_ranges(memory: Memory, ranges: Sequence[PageRange]) -> list[PageRange]:
+    """Choose the pages to ask for: those given, else the guest memory that we know, else the first 4 GiB."""
+    from vfio_mig.dirty.ranges import PageRange, merge
+
+    return merge(ranges) or memory.ranges or [PageRange(0, 1 << 20)]
+
+
+class _Window:
+    """The stopped window: from the STOP request on, what must be done before the device may go on."""
+
+    def __init__(self, session: Session, ranges: list[PageRange], guest: Memory) -> None:
+        self._session = session
+        self._ranges = ranges
+        self._guest = guest
+        self.clock = _Clock()
+        self.dirty: list[Dirty] = []
+        self.state = b""
+        self.pages_dirty = 0
+        self.bytes_written = 0
+
+    def run(self, writer: ArchiveWriter | None, *, leave_running: bool) -> None:
+        """Stop, fetch, copy, read and, if asked to, start."""
+        began = time.perf_counter()
+        with self.clock.phase("stop_time"):
+            self._session.protocol.stop()
+        if writer is not None:
+            self._fetch_dirty()
+            self._copy_pages(writer)
+        with self.clock.phase("state_read_time"):
+            self.state = bytes(self._session.protocol.read_state())
+        if leave_running:
+            with self.clock.phase("start_time"):
+                self._session.protocol.start()
+        self.clock.times["stopped_time"] = time.perf_counter() - began
+
+    def _fetch_dirty(self) -> None:
+        from vfio_mig.dirty.fetch import fetch
+
+        with self.clock.phase("bitmap_time"):
+            self.dirty = list(fetch(self._session.protocol.dirty, self._ranges))
+
+    def _copy_pages(self, writer: ArchiveWriter) -> None:
+        """Guest memory changes as soon as the device runs, so its pages are copied now."""
+        if not self._guest.maps:
+            return
+        for chunk in self.dirty:
+            if chunk.total():
+                self.bytes_written += writer.add_pages(self._guest.read(chunk.ranges()))
+
+
+def _finish(writer: ArchiveWriter, window: _Window, statistics: dict[str, Any]) -> None:
+    """Write what can be written while the device already runs again."""
+    writer.add_state(window.state)
+    for chunk in window.dirty:
+        writer.add_dirty(chunk.start_page, chunk.nr_pages, chunk.bitmap)
+    writer.finish(statistics)
+
+
+def _report(name: str, file: str, window: _Window) -> SaveReport:
+    return SaveReport(
+        device=name,
+        file=file,
+        **window.clock.times,
+        state_bytes=len(window.state),
+        pages_dirty=sum(chunk.total() for chunk in window.dirty),
+        pages_written=window.bytes_written // 4096,
+    )
+
+
+def _save_open(
+    session: Session, output: BinaryIO, file: str, window: _Window, *, raw: bool, leave_running: bool
+) -> SaveReport:
+    """Save an open device to an open file; what fails is the caller's to roll back."""
+    from vfio_mig.image.archive import ArchiveWriter
+
+    writer = None if raw else ArchiveWriter(output, describe_device(session))
+    window.run(writer, leave_running=leave_running)
+    check_state(session.protocol.name, window.state)
+    report = _report(session.device.name, file, window)
+    if writer is None:
+        output.write(window.state)
+    else:
+        _finish(writer, window, report.statistics())
+    return report
+
+
+def save(
+    name: str,
+    file: str,
+    settings: Settings | None = None,
+    *,
+    memory: Sequence[MemoryMap] = (),
+    ranges: Sequence[PageRange] = (),
+    leave_running: bool = False,
+    raw: bool = False,
+    force: bool = False,
+) -> SaveReport:
+    """Save a device to a file or, as ``-``, to standard output.
+
+    The device is left stopped unless *leave_running*. After any failure it runs and there is no file.
+
+    :param memory: guest memory; its dirty pages go into the image.
+    :param ranges: guest pages to fetch the dirty bitmap of; by default those of *memory*, else the first 4 GiB.
+    :param raw: write the bare state, without bitmap, pages and integrity.
+    :param force: replace an existing file.
+    :raises OpenError, UnsupportedError: nothing was done.
+    :raises DeviceError: the device failed; it was started again.
+    :raises HostError: the file could not be written; the device was started again.
+    """
+    from vfio_mig.dirty.memory import Memory
+
+    if raw and memory:
+        raise UsageError("a raw state has no place for memory pages", hint="leave out --raw or --memory")
+    with (
+        Memory(memory, writable=True) as guest,
+        open_session(name, settings, memory=guest.maps) as session,
+        Rollback() as rollback,
+        # inside the rollback: a commit that fails starts the device again
+        _output(file, force=force) as output,
+    ):
+        window = _Window(session, default_ranges(guest, ranges), guest)
+        rollback.push(session.protocol.start)
+        return _save_open(session, output, file, window, raw=raw, leave_running=leave_running)

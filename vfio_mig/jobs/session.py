@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""From a device's name to an open device and the protocol that drives it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from vfio_mig.errors import DeviceBusyError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from vfio_mig.device import Device
+    from vfio_mig.dirty.memory import MemoryMap
+    from vfio_mig.host.discover import HostDevice
+    from vfio_mig.host.holders import Holder
+    from vfio_mig.protocols.base import MigrationProtocol
+    from vfio_mig.uapi.profile import RfcProfile
+
+ABIS = ("auto", "gvt-rfc")
+
+
+class Settings(NamedTuple):
+    """What holds for every command of a run.
+
+    :param abi: ``auto``, or the name of the one protocol to accept.
+    :param uapi_header: path of a patched kernel's ``vfio.h``; its numbers replace the shipped ones.
+    :param pid: the process to borrow the device from, None for our own holder.
+    """
+
+    abi: str = "auto"
+    uapi_header: str | None = None
+    pid: int | None = None
+
+
+class Session:
+    """An open device and its protocol; closes the device at the end of the block."""
+
+    def __init__(self, found: HostDevice, device: Device, protocol: MigrationProtocol) -> None:
+        self.found = found
+        self.device = device
+        self.protocol = protocol
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the device; a second call does nothing."""
+        self.device.close()
+
+
+def find(name: str) -> HostDevice:
+    """Find a device by any of its names.
+
+    :raises DeviceNotFoundError: there is none of this name.
+    """
+    from vfio_mig.host.discover import Host
+
+    return Host().find(name)
+
+
+def holder_of(found: HostDevice) -> Holder | None:
+    """Tell which process has the device's group open, None when nobody (or nobody we may see) has."""
+    from vfio_mig.host.holders import find_holder
+
+    return find_holder(found)
+
+
+def require_holder(found: HostDevice, action: str) -> Holder:
+    """Refuse what would be undone by the last close.
+
+    :raises DeviceBusyError: nobody has the device open.
+    """
+    holder = holder_of(found)
+    if holder is None:
+        raise DeviceBusyError(
+            f"nobody has it open, and a {action} ends with the last close",
+            device=found.name,
+            hint=f"keep it open with 'vfio-mig hold {found.name}' first",
+        )
+    return holder
+
+
+def load_numbers(settings: Settings) -> RfcProfile:
+    """Return the RFC's numbers: the shipped ones, or those of the given header.
+
+    :raises UsageError: the header is not one with the RFC's definitions.
+    """
+    from vfio_mig.uapi.profile import DEFAULT_PROFILE, load_profile
+
+    return DEFAULT_PROFILE if settings.uapi_header is None else load_profile(settings.uapi_header)
+
+
+def open_session(name: str, settings: Settings | None = None, *, memory: Sequence[MemoryMap] = ()) -> Session:
+    """Open a device, or borrow it from its holder, and choose its protocol.
+
+    :param memory: guest memory; mapped for DMA at its guest-physical addresses when we open the device ourselves.
+    :raises OpenError: there is no such device, or it cannot be opened.
+    :raises UnsupportedError: it speaks no protocol of ours; no ioctl of the RFC was sent.
+    """
+    from vfio_mig.host.opening import open_device
+    from vfio_mig.protocols.detect import detect
+
+    settings = settings or Settings()
+    if settings.abi not in ABIS:
+        raise UsageError(f"unknown ABI {settings.abi!r}", hint=f"choose one of {', '.join(ABIS)}")
+    profile = load_numbers(settings)
+    found = find(name)
+    device = open_device(found, memory=memory, pid=settings.pid)
+    try:
+        return Session(found, device, detect(device, profile))
+    except BaseException:
+        device.close()
+        raise

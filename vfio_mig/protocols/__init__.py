@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""How one family of devices is stopped, read and loaded."""

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""The 2017 RFC's numbers.
+
+The RFC text leaves them open, so a patched kernel's own ``vfio.h`` wins over the shipped ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from typing import Final, NamedTuple
+
+from vfio_mig.errors import HostError, UsageError, errno_text
+from vfio_mig.uapi import VFIO_BASE, VFIO_TYPE, Request, ffi, vfio_request
+
+HEADER_MAX: Final = 1 << 20
+"""Bytes of a header that are read; mainline's has 60 KiB."""
+
+FLAG: Final = "VFIO_DEVICE_FLAGS_MIGRATABLE"
+STATE_INDEX: Final = "VFIO_PCI_DEVICE_STATE_REGION_INDEX"
+NUM_REGIONS: Final = "VFIO_PCI_NUM_REGIONS"
+STATUS_SET: Final = "VFIO_DEVICE_PCI_STATUS_SET"
+GET_DIRTY: Final = "VFIO_DEVICE_PCI_GET_DIRTY_BITMAP"
+STOP: Final = "VFIO_DEVICE_PCI_STOP"
+START: Final = "VFIO_DEVICE_PCI_START"
+IMAGE_MAX: Final = "MIGRATION_IMG_MAX_SIZE"
+REQUIRED: Final = (FLAG, STATE_INDEX, NUM_REGIONS, STATUS_SET, GET_DIRTY, STOP, START)
+
+
+class RfcProfile(NamedTuple):
+    """The numbers of one tree.
+
+    :param migratable_flag: bit mask in ``vfio_device_info.flags``.
+    :param state_index: region index of the device state.
+    :param num_regions: regions that a migratable device has at least.
+    :param stop: flags value of STATUS_SET; so is *start*.
+    :param image_max: size of the state region, bytes.
+    :param source: where the numbers come from, for messages.
+    """
+
+    migratable_flag: int
+    state_index: int
+    num_regions: int
+    status_set: Request
+    get_dirty: Request
+    stop: int
+    start: int
+    image_max: int
+    source: str
+
+
+DEFAULT_PROFILE: Final = RfcProfile(
+    migratable_flag=ffi.integer_const("VFIO_DEVICE_FLAGS_MIGRATABLE"),
+    state_index=ffi.integer_const("VFIO_PCI_DEVICE_STATE_REGION_INDEX"),
+    num_regions=ffi.integer_const("VFIO_PCI_RFC_NUM_REGIONS"),
+    status_set=vfio_request(STATUS_SET, ffi.integer_const("VFIO_DEVICE_PCI_STATUS_SET_NR")),
+    get_dirty=vfio_request(GET_DIRTY, ffi.integer_const("VFIO_DEVICE_PCI_GET_DIRTY_BITMAP_NR")),
+    stop=ffi.integer_const("VFIO_DEVICE_PCI_STOP"),
+    start=ffi.integer_const("VFIO_DEVICE_PCI_START"),
+    image_max=ffi.integer_const("MIGRATION_IMG_MAX_SIZE"),
+    source="built in",
+)
+
+_COMMENT: Final = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
+_DEFINE: Final = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+([^\n]+)$", re.MULTILINE)
+_ENUM: Final = re.compile(r"\benum\b[ \t\n]*\w*[ \t\n]*\{([^{}]*)\}")
+_REQUEST: Final = re.compile(r"_IO\s*\(\s*VFIO_TYPE\s*,\s*VFIO_BASE\s*\+\s*(\d{1,3})\s*\)")
+_NUMBER: Final = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|\d{1,19})(?:[uU]?[lL]{0,2})")
+_SHIFT: Final = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|\d{1,19})[uUlL]{0,3}\s*<<\s*(\d{1,2})")
+
+
+def parse_header(text: str) -> dict[str, int]:
+    """Return the header's plain constants, ioctl numbers (as ``_IO`` makes them) and enumerators by name.
+
+    Understands literals, ``1 << n``, parentheses, ``_IO(VFIO_TYPE, VFIO_BASE + n)``, and enumerators that count on;
+    what it does not understand is left out, never guessed.
+    """
+    text = _COMMENT.sub(" ", text).replace("\\\n", " ")
+    values: dict[str, int] = {}
+    for name, expression in _DEFINE.findall(text):
+        value = _value(expression, values)
+        if value is not None:
+            values[name] = value
+    # an enum may have #defines between its enumerators, as vfio.h's structs do
+    for body in _ENUM.findall(re.sub(r"^[ \t]*#[^\n]*$", "", text, flags=re.MULTILINE)):
+        _enumerate(body, values)
+    return values
+
+
+def _value(expression: str, values: dict[str, int]) -> int | None:
+    expression = expression.strip()
+    while expression.startswith("(") and expression.endswith(")"):
+        expression = expression[1:-1].strip()
+    if match := _REQUEST.fullmatch(expression):
+        return vfio_request("", int(match[1])).number
+    if match := _NUMBER.fullmatch(expression):
+        return int(match[1], 0) if not match[1].isdigit() else int(match[1])
+    if match := _SHIFT.fullmatch(expression):
+        return int(match[1], 0) << int(match[2])
+    return values.get(expression)
+
+
+def _enumerate(body: str, values: dict[str, int]) -> None:
+    following: int | None = 0
+    for item in body.split(","):
+        name, equals, expression = (part.strip() for part in item.partition("="))
+        if not name.isidentifier():
+            continue
+        value = _value(expression, values) if equals else following
+        if value is not None:
+            values[name] = value
+        following = None if value is None else value + 1
+
+
+def _read_header(path: str) -> str:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise HostError(f"{path}: cannot open the header: {errno_text(error.errno or 0)}") from error
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise UsageError(f"{path} is no regular file, hence no header")
+        text = file.read(HEADER_MAX + 1)
+    if len(text) > HEADER_MAX:
+        raise UsageError(f"{path} is larger than {HEADER_MAX} bytes: no linux/vfio.h")
+    return text.decode("utf-8", "replace")
+
+
+def _check(path: str, values: dict[str, int]) -> None:
+    missing = [name for name in REQUIRED if name not in values]
+    if missing:
+        raise UsageError(
+            f"{path} does not define {', '.join(missing)}",
+            hint="give the linux/vfio.h of a kernel that carries the 2017 migration RFC",
+        )
+    flag, stop, start = values[FLAG], values[STOP], values[START]
+    if flag.bit_count() != 1 or flag >= 1 << 32 or not (0 < stop < 1 << 32 and 0 < start < 1 << 32) or stop == start:
+        raise UsageError(f"{path}: {FLAG}, {STOP} or {START} have impossible values")
+    lowest = (VFIO_TYPE << 8) | VFIO_BASE
+    if any(not lowest <= values[name] < lowest + 100 for name in (STATUS_SET, GET_DIRTY)):
+        raise UsageError(f"{path}: {STATUS_SET} or {GET_DIRTY} is no VFIO ioctl number")
+    if not values[STATE_INDEX] < values[NUM_REGIONS] <= 1 << 16:
+        raise UsageError(f"{path}: {STATE_INDEX} is not below {NUM_REGIONS}")
+
+
+def load_profile(path: str) -> RfcProfile:
+    """Take the numbers from a patched kernel's ``linux/vfio.h``.
+
+    :raises UsageError: it is no such header; the message names what is missing.
+    :raises HostError: it cannot be read.
+    """
+    values = parse_header(_read_header(path))
+    _check(path, values)
+    return RfcProfile(
+        migratable_flag=values[FLAG],
+        state_index=values[STATE_INDEX],
+        num_regions=values[NUM_REGIONS],
+        status_set=Request(STATUS_SET, values[STATUS_SET]),
+        get_dirty=Request(GET_DIRTY, values[GET_DIRTY]),
+        stop=values[STOP],
+        start=values[START],
+        image_max=values.get(IMAGE_MAX, DEFAULT_PROFILE.image_max),
+        source=path,
+    )
