@@ -392,7 +392,7 @@ def test_a_full_disk_and_a_broken_one_are_the_hosts_errors() -> None:
 
 
 def test_no_room_for_the_copy_of_a_pipe_is_the_hosts_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tempfile  # noqa: PLC0415
+    import tempfile
 
     def make(_: int) -> BinaryIO:
         full = Full()
