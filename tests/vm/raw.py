@@ -19,6 +19,7 @@ from ioctl_opt import IO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.vm.host import Instance
 
@@ -92,12 +93,16 @@ PV_G2V_NOTIFY: Final = PVINFO + 0x818
 
 
 class Memory:
-    """Guest memory: one shared anonymous mapping, at *iova* for the device once it is mapped."""
+    """Guest memory at *iova*: a shared mapping, anonymous or of a *file* as a VMM with shared RAM has it."""
 
-    def __init__(self, iova: int, pages: int) -> None:
+    def __init__(self, iova: int, pages: int, file: Path | None = None) -> None:
         self.iova: Final = iova
         self.size: Final = pages * PAGE
-        self.bytes: Final = mmap.mmap(-1, self.size)
+        with contextlib.ExitStack() as stack:
+            fd = -1 if file is None else stack.enter_context(file.open("w+b")).fileno()
+            if fd >= 0:
+                os.truncate(fd, self.size)
+            self.bytes: Final = mmap.mmap(fd, self.size)
 
     @property
     def address(self) -> int:

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: MIT
+"""Move a vGPU with pending work from one device to another with nothing but the ``vfio-mig`` command, and check it.
+
+The guest's part (page tables, fences, GPU commands) is played through the holder's group fd by the tests' raw
+helpers; what the host's side looks like comes from the sample driver's debugfs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from tests.vm import gpu, host
+from tests.vm.raw import BAR0, FENCE, GTT, PVINFO, Device, Guest, Memory
+from vfio_mig.host.discover import Host
+from vfio_mig.host.holders import duplicate_fd, find_holder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGE: Final = 4096
+PAGES: Final = 256
+KIND: Final = "GVTg_V4_8"
+
+
+class Side(NamedTuple):
+    """A vGPU with its guest: the guest's memory is in *file*, from guest-physical address 0 on."""
+
+    instance: host.Instance
+    memory: Memory
+    file: Path
+    guest: Guest
+
+    @property
+    def name(self) -> str:
+        """What vfio-mig calls the device."""
+        return self.instance.uuid
+
+
+class BorrowedGroup:
+    """The holder's group, for a second fd of its device."""
+
+    def __init__(self, name: str) -> None:
+        found = Host().find(name)
+        holder = find_holder(found)
+        if holder is None:
+            raise RuntimeError(f"nobody holds {name}")
+        self.group_fd: Final = duplicate_fd(found, holder)
+
+
+class Report:
+    """Says what is done and what was found; counts what does not hold."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def step(self, text: str) -> None:
+        """Announce a step."""
+        print(f"\n{text}", flush=True)
+
+    def check(self, text: str, holds: bool) -> None:
+        """Print one claim and whether it holds."""
+        print(f"  {'ok  ' if holds else 'FAIL'}  {text}", flush=True)
+        self.failures += not holds
+
+
+def vfio_mig(*arguments: str) -> dict[str, Any]:
+    """Run the command as a user would, show it, and return its JSON."""
+    print(f"  $ vfio-mig {' '.join(arguments)}", flush=True)
+    done = subprocess.run(["vfio-mig", "--json", *arguments], stdout=subprocess.PIPE, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@contextlib.contextmanager
+def held(name: str, memory: Path) -> Iterator[None]:
+    """Keep a device open with its guest's memory mapped, until the block ends."""
+    command = ["vfio-mig", "hold", name, "--memory", f"{memory}@0"]
+    print(f"  $ {' '.join(command)} &", flush=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            if process.stdout is None or not process.stdout.readline():
+                raise RuntimeError(f"{name} could not be held")
+            yield
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def guest_of(instance: host.Instance, memory: Memory) -> Iterator[Guest]:
+    """Play the guest of a held device."""
+    group = BorrowedGroup(instance.uuid)
+    device = Device(group, instance.uuid)  # type: ignore[arg-type]  # of a container it needs the group's fd alone
+    os.close(group.group_fd)
+    try:
+        yield Guest(instance, None, memory, device)  # type: ignore[arg-type]  # the container is the holder's
+    finally:
+        device.close()
+
+
+class Work(list[tuple[int, int]]):
+    """(guest-physical address, value) of what the GPU has been told to write."""
+
+    def done_in(self, memory: Memory) -> int:
+        """Count what is there."""
+        return sum(memory.u32(iova) == value for iova, value in self)
+
+
+def run_some_work(guest: Guest, engine: gpu.Engine) -> Work:
+    """Have the GPU write some pages, through low and high graphics memory."""
+    work = Work()
+    for number in range(8):
+        gma, iova = guest.bind(high=bool(number % 2))
+        value = 0xC0DE0000 + number
+        engine.run(gpu.store_dword(gma + 16, value))
+        work.append((iova + 16, value))
+    return work
+
+
+def queue_one(guest: Guest, engine: gpu.Engine) -> Work:
+    """Submit a workload to the stopped vGPU: it stays queued."""
+    gma, iova = guest.bind()
+    engine.submit(engine.context(gpu.store_dword(gma, 0xFEEDC0DE)))
+    return Work([(iova, 0xFEEDC0DE)])
+
+
+def guest_view(device: Device) -> bytes:
+    """Return what a guest can see of its device: PVINFO, fences, low and high page table entries."""
+    high = GTT + (device.guest_high() >> 12) * 8
+    return b"".join(
+        device.read(BAR0, offset, size)
+        for offset, size in ((PVINFO, PAGE), (FENCE, 32), (GTT, 0x10000), (high, 0x10000))
+    )
+
+
+class Migration:
+    """The main job between two held devices, check by check.
+
+    :param sides: source and target: the instance, its guest's memory, that memory's file, its guest.
+    """
+
+    def __init__(self, source: Side, target: Side, image: Path, report: Report) -> None:
+        self.source = source
+        self.target = target
+        self.image = image
+        self.report = report
+        self.engine: Final = gpu.Engine(source.guest)
+        self.times: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Do it all."""
+        self.work()
+        queued = self.stop()
+        self.sync()
+        view = self.save()
+        self.restore(view)
+        self.start(queued)
+        self.show_times()
+
+    def work(self) -> None:
+        """Give the guest's device a fence, a page table of its own and finished work."""
+        self.report.step("The first runs GPU workloads that write guest memory")
+        device = self.source.guest.device
+        device.set_fence(0, 0x00100001, 0x001FF003)
+        device.make_ppgtt(4, [0x5000])
+        work = run_some_work(self.source.guest, self.engine)
+        done = work.done_in(self.source.memory)
+        self.report.check(f"{done} of {len(work)} workloads wrote what they should", done == len(work))
+
+    def stop(self) -> Work:
+        """Stop the source with work in its queue."""
+        self.report.step("Stop it, with one more workload in its queue")
+        vfio_mig("stop", self.source.name)
+        queued = queue_one(self.source.guest, self.engine)
+        waits = len(self.source.instance.queue()) == 1 and queued.done_in(self.source.memory) == 0
+        self.report.check("the queued workload waits", waits)
+        return queued
+
+    def sync(self) -> None:
+        """Copy the dirty pages into the target's memory and compare."""
+        self.report.step("Sync its dirty pages, then save its state")
+        source, target = self.source, self.target
+        dirty = vfio_mig("dirty", source.name, "--memory", f"{source.file}@0", "--list")
+        synced = vfio_mig("sync", source.name, str(target.file), "--memory", f"{source.file}@0", "--rounds", "0")
+        pages = {at for start, size in dirty["ranges"] for at in range(start, start + size, PAGE)}
+        equal = sum(source.memory.read(at, PAGE) == target.memory.read(at, PAGE) for at in pages)
+        self.report.check(f"{len(pages)} dirty pages synced, {equal} equal on the target", 0 < len(pages) == equal)
+        self.report.check("they are the pages that the driver has pinned", pages == set(source.instance.pinned()))
+        self.times["stop"] = synced["stop_time"]
+        self.times["last sync round"] = synced["stopped_time"] - synced["stop_time"]
+
+    def save(self) -> bytes:
+        """Save the state; returns what the guest saw of its device then."""
+        saved = vfio_mig("save", self.source.name, str(self.image))
+        self.times["read state"] = saved["state_read_time"]
+        print(f"  state: {saved['state_bytes']} bytes, image file: {self.image.stat().st_size} bytes")
+        return guest_view(self.source.guest.device)
+
+    def restore(self, view: bytes) -> None:
+        """Load it into the target and compare both sides of the translation."""
+        self.report.step("Restore it into the second and start that")
+        restored = vfio_mig("restore", self.target.name, str(self.image))
+        self.times["write state"] = restored["state_write_time"]
+        self.report.check("the guest's view is identical", guest_view(self.target.guest.device) == view)
+        one, other = self.source.instance, self.target.instance
+        here, there = one.layout(), other.layout()
+        self.report.check(
+            f"host addresses moved: low {here.host_low:#x} -> {there.host_low:#x}, "
+            f"high {here.host_high:#x} -> {there.host_high:#x}",
+            here.host_low != there.host_low and here.host_high != there.host_high,
+        )
+        moved = one.hw_fence() != other.hw_fence() and any(other.hw_fence())
+        self.report.check("host fences moved with them", moved)
+
+    def start(self, queued: Work) -> None:
+        """Start the target and wait for the work that was queued on the source."""
+        before = self.target.instance.counters()
+        started = vfio_mig("start", self.target.name)
+        self.times["start"] = started["seconds"]
+        gpu.wait_ended(self.target.guest, before, 1)
+        self.report.check("the queued workload has run on the target", queued.done_in(self.target.memory) == 1)
+        self.report.check("and not on the source", queued.done_in(self.source.memory) == 0)
+
+    def show_times(self) -> None:
+        """Print where the downtime went."""
+        self.report.step("Downtime by phase (emulated CPU; without starting the commands)")
+        for name, seconds in (*self.times.items(), ("sum", sum(self.times.values()))):
+            print(f"  {name:<16} {seconds * 1e3:8.1f} ms")
+
+
+@contextlib.contextmanager
+def side(file: Path) -> Iterator[Side]:
+    """Make a vGPU, hold it with *file* as its guest's memory, and play its guest."""
+    memory = Memory(0, PAGES, file)
+    with host.instance(KIND) as instance, held(instance.uuid, file), guest_of(instance, memory) as guest:
+        yield Side(instance, memory, file, guest)
+
+
+def main() -> int:
+    """Run the demonstration; 1 if a check fails."""
+    report = Report()
+    print(f"vfio-mig on Linux {os.uname().release}: a GVT-g vGPU moves from one device to another")
+    report.step("Two vGPUs are held open, each with its guest's memory")
+    with contextlib.ExitStack() as stack:
+        # guest memory must be shared with the holder
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        source = stack.enter_context(side(directory / "source.mem"))
+        target = stack.enter_context(side(directory / "target.mem"))
+        Migration(source, target, directory / "gpu.vfm", report).run()
+    print("\nAll checks hold." if not report.failures else f"\n{report.failures} checks FAILED.")
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
