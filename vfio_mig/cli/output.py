@@ -20,7 +20,8 @@ def settings_of(options: Options, pid: int | None = None) -> Settings:
     """Turn the global options into what the jobs take."""
     from vfio_mig.jobs.session import Settings
 
-    return Settings(abi=options.abi, uapi_header=options.uapi_header, pid=pid)
+    tell = (lambda text: say(options, text)) if options.verbose else None
+    return Settings(abi=options.abi, uapi_header=options.uapi_header, pid=pid, tell=tell)
 
 
 def print_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -22,6 +22,8 @@ from vfio_mig.cli.output import (
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
     from vfio_mig.dirty.sync import Round
+
+NOW: Final = {"running": "it runs", "stop": "left stopped", "closed": "closed, as nobody else has it open"}
 
 
 @click.command("save")
@@ -76,7 +78,7 @@ def save_command(
         f"{report.device}: saved {report.state_bytes} bytes of state, {report.pages_dirty} dirty pages, "
         f"{report.pages_written} pages of memory to {file}; stopped for {report.stopped_time * 1e3:.1f} ms "
         f"(stop {report.stop_time * 1e3:.1f}, bitmap {report.bitmap_time * 1e3:.1f}, "
-        f"state {report.state_read_time * 1e3:.1f}); {'running' if leave_running else 'left stopped'}",
+        f"state {report.state_read_time * 1e3:.1f}); {NOW[report.state]}",
     )
 
 
@@ -111,7 +113,7 @@ def restore_command(
     say(
         options,
         f"{report.device}: restored {report.state_bytes} bytes of state and {report.pages_written} pages from {file} "
-        f"in {report.state_write_time * 1e3:.1f} ms; {'running' if report.started else 'left stopped'}",
+        f"in {report.state_write_time * 1e3:.1f} ms; {NOW[report.state]}",
     )
 
 
@@ -211,5 +213,5 @@ def sync_command(
         options,
         f"{report.device}: {report.pages_dirty} dirty pages, {report.bytes_written} bytes written to {file} "
         f"in {len(report.rounds)} rounds; stopped for {report.stopped_time * 1e3:.1f} ms; "
-        f"{'running' if leave_running else 'left stopped'}",
+        f"{NOW[report.state]}",
     )

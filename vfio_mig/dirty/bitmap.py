@@ -34,6 +34,11 @@ class Dirty(NamedTuple):
         return ranges(self.bitmap, self.start_page, self.nr_pages)
 
 
+def preload() -> None:
+    """Load numpy now: it takes longer than what follows, and may not be waited for while a device is stopped."""
+    import numpy as np  # noqa: F401
+
+
 def size(nr_pages: int) -> int:
     """Return the bytes that the bitmap of *nr_pages* pages has."""
     return (nr_pages + 7) // 8

@@ -43,10 +43,12 @@ class SyncReport(NamedTuple):
 
     :param stop_time: from the STOP request to its answer, seconds.
     :param stopped_time: from the STOP request to the end of the last round.
+    :param state: what the device is now: ``stop``, ``running``, or ``closed`` when nobody else has it open.
     """
 
     device: str
     file: str
+    state: str
     stop_time: float
     stopped_time: float
     pages_dirty: int
@@ -135,12 +137,14 @@ def sync_dirty(
     :param rounds: rounds before the stop, at most.
     :param progress: called after each round.
     """
+    from vfio_mig.dirty.bitmap import preload
     from vfio_mig.dirty.fetch import fetch
     from vfio_mig.dirty.memory import Memory
     from vfio_mig.dirty.sync import SparseFile, sync
 
     if not memory:
         raise UsageError("nothing to copy from", hint="name the guest's memory with --memory FILE@GPA[:SIZE]")
+    preload()
     stopped: list[float] = []
     with (
         Memory(memory, writable=True) as guest,
@@ -163,10 +167,11 @@ def sync_dirty(
         if leave_running:
             session.protocol.start()
         sink.finish(guest.end)
-        device = session.device.name
+        device, state = session.device.name, session.state_after(started=leave_running)
     return SyncReport(
         device,
         file,
+        state,
         stopped[1] - stopped[0],
         end - stopped[0],
         done[-1].pages_dirty,

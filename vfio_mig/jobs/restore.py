@@ -23,24 +23,28 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.session import Session
 
 STDIN = "-"
+NOT_HELD = (
+    "nobody else has the device open, so its queued work is dropped now and it starts by itself at the next open; "
+    "to keep it as restored, run 'vfio-mig hold' first"
+)
 
 
 class RestoreReport(NamedTuple):
     """What a restore did. Times in seconds, sizes in bytes, pages of 4096 bytes.
 
     :param state_write_time: the one write of the state region.
-    :param started: whether the device runs now.
+    :param state: what the device is now: ``stop``, ``running``, or ``closed`` when nobody else has it open.
     :param warnings: what is unusual about the state; nothing that forbids it.
     """
 
     device: str
     file: str
+    state: str
     stop_time: float
     state_write_time: float
     start_time: float
     state_bytes: int
     pages_written: int
-    started: bool
     warnings: list[str]
 
 
@@ -186,15 +190,17 @@ def restore(
     ):
         image = stack.enter_context(_read_image(session, stream, raw=raw))
         warnings = check_state_fits(session, image.state)
+        if not session.device.borrowed:
+            warnings.append(NOT_HELD)
         with Rollback() as rollback:
             rollback.push(lambda: _abandon(session))
             times, pages = _load(session, image, guest, start=start)
         return RestoreReport(
             device=session.device.name,
             file=file,
+            state=session.state_after(started=start),
             **times,
             state_bytes=len(image.state),
             pages_written=pages,
-            started=start,
             warnings=warnings,
         )

@@ -34,10 +34,12 @@ class SaveReport(NamedTuple):
     :param state_read_time: reading the state.
     :param stopped_time: from the STOP request until the device was started again, or until all of it was read.
     :param start_time: from the START request to its answer, 0 when the device stays stopped.
+    :param state: what the device is now: ``stop``, ``running``, or ``closed`` when nobody else has it open.
     """
 
     device: str
     file: str
+    state: str
     stop_time: float
     bitmap_time: float
     state_read_time: float
@@ -49,7 +51,7 @@ class SaveReport(NamedTuple):
 
     def statistics(self) -> dict[str, Any]:
         """Return the part that the manifest keeps."""
-        return {key: value for key, value in self._asdict().items() if key not in ("device", "file")}
+        return {key: value for key, value in self._asdict().items() if key not in ("device", "file", "state")}
 
 
 class _Clock:
@@ -112,6 +114,13 @@ class _Window:
     """The stopped window: from the STOP request on, what must be done before the device may go on."""
 
     def __init__(self, session: Session, ranges: list[PageRange], guest: Memory) -> None:
+        # Imported here, before the device is stopped
+        from vfio_mig.dirty.bitmap import preload
+        from vfio_mig.dirty.fetch import fetch
+
+        if guest.maps:
+            preload()
+        self._fetch = fetch
         self._session = session
         self._ranges = ranges
         self._guest = guest
@@ -137,10 +146,8 @@ class _Window:
         self.clock.times["stopped_time"] = time.perf_counter() - began
 
     def _fetch_dirty(self) -> None:
-        from vfio_mig.dirty.fetch import fetch
-
         with self.clock.phase("bitmap_time"):
-            self.dirty = list(fetch(self._session.protocol.dirty, self._ranges))
+            self.dirty = list(self._fetch(self._session.protocol.dirty, self._ranges))
 
     def _copy_pages(self, writer: ArchiveWriter) -> None:
         """Guest memory changes as soon as the device runs, so its pages are copied now."""
@@ -159,10 +166,11 @@ def _finish(writer: ArchiveWriter, window: _Window, statistics: dict[str, Any]) 
     writer.finish(statistics)
 
 
-def _report(name: str, file: str, window: _Window) -> SaveReport:
+def _report(session: Session, file: str, window: _Window, *, started: bool) -> SaveReport:
     return SaveReport(
-        device=name,
+        device=session.device.name,
         file=file,
+        state=session.state_after(started=started),
         **window.clock.times,
         state_bytes=len(window.state),
         pages_dirty=sum(chunk.total() for chunk in window.dirty),
@@ -179,7 +187,7 @@ def _save_open(
     writer = None if raw else ArchiveWriter(output, describe_device(session))
     window.run(writer, leave_running=leave_running)
     check_state(session.protocol.name, window.state)
-    report = _report(session.device.name, file, window)
+    report = _report(session, file, window, started=leave_running)
     if writer is None:
         output.write(window.state)
     else:

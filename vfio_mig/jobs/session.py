@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vfio_mig.errors import DeviceBusyError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from vfio_mig.uapi.profile import RfcProfile
 
 ABIS = ("auto", "gvt-rfc")
+RUNNING = "running"
+STOP = "stop"
+CLOSED = "closed"
 
 
 class Settings(NamedTuple):
@@ -28,11 +31,13 @@ class Settings(NamedTuple):
     :param abi: ``auto``, or the name of the one protocol to accept.
     :param uapi_header: path of a patched kernel's ``vfio.h``; its numbers replace the shipped ones.
     :param pid: the process to borrow the device from, None for our own holder.
+    :param tell: takes one sentence at a time on how a device was reached.
     """
 
     abi: str = "auto"
     uapi_header: str | None = None
     pid: int | None = None
+    tell: Callable[[str], object] | None = None
 
 
 class Session:
@@ -54,6 +59,21 @@ class Session:
     def close(self) -> None:
         """Close the device; a second call does nothing."""
         self.device.close()
+
+    def state_after(self, *, started: bool) -> str:
+        """Tell what the device is after a job that left it running or stopped: a stop ends with the last close.
+
+        :returns: ``running``, ``stop``, or ``closed`` when nobody but this job has it open.
+        """
+        if not self.device.borrowed:
+            return CLOSED
+        return RUNNING if started else STOP
+
+    def describe(self) -> str:
+        """Say in one sentence how the device was reached and what drives it."""
+        holder = self.device.holder
+        how = f"opened through {self.found.node}" if holder is None else f"borrowed from PID {holder.pid}"
+        return f"{self.device.name}: {how}, protocol {self.protocol.describe()}"
 
 
 def find(name: str) -> HostDevice:
@@ -115,7 +135,10 @@ def open_session(name: str, settings: Settings | None = None, *, memory: Sequenc
     found = find(name)
     device = open_device(found, memory=memory, pid=settings.pid)
     try:
-        return Session(found, device, detect(device, profile))
+        session = Session(found, device, detect(device, profile))
+        if settings.tell is not None:
+            settings.tell(session.describe())
     except BaseException:
         device.close()
         raise
+    return session

@@ -64,6 +64,10 @@ class MigrationProtocol(ABC):
         :raises DeviceError: the kernel refused; with EINVAL or ENOMEM it may take fewer pages.
         """
 
+    def describe(self) -> str:
+        """Say which protocol this is and where its numbers come from."""
+        return self.name
+
     def reset(self) -> None:
         """Reset the device: its state is lost."""
         self.device.reset()

@@ -44,6 +44,10 @@ class GvtRfc(MigrationProtocol):
         """Bytes: an image must be shorter than the region."""
         return self._region.size - 1
 
+    def describe(self) -> str:
+        """Name the header that the ioctl numbers are from."""
+        return f"{self.name} (numbers {self.profile.source})"
+
     def stop(self) -> None:
         """Send STOP; returns once the running workload has finished."""
         self._set_status(self.profile.stop)
