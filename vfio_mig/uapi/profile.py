@@ -113,7 +113,12 @@ def _enumerate(body: str, values: dict[str, int]) -> None:
         following = None if value is None else value + 1
 
 
-def _read_header(path: str) -> str:
+def read_header(path: str) -> str:
+    """Return a header's text.
+
+    :raises UsageError: it is no regular file, or larger than HEADER_MAX.
+    :raises HostError: it cannot be read.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
@@ -150,7 +155,7 @@ def load_profile(path: str) -> RfcProfile:
     :raises UsageError: it is no such header; the message names what is missing.
     :raises HostError: it cannot be read.
     """
-    values = parse_header(_read_header(path))
+    values = parse_header(read_header(path))
     _check(path, values)
     return RfcProfile(
         migratable_flag=values[FLAG],
