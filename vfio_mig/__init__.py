@@ -1,4 +1,112 @@
 # SPDX-License-Identifier: MIT
-"""Stop, save and restore VFIO devices without a VMM in the way."""
+"""Stop, save and restore VFIO devices without a VMM in the way.
+
+What the command line does, as functions; each returns a report (a named tuple) or raises a subclass of
+:class:`VfioMigError`::
+
+    import vfio_mig
+
+    with vfio_mig.open_device("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001") as session:
+        print(session.describe(), session.device.regions())
+    report = vfio_mig.save("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "gpu.vfm", leave_running=True)
+
+Names are imported when they are first used, so ``import vfio_mig`` costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vfio_mig.dirty.memory import MemoryMap
+    from vfio_mig.dirty.ranges import PageRange
+    from vfio_mig.errors import (
+        DeviceBusyError,
+        DeviceError,
+        DeviceNotFoundError,
+        HostError,
+        ImageError,
+        InterruptedJobError,
+        MismatchError,
+        OpenError,
+        UnsupportedError,
+        UsageError,
+        VfioMigError,
+    )
+    from vfio_mig.jobs.control import device_status, reset_device, start_device, stop_device
+    from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
+    from vfio_mig.jobs.hold import hold_device
+    from vfio_mig.jobs.inform import device_info, list_devices
+    from vfio_mig.jobs.restore import restore
+    from vfio_mig.jobs.save import save
+    from vfio_mig.jobs.session import Session, Settings
+    from vfio_mig.jobs.session import open_session as open_device
 
 __version__ = "0.1.0.dev0"
+
+_MODULES = {
+    "dirty.memory": ("MemoryMap",),
+    "dirty.ranges": ("PageRange",),
+    "errors": (
+        "DeviceBusyError",
+        "DeviceError",
+        "DeviceNotFoundError",
+        "HostError",
+        "ImageError",
+        "InterruptedJobError",
+        "MismatchError",
+        "OpenError",
+        "UnsupportedError",
+        "UsageError",
+        "VfioMigError",
+    ),
+    "jobs.control": ("device_status", "reset_device", "start_device", "stop_device"),
+    "jobs.dirty": ("fetch_dirty", "sync_dirty"),
+    "jobs.hold": ("hold_device",),
+    "jobs.inform": ("device_info", "list_devices"),
+    "jobs.restore": ("restore",),
+    "jobs.save": ("save",),
+    "jobs.session": ("Session", "Settings", "open_device"),
+}
+_RENAMED = {"open_device": "open_session"}
+
+__all__ = [
+    "DeviceBusyError",
+    "DeviceError",
+    "DeviceNotFoundError",
+    "HostError",
+    "ImageError",
+    "InterruptedJobError",
+    "MemoryMap",
+    "MismatchError",
+    "OpenError",
+    "PageRange",
+    "Session",
+    "Settings",
+    "UnsupportedError",
+    "UsageError",
+    "VfioMigError",
+    "device_info",
+    "device_status",
+    "fetch_dirty",
+    "hold_device",
+    "list_devices",
+    "open_device",
+    "reset_device",
+    "restore",
+    "save",
+    "start_device",
+    "stop_device",
+    "sync_dirty",
+]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"vfio_mig.{module}"), _RENAMED.get(name, name))
+    raise AttributeError(f"module 'vfio_mig' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
