@@ -5,18 +5,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import shutil
 import signal
 import subprocess
-from typing import TYPE_CHECKING, Final
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
 PROGRAM: Final = "vfio-mig"
 NOBODY: Final = 65534
 SECONDS: Final = 60
+
+Done = subprocess.CompletedProcess[bytes]
 
 
 def _program() -> str:
@@ -31,29 +38,100 @@ def run(
     user: int | None = None,
     env: Mapping[str, str] | None = None,
     stdin: bytes | None = None,
-) -> subprocess.CompletedProcess[bytes]:
+    stdout: str | None = None,
+    warm: bool = False,
+) -> Done:
     """Run it to its end and demand the exit code *rc*, None for any; as *user* without any other group.
 
     :param env: variables beside those of this process.
+    :param stdout: path to write to, instead of into the result.
+    :param warm: in a fork of this process. Most of a command's seconds in the VM are the start of an interpreter;
+        for the tenth variant of one refusal that is not what is tested.
     """
-    done = subprocess.run(
-        [_program(), *map(str, args)],
-        input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
-        capture_output=True,
-        check=False,
-        timeout=SECONDS,
-        env={**os.environ, **(env or {})},
-        user=user,
-        group=user,
-        extra_groups=None if user is None else [],
-    )
+    words = [_program(), *map(str, args)]
+    if warm:
+        assert (user, env, stdin, stdout) == (None, None, None, None)
+        done = _forked(words)
+    else:
+        done = _started(words, user, env, stdin, stdout)
     if rc is not None and done.returncode != rc:
         raise AssertionError(
-            f"{PROGRAM} {' '.join(map(str, args))}: exit code {done.returncode}, not {rc}\n"
-            f"{done.stdout[-2000:].decode(errors='replace')}{done.stderr[-4000:].decode(errors='replace')}"
+            f"{PROGRAM} {' '.join(words[1:])}: exit code {done.returncode}, not {rc}\n"
+            f"{(done.stdout or b'')[-2000:].decode(errors='replace')}{done.stderr[-4000:].decode(errors='replace')}"
         )
     return done
+
+
+def _started(
+    words: list[str], user: int | None, env: Mapping[str, str] | None, stdin: bytes | None, stdout: str | None
+) -> Done:
+    with contextlib.ExitStack() as stack:
+        if user is not None:
+            stack.enter_context(_interpreter_for_everybody())
+        return subprocess.run(
+            words,
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            stdout=subprocess.PIPE if stdout is None else stack.enter_context(Path(stdout).open("wb")),
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=SECONDS,
+            env={**os.environ, **(env or {})},
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
+        )
+
+
+@contextlib.contextmanager
+def _interpreter_for_everybody() -> Iterator[None]:
+    """Let others reach an interpreter in a home directory: in the VM, whose root is an overlay, and nowhere else."""
+    assert "VFIO_MIG_KMOD_DIR" in os.environ
+    changed: list[tuple[Path, int]] = []
+    try:
+        for directory in Path(sys.executable).resolve().parents:
+            mode = directory.stat().st_mode & 0o7777
+            if not mode & 0o001:
+                changed.append((directory, mode))
+                directory.chmod(mode | 0o001)
+        yield
+    finally:
+        for directory, mode in changed:
+            directory.chmod(mode)
+
+
+def _forked(words: list[str]) -> Done:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        pid = os.fork()
+        if not pid:
+            _be_the_program(words, out.fileno(), err.fileno())
+        status = os.waitpid(pid, 0)[1]
+        out.seek(0)
+        err.seek(0)
+        return Done(words, os.waitstatus_to_exitcode(status), out.read(), err.read())
+
+
+def _be_the_program(words: list[str], out: int, err: int) -> NoReturn:
+    code = 70
+    try:
+        signal.alarm(SECONDS)
+        warnings.simplefilter("ignore")  # pytest has made them errors
+        null = os.open(os.devnull, os.O_RDONLY)
+        for number, fd in enumerate((null, out, err)):
+            os.dup2(fd, number)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+        sys.argv = words
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 71
+        except BaseException:  # noqa: BLE001  # as the interpreter shows it
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def refused(
@@ -63,11 +141,13 @@ def refused(
     user: int | None = None,
     env: Mapping[str, str] | None = None,
     stdin: bytes | None = None,
+    stdout: str | None = None,
+    warm: bool = False,
 ) -> str:
     """Demand a refusal: this exit code, nothing on stdout, one line on stderr with each of *words* in it."""
-    done = run(*args, rc=code, user=user, env=env, stdin=stdin)
+    done = run(*args, rc=code, user=user, env=env, stdin=stdin, stdout=stdout, warm=warm)
     text = done.stderr.decode()
-    assert done.stdout == b"", done.stdout[:1000]
+    assert not done.stdout, done.stdout[:1000]
     assert "Traceback" not in text, text
     assert text.endswith("\n"), text
     assert len(text.splitlines()) == 1, text
