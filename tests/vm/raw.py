@@ -13,7 +13,7 @@ import mmap
 import os
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from ioctl_opt import IO
 
@@ -206,15 +206,22 @@ def _region(reply: bytes) -> Region:
     return Region(flags, size, offset, tuple(sparse), tuple(ids))
 
 
+class HasGroup(Protocol):
+    """Something with an open group fd that has a container."""
+
+    @property
+    def group_fd(self) -> int: ...
+
+
 class Device:
     """An open VFIO device fd of a vGPU. Graphics addresses are the guest's."""
 
-    def __init__(self, container: Container, name: str) -> None:
+    def __init__(self, container: HasGroup, name: str) -> None:
         self.fd: Final = self._open(container, name)
         self._offsets: Final = {index: self.region(index).offset for index in (BAR0, BAR2, CONFIG, STATE)}
 
     @staticmethod
-    def _open(container: Container, name: str) -> int:
+    def _open(container: HasGroup, name: str) -> int:
         argument = bytearray(name.encode() + b"\0")
         return int(fcntl.ioctl(container.group_fd, GROUP_GET_DEVICE_FD, argument, True))
 
@@ -337,9 +344,9 @@ class Device:
 class Guest:
     """A vGPU in use: its container, its mapped memory, its open device, and a simple page allocator."""
 
-    def __init__(self, instance: Instance, container: Container, memory: Memory, device: Device) -> None:
+    def __init__(self, instance: Instance, container: Container | None, memory: Memory, device: Device) -> None:
         self.instance: Final = instance
-        self.container: Final = container
+        self._container: Final = container
         self.memory: Final = memory
         self.device: Final = device
         self._next_page = 0
@@ -360,6 +367,13 @@ class Guest:
                 device.close()
         finally:
             container.close()
+
+    @property
+    def container(self) -> Container:
+        """Its container; not for a guest of a device that another process holds."""
+        if self._container is None:
+            raise LookupError("the container is another process's")
+        return self._container
 
     def page(self) -> int:
         """IOVA of a page of guest memory that nobody uses yet."""

@@ -14,44 +14,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
-from tests.vm import gpu, host
-from tests.vm.raw import BAR0, FENCE, GTT, PVINFO, Device, Guest, Memory
-from vfio_mig.host.discover import Host
-from vfio_mig.host.holders import duplicate_fd, find_holder
+from tests.vm import gpu
+from tests.vm.held import Side, Work, guest_view, queue_one, run_some_work, side
+from tests.vm.raw import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-PAGE: Final = 4096
-PAGES: Final = 256
-KIND: Final = "GVTg_V4_8"
-
-
-class Side(NamedTuple):
-    """A vGPU with its guest: the guest's memory is in *file*, from guest-physical address 0 on."""
-
-    instance: host.Instance
-    memory: Memory
-    file: Path
-    guest: Guest
-
-    @property
-    def name(self) -> str:
-        """What vfio-mig calls the device."""
-        return self.instance.uuid
-
-
-class BorrowedGroup:
-    """The holder's group, for a second fd of its device."""
-
-    def __init__(self, name: str) -> None:
-        found = Host().find(name)
-        holder = find_holder(found)
-        if holder is None:
-            raise RuntimeError(f"nobody holds {name}")
-        self.group_fd: Final = duplicate_fd(found, holder)
+    from collections.abc import Iterator, Sequence
 
 
 class Report:
@@ -70,6 +40,17 @@ class Report:
         self.failures += not holds
 
 
+@contextlib.contextmanager
+def held(files: Sequence[Path]) -> Iterator[list[Side]]:
+    """Make and hold one vGPU for each file of guest memory."""
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for file in files:
+            sides.append(stack.enter_context(side(file)))
+            print(f"  $ vfio-mig hold {sides[-1].name} --memory {sides[-1].memory_option} &", flush=True)
+        yield sides
+
+
 def vfio_mig(*arguments: str) -> dict[str, Any]:
     """Run the command as a user would, show it, and return its JSON."""
     print(f"  $ vfio-mig {' '.join(arguments)}", flush=True)
@@ -78,71 +59,10 @@ def vfio_mig(*arguments: str) -> dict[str, Any]:
     return result
 
 
-@contextlib.contextmanager
-def held(name: str, memory: Path) -> Iterator[None]:
-    """Keep a device open with its guest's memory mapped, until the block ends."""
-    command = ["vfio-mig", "hold", name, "--memory", f"{memory}@0"]
-    print(f"  $ {' '.join(command)} &", flush=True)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            if process.stdout is None or not process.stdout.readline():
-                raise RuntimeError(f"{name} could not be held")
-            yield
-        finally:
-            process.terminate()
-
-
-@contextlib.contextmanager
-def guest_of(instance: host.Instance, memory: Memory) -> Iterator[Guest]:
-    """Play the guest of a held device."""
-    group = BorrowedGroup(instance.uuid)
-    device = Device(group, instance.uuid)  # type: ignore[arg-type]  # of a container it needs the group's fd alone
-    os.close(group.group_fd)
-    try:
-        yield Guest(instance, None, memory, device)  # type: ignore[arg-type]  # the container is the holder's
-    finally:
-        device.close()
-
-
-class Work(list[tuple[int, int]]):
-    """(guest-physical address, value) of what the GPU has been told to write."""
-
-    def done_in(self, memory: Memory) -> int:
-        """Count what is there."""
-        return sum(memory.u32(iova) == value for iova, value in self)
-
-
-def run_some_work(guest: Guest, engine: gpu.Engine) -> Work:
-    """Have the GPU write some pages, through low and high graphics memory."""
-    work = Work()
-    for number in range(8):
-        gma, iova = guest.bind(high=bool(number % 2))
-        value = 0xC0DE0000 + number
-        engine.run(gpu.store_dword(gma + 16, value))
-        work.append((iova + 16, value))
-    return work
-
-
-def queue_one(guest: Guest, engine: gpu.Engine) -> Work:
-    """Submit a workload to the stopped vGPU: it stays queued."""
-    gma, iova = guest.bind()
-    engine.submit(engine.context(gpu.store_dword(gma, 0xFEEDC0DE)))
-    return Work([(iova, 0xFEEDC0DE)])
-
-
-def guest_view(device: Device) -> bytes:
-    """Return what a guest can see of its device: PVINFO, fences, low and high page table entries."""
-    high = GTT + (device.guest_high() >> 12) * 8
-    return b"".join(
-        device.read(BAR0, offset, size)
-        for offset, size in ((PVINFO, PAGE), (FENCE, 32), (GTT, 0x10000), (high, 0x10000))
-    )
-
-
 class Migration:
     """The main job between two held devices, check by check.
 
-    :param sides: source and target: the instance, its guest's memory, that memory's file, its guest.
+    :param image: where the image is saved to.
     """
 
     def __init__(self, source: Side, target: Side, image: Path, report: Report) -> None:
@@ -186,8 +106,8 @@ class Migration:
         """Copy the dirty pages into the target's memory and compare."""
         self.report.step("Sync its dirty pages, then save its state")
         source, target = self.source, self.target
-        dirty = vfio_mig("dirty", source.name, "--memory", f"{source.file}@0", "--list")
-        synced = vfio_mig("sync", source.name, str(target.file), "--memory", f"{source.file}@0", "--rounds", "0")
+        dirty = vfio_mig("dirty", source.name, "--memory", source.memory_option, "--list")
+        synced = vfio_mig("sync", source.name, str(target.file), "--memory", source.memory_option, "--rounds", "0")
         pages = {at for start, size in dirty["ranges"] for at in range(start, start + size, PAGE)}
         equal = sum(source.memory.read(at, PAGE) == target.memory.read(at, PAGE) for at in pages)
         self.report.check(f"{len(pages)} dirty pages synced, {equal} equal on the target", 0 < len(pages) == equal)
@@ -234,25 +154,16 @@ class Migration:
             print(f"  {name:<16} {seconds * 1e3:8.1f} ms")
 
 
-@contextlib.contextmanager
-def side(file: Path) -> Iterator[Side]:
-    """Make a vGPU, hold it with *file* as its guest's memory, and play its guest."""
-    memory = Memory(0, PAGES, file)
-    with host.instance(KIND) as instance, held(instance.uuid, file), guest_of(instance, memory) as guest:
-        yield Side(instance, memory, file, guest)
-
-
 def main() -> int:
     """Run the demonstration; 1 if a check fails."""
     report = Report()
     print(f"vfio-mig on Linux {os.uname().release}: a GVT-g vGPU moves from one device to another")
     report.step("Two vGPUs are held open, each with its guest's memory")
-    with contextlib.ExitStack() as stack:
-        # guest memory must be shared with the holder
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
-        source = stack.enter_context(side(directory / "source.mem"))
-        target = stack.enter_context(side(directory / "target.mem"))
-        Migration(source, target, directory / "gpu.vfm", report).run()
+    # guest memory must be shared with the holder
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        directory = Path(name)
+        with held([directory / "source.mem", directory / "target.mem"]) as (source, target):
+            Migration(source, target, directory / "gpu.vfm", report).run()
     print("\nAll checks hold." if not report.failures else f"\n{report.failures} checks FAILED.")
     return 1 if report.failures else 0
 

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: MIT
+"""The installed `vfio-mig` does what its help says: every command's success, on real ioctls."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.vm import cli, gpu, host
+from tests.vm.held import Side, guest_view, queue_one, run_some_work, side
+from tests.vm.raw import PAGE
+from tools.demo.__main__ import Migration, Report
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+
+
+def js(*args: str | Path) -> Any:
+    return json.loads(cli.run("--json", *args, warm=True).stdout)
+
+
+def text(*args: str | Path) -> str:
+    return cli.run(*args, warm=True).stdout.decode()
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def source(shm: Path) -> Iterator[Side]:
+    with side(shm / "source.mem") as made:
+        yield made
+
+
+@pytest.fixture
+def target(shm: Path, source: Side) -> Iterator[Side]:  # noqa: ARG001  # made after it
+    with side(shm / "target.mem") as made:
+        yield made
+
+
+def test_list_and_status_name_device_type_and_holder(source: Side) -> None:
+    with host.instance("GVTg_V4_4") as closed:
+        node = f"/dev/vfio/{source.instance.group}"
+        lines = {line.split()[0]: line.split() for line in text("list").splitlines()}
+        held_by = lines[source.name][5]
+        assert lines[source.name][1:5] == ["mdev", "gvt_sample-GVTg_V4_8", "gvt_sample_mdev", node]
+        assert held_by.endswith(":vfio-mig")
+        assert lines[closed.uuid][2] == "gvt_sample-GVTg_V4_4"
+        assert lines[closed.uuid][5] == "-"
+        pid = int(held_by.partition(":")[0])
+        (entry,) = [one for one in js("list") if one["device"] == source.name]
+        assert entry == {
+            "device": source.name,
+            "kind": "mdev",
+            "type": "gvt_sample-GVTg_V4_8",
+            "parent": "gvt_sample",
+            "driver": "gvt_sample_mdev",
+            "node": node,
+            "holder_pid": pid,
+            "holder": "vfio-mig",
+        }
+        status = js("status", source.name)
+        assert (status["state"], status["holder_pid"], status["protocol"]) == ("unknown", pid, "gvt-rfc")
+        assert js("status", closed.uuid)["state"] == "closed"
+        assert f"open in PID {pid} (vfio-mig)" in text("status", source.name)
+
+
+def test_info_shows_regions_and_every_check(source: Side) -> None:
+    info = js("info", source.name)
+    assert info["how"] == "borrowed"
+    assert info["protocol"] == "gvt-rfc"
+    assert info["flags"] == 0x23
+    regions = {region["number"]: region for region in info["regions"]}
+    assert regions[9]["size"] == 0x900000
+    assert regions[2]["sparse_areas"] == [[0, source.instance.layout().low_size]]
+    assert all(check["ok"] for check in info["checks"])
+    shown = text("info", source.name)
+    assert "ok  migratable: flag 0x20 in 0x23" in shown
+    assert "protocol  gvt-rfc" in shown
+
+
+def test_a_device_has_several_names(source: Side) -> None:
+    number = source.instance.group
+    for name in (source.name.upper(), str(source.instance.sysfs), f"/dev/vfio/{number}"):
+        assert js("status", name)["device"] == source.name
+
+
+def test_stop_and_start_a_held_device(source: Side) -> None:
+    before = source.instance.counters()
+    assert js("stop", source.name).keys() == {"device", "action", "seconds"}
+    assert source.instance.run_state() == "stopped"
+    engine = gpu.Engine(source.guest)
+    queued = queue_one(source.guest, engine)
+    assert source.instance.queue()
+    assert text("start", source.name).startswith(f"{source.name}: started in ")
+    gpu.wait_ended(source.guest, before, 1)
+    assert source.instance.run_state() == "running"
+    assert queued.done_in(source.memory) == 1
+    assert text("-q", "stop", source.name) == ""
+    assert source.instance.run_state() == "stopped"
+
+
+def test_reset_drops_what_the_guest_has_set(source: Side) -> None:
+    source.guest.device.set_fence(0, 0x00100001, 0x001FF003)
+    assert source.guest.device.fence(0)
+    js("reset", source.name)
+    assert source.guest.device.fence(0) == 0
+    assert source.instance.run_state() == "running"
+
+
+def test_dirty_reports_exactly_what_the_driver_has_pinned(source: Side) -> None:
+    run_some_work(source.guest, gpu.Engine(source.guest))
+    pinned = sorted(source.instance.pinned())
+    everything = js("dirty", source.name, "--list")
+    assert everything["pages"] == 1 << 20
+    assert everything["pages_dirty"] == len(pinned) > 8
+    pages = [at for start, size in everything["ranges"] for at in range(start, start + size, PAGE)]
+    assert pages == pinned
+    # the same from three requests that meet within the set, and in words
+    middle = pinned[len(pinned) // 2]
+    parts = [f"0-{middle:#x}", f"{middle:#x}+4K", f"{middle + PAGE:#x}+64M"]
+    assert (
+        js("dirty", source.name, *(word for part in parts for word in ("--range", part)), "--list")["ranges"]
+        == everything["ranges"]
+    )
+    listed = text("dirty", source.name, "--list").splitlines()
+    assert [tuple(int(word, 0) for word in line.split()) for line in listed] == [
+        tuple(pair) for pair in everything["ranges"]
+    ]
+    assert f"{len(pinned)} of 256 pages" in text("dirty", source.name, "--memory", source.memory_option)
+    assert source.instance.run_state() == "running"
+
+
+def test_sync_copies_the_dirty_pages_into_a_sparse_file(source: Side, tmp_path: Path) -> None:
+    work = run_some_work(source.guest, gpu.Engine(source.guest))
+    copy = tmp_path / "copy.mem"
+    report = js("sync", source.name, copy, "--memory", source.memory_option, "--leave-running")
+    assert source.instance.run_state() == "running"
+    assert report["state"] == "running"
+    assert [one["stopped"] for one in report["rounds"]] == [False, False, True]
+    pinned = source.instance.pinned()
+    assert report["pages_dirty"] == len(pinned)
+    content = copy.read_bytes()
+    assert len(content) == source.memory.size
+    assert all(content[at : at + PAGE] == source.memory.read(at, PAGE) for at in pinned)
+    assert all(content[iova : iova + 4] == value.to_bytes(4, "little") for iova, value in work)
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    js("sync", source.name, copy, "--memory", source.memory_option, "--rounds", "0")
+    assert source.instance.run_state() == "stopped"
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["archive", "raw"])
+def test_save_and_restore_through_a_file(source: Side, target: Side, tmp_path: Path, *, raw: bool) -> None:
+    image = tmp_path / "gpu.vfm"
+    options = ["--raw"] if raw else []
+    run_some_work(source.guest, gpu.Engine(source.guest), 2)
+    source.guest.device.set_fence(1, 0x00100001, 0x001FF003)
+    saved = js("save", source.name, image, *options)
+    assert source.instance.run_state() == "stopped"
+    assert saved["state"] == "stop"
+    assert stat.S_IMODE(image.stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.vfm"]
+    state = source.guest.device.save()
+    assert saved["state_bytes"] == len(state)
+    if raw:
+        assert image.read_bytes() == state
+    else:
+        listed = subprocess.run(["tar", "tf", image], capture_output=True, text=True, check=True).stdout.split()
+        assert listed == ["header.json", "state/0000", "dirty/0000", "manifest.json"]
+    view = guest_view(source.guest.device)
+    report = js("restore", target.name, image, *options)
+    assert target.instance.run_state() == "stopped"
+    assert (report["state"], report["state_bytes"], report["warnings"]) == ("stop", len(state), [])
+    assert guest_view(target.guest.device) == view
+    assert target.guest.device.save() == state
+
+
+def test_save_keeps_a_running_device_running_if_asked_and_replaces_a_file_by_force(
+    source: Side, tmp_path: Path
+) -> None:
+    image = tmp_path / "gpu.vfm"
+    image.write_bytes(b"old")
+    said = cli.run("save", source.name, image, "--leave-running", "--force", warm=True).stderr.decode()
+    assert source.instance.run_state() == "running"
+    assert said.endswith("; it runs\n")
+    assert image.read_bytes()[:11] == b"header.json"
+    assert source.instance.counters()["status_set"] == 2
+
+
+def test_save_streams_into_restore_through_a_pipe_and_carries_the_dirty_pages(source: Side, target: Side) -> None:
+    work = run_some_work(source.guest, gpu.Engine(source.guest))
+    program = shutil.which("vfio-mig")
+    assert program is not None
+    save = subprocess.Popen(
+        [program, "-q", "save", source.name, "-", "--memory", source.memory_option], stdout=subprocess.PIPE
+    )
+    assert save.stdout is not None
+    done = subprocess.run(
+        [program, "--json", "restore", target.name, "-", "--memory", target.memory_option, "--start"],
+        stdin=save.stdout,
+        capture_output=True,
+        check=True,
+    )
+    save.stdout.close()
+    assert save.wait() == 0
+    assert done.stderr == b""
+    report = json.loads(done.stdout)
+    assert report["state"] == "running"
+    assert report["pages_written"] == len(source.instance.pinned())
+    assert target.instance.run_state() == "running"
+    assert source.instance.run_state() == "stopped"
+    assert work.done_in(target.memory) == len(work)
+    assert target.instance.pinned() == source.instance.pinned()
+
+
+def test_a_device_that_nobody_holds_is_saved_and_closed(tmp_path: Path) -> None:
+    with host.instance() as vgpu:
+        image = tmp_path / "gpu.vfm"
+        done = cli.run("-v", "save", vgpu.uuid, image)
+        said = done.stderr.decode().splitlines()
+        assert said[0] == (f"{vgpu.uuid}: opened through /dev/vfio/{vgpu.group}, protocol gvt-rfc (numbers built in)")
+        assert said[1].endswith("; closed, as nobody else has it open")
+        again = js("restore", vgpu.uuid, image)
+        assert again["state"] == "closed"
+        assert "run 'vfio-mig hold' first" in again["warnings"][0]
+
+
+def test_the_numbers_of_the_host_s_own_header_are_used(source: Side, tmp_path: Path) -> None:
+    header = tmp_path / "vfio.h"
+    numbers = (ROOT / "cdefs/gvt_rfc.h").read_text().replace("VFIO_PCI_RFC_NUM_REGIONS", "VFIO_PCI_NUM_REGIONS")
+    for name, number in (("VFIO_DEVICE_PCI_STATUS_SET", 14), ("VFIO_DEVICE_PCI_GET_DIRTY_BITMAP", 15)):
+        numbers = numbers.replace(f"{name}_NR {number}", f"{name} _IO(VFIO_TYPE, VFIO_BASE + {number})")
+    header.write_text(numbers)
+    done = cli.run("-v", "--uapi-header", header, "stop", source.name, warm=True)
+    assert f"(numbers {header})" in done.stderr.decode()
+    assert source.instance.run_state() == "stopped"
+
+
+def test_hold_announces_itself_and_ends_on_a_signal() -> None:
+    with host.instance() as vgpu:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with cli.held(vgpu.uuid) as process:
+                assert js("status", vgpu.uuid)["holder_pid"] == process.pid
+                process.send_signal(number)
+                assert process.wait(cli.SECONDS) == 0
+        assert js("status", vgpu.uuid)["state"] == "closed"
+
+
+def test_mdevs_are_listed_created_and_removed() -> None:
+    kind = "gvt_sample-GVTg_V4_8"
+    (offered,) = [one for one in js("mdev", "types") if one["type"] == kind]
+    assert offered["parent"] == "gvt_sample"
+    assert offered["available"] == host.available("GVTg_V4_8") > 0
+    made = text("mdev", "create", "GVTg_V4_8").strip()
+    wanted = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+    assert js("mdev", "create", kind, wanted, "--parent", "gvt_sample") == {"device": wanted}
+    assert host.available("GVTg_V4_8") == offered["available"] - 2
+    assert {made, wanted} <= {one["device"] for one in js("list")}
+    for uuid in (made, wanted):
+        cli.run("mdev", "remove", uuid, warm=True)
+    assert not {made, wanted} & {one["device"] for one in js("list")}
+    assert host.available("GVTg_V4_8") == offered["available"]
+
+
+def test_the_demonstration_s_checks_hold(source: Side, target: Side, tmp_path: Path) -> None:
+    report = Report()
+    with contextlib.chdir(tmp_path):
+        Migration(source, target, tmp_path / "gpu.vfm", report).run()
+    assert report.failures == 0
