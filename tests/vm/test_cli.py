@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -281,3 +283,20 @@ def test_the_demonstration_s_checks_hold(source: Side, target: Side, tmp_path: P
     with contextlib.chdir(tmp_path):
         Migration(source, target, tmp_path / "gpu.vfm", report).run()
     assert report.failures == 0
+
+
+def test_the_readme_s_script_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    memory = Path("/dev/shm/guest")
+    try:
+        with memory.open("xb") as file:
+            file.truncate(1 << 20)
+        with host.instance(), host.instance():
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+            )
+    finally:
+        memory.unlink()
+    assert re.fullmatch(r"0 dirty pages, stopped for \d\.\d{3} s, then closed\n", done.stdout)
+    assert done.stderr == ""
+    assert (tmp_path / "gpu.vfm").exists()
