@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import os
+import pkgutil
 import runpy
 import shutil
 import signal
@@ -15,6 +18,8 @@ import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
+
+import vfio_mig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -100,7 +105,15 @@ def _interpreter_for_everybody() -> Iterator[None]:
             directory.chmod(mode)
 
 
+@functools.cache
+def _warm_up() -> None:
+    """Import all of the program once, for every fork."""
+    for module in pkgutil.walk_packages(vfio_mig.__path__, "vfio_mig."):
+        importlib.import_module(module.name)
+
+
 def _forked(words: list[str]) -> Done:
+    _warm_up()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         pid = os.fork()
         if not pid:
