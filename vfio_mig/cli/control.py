@@ -23,7 +23,7 @@ def _report(options: Options, done: Done) -> None:
         click.echo(f"{done.device}: {PAST[done.action]} in {done.seconds * 1e3:.1f} ms")
 
 
-@click.command("stop")
+@click.command("stop", short_help="Pause DEVICE and leave it stopped.")
 @click.argument("device")
 @pid_option
 @click.pass_obj
@@ -72,7 +72,7 @@ def reset_command(options: Options, device: str, *, force: bool, pid: int | None
     _report(options, reset_device(device, settings_of(options, pid), force=force))
 
 
-@click.command("status")
+@click.command("status", short_help="Tell who has DEVICE open.")
 @click.argument("device")
 @pid_option
 @click.pass_obj

@@ -19,7 +19,7 @@ def _line(one: Listed) -> str:
     return f"{one.device} {one.kind} {one.type or '-'} {one.driver or '-'} {one.node or '-'} {holder}"
 
 
-@click.command("list")
+@click.command("list", short_help="List VFIO devices and who has them open.")
 @click.pass_obj
 def list_command(options: Options) -> None:
     """List VFIO devices, one per line: NAME KIND TYPE DRIVER NODE HOLDER (PID:COMMAND); - is none.
@@ -52,7 +52,7 @@ def _print_info(info: DeviceInfo) -> None:
     click.echo(f"protocol  {info.protocol or 'none'}")
 
 
-@click.command("info")
+@click.command("info", short_help="Tell regions, and whether DEVICE can be migrated.")
 @click.argument("device")
 @pid_option
 @click.pass_obj

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.session import Session
 
 
-@click.command("hold")
+@click.command("hold", short_help="Keep DEVICE open for the other commands.")
 @click.argument("device")
 @memory_option
 @click.pass_obj

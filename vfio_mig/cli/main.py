@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from vfio_mig import __version__
-from vfio_mig.errors import InterruptedJobError, VfioMigError
+from vfio_mig.errors import HostError, InterruptedJobError, VfioMigError, errno_text
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -29,6 +30,9 @@ COMMANDS = {  # command: module below vfio_mig.cli
     "stop": "control",
     "sync": "transfer",
 }
+
+
+ABIS = ("auto", "gvt-rfc")
 
 
 class Lazy(click.Group):
@@ -63,12 +67,12 @@ class Options:
         self.uapi_header = uapi_header
 
 
-@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="vfio-mig", message="%(prog)s %(version)s")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: sizes in bytes, times in seconds.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr how the device was reached and what is being done.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and what was asked for.")
-@click.option("--abi", default="auto", show_default=True, metavar="NAME", help="Accept this protocol only: gvt-rfc.")
+@click.option("--abi", type=click.Choice(ABIS), default="auto", show_default=True, help="Accept this protocol only.")
 @click.option(
     "--uapi-header",
     metavar="FILE",
@@ -120,3 +124,7 @@ def main() -> NoReturn:
         # whoever read our output is gone; nothing more can be said there
         sys.stderr.close()
         sys.exit(InterruptedJobError.exit_code)
+    except OSError as error:
+        # jobs have errors of their own: this is standard output, and what it has not taken would fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(HostError(f"{error.filename or 'standard output'}: {errno_text(error.errno or 0)}"))

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Self
 
     from vfio_mig.cli.main import Options
     from vfio_mig.dirty.memory import MemoryMap
@@ -35,6 +38,34 @@ def say(options: Options, text: str) -> None:
     """Print a sentence on what was done, unless the user wants quiet; to stderr, as stdout may be the image."""
     if not options.quiet:
         click.echo(text, err=True)
+
+
+class Meter:
+    """Shows on a terminal's stderr how far a long copy has come; silent elsewhere and for quick ones.
+
+    Called with the bytes of each step.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._shown = sys.stderr.isatty() and not options.quiet
+        self._next = time.monotonic() + 0.5
+        self._bytes = 0
+        self._written = False
+
+    def __call__(self, size: int) -> None:
+        """Count one step."""
+        self._bytes += size
+        if self._shown and time.monotonic() >= self._next:
+            self._next = time.monotonic() + 0.2
+            self._written = True
+            click.echo(f"\rguest memory: {self._bytes >> 20} MiB copied", err=True, nl=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._written:
+            click.echo("\r\033[K", err=True, nl=False)
 
 
 memory_option = click.option(

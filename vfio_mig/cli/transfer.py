@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from vfio_mig.cli.output import (
+    Meter,
     memory_option,
     parse_memory,
     parse_ranges,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 NOW: Final = {"running": "it runs", "stop": "left stopped", "closed": "closed, as nobody else has it open"}
 
 
-@click.command("save")
+@click.command("save", short_help="Save DEVICE to a file.")
 @click.argument("device")
 @click.argument("file")
 @memory_option
@@ -60,16 +61,18 @@ def save_command(
     """
     from vfio_mig.jobs.save import save
 
-    report = save(
-        device,
-        file,
-        settings_of(options, pid),
-        memory=parse_memory(memory),
-        ranges=parse_ranges(ranges),
-        leave_running=leave_running,
-        raw=raw,
-        force=force,
-    )
+    with Meter(options) as meter:
+        report = save(
+            device,
+            file,
+            settings_of(options, pid),
+            memory=parse_memory(memory),
+            ranges=parse_ranges(ranges),
+            leave_running=leave_running,
+            raw=raw,
+            force=force,
+            progress=meter,
+        )
     if options.as_json and file != "-":
         print_json(report._asdict())
         return
@@ -82,7 +85,7 @@ def save_command(
     )
 
 
-@click.command("restore")
+@click.command("restore", short_help="Load a file into DEVICE.")
 @click.argument("device")
 @click.argument("file")
 @memory_option
@@ -104,7 +107,16 @@ def restore_command(
     """
     from vfio_mig.jobs.restore import restore
 
-    report = restore(device, file, settings_of(options, pid), memory=parse_memory(memory), start=start, raw=raw)
+    with Meter(options) as meter:
+        report = restore(
+            device,
+            file,
+            settings_of(options, pid),
+            memory=parse_memory(memory),
+            start=start,
+            raw=raw,
+            progress=meter,
+        )
     for warning in report.warnings:
         say(options, f"vfio-mig: {report.device}: warning: {warning}")
     if options.as_json:
@@ -117,7 +129,7 @@ def restore_command(
     )
 
 
-@click.command("dirty")
+@click.command("dirty", short_help="Tell which guest pages DEVICE may have written.")
 @click.argument("device")
 @memory_option
 @range_option
@@ -161,7 +173,7 @@ def dirty_command(
         )
 
 
-@click.command("sync")
+@click.command("sync", short_help="Copy the pages that DEVICE may have written.")
 @click.argument("device")
 @click.argument("file")
 @memory_option

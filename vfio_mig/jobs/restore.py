@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from vfio_mig.errors import DeviceError, HostError, ImageError, MismatchError, UsageError, errno_text
 from vfio_mig.jobs.rollback import Rollback
+from vfio_mig.jobs.save import metered
 from vfio_mig.jobs.session import Settings, open_session
 from vfio_mig.jobs.state import check_state_fits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.image.archive import Archive
@@ -59,9 +60,10 @@ def _input(file: str) -> Iterator[BinaryIO]:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise HostError(f"{file}: cannot open: {errno_text(error.errno or 0)}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):  # before fdopen(), which fails in its own way on a directory
+        os.close(fd)
+        raise UsageError(f"{file} is no regular file", hint="use - to read from a pipe")
     with os.fdopen(fd, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise UsageError(f"{file} is no regular file", hint="use - to read from a pipe")
         yield stream
 
 
@@ -97,17 +99,21 @@ def check_fit(session: Session, archive: Archive) -> None:
         )
 
 
-def _write_pages(archive: Archive, guest: Memory) -> int:
-    """Write the image's pages into guest memory; returns how many.
+def _check_pages(archive: Archive, guest: Memory) -> None:
+    """Refuse an image with pages that the guest memory given does not have.
 
-    :raises MismatchError: the guest memory given does not have all of them; none was written.
+    :raises MismatchError: says which; nothing was written.
     """
     known = guest.ranges
     for gpa, content in archive.pages():
         first, end = gpa // 4096, (gpa + len(content)) // 4096
         if not any(range_.start <= first and end <= range_.end for range_ in known):
             raise MismatchError(f"the image has {len(content)} bytes of memory at {gpa:#x}, which --memory does not")
-    return sum(guest.write(gpa, content) for gpa, content in archive.pages())
+
+
+def _write_pages(archive: Archive, guest: Memory, progress: Callable[[int], object]) -> int:
+    """Write the image's pages into guest memory; returns how many."""
+    return sum(guest.write(gpa, content) for gpa, content in metered(archive.pages(), progress))
 
 
 class _Image(NamedTuple):
@@ -145,13 +151,15 @@ def _abandon(session: Session) -> None:
     session.protocol.start()
 
 
-def _load(session: Session, image: _Image, guest: Memory, *, start: bool) -> tuple[dict[str, float], int]:
+def _load(
+    session: Session, image: _Image, guest: Memory, progress: Callable[[int], object], *, start: bool
+) -> tuple[dict[str, float], int]:
     """Stop the device and write everything; what fails is the caller's to roll back."""
     times = {}
     began = time.perf_counter()
     session.protocol.stop()
     times["stop_time"] = time.perf_counter() - began
-    pages = _write_pages(image.archive, guest) if image.archive is not None and guest.maps else 0
+    pages = _write_pages(image.archive, guest, progress) if image.archive is not None and guest.maps else 0
     began = time.perf_counter()
     session.protocol.write_state(memoryview(image.state))
     times["state_write_time"] = time.perf_counter() - began
@@ -170,6 +178,7 @@ def restore(
     memory: Sequence[MemoryMap] = (),
     start: bool = False,
     raw: bool = False,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> RestoreReport:
     """Load a saved image, or as ``-`` standard input, into a device.
 
@@ -177,6 +186,7 @@ def restore(
 
     :param memory: guest memory; the image's pages are written there, and it is mapped when we open the device.
     :param raw: the file is a bare state.
+    :param progress: called with the bytes of each piece of guest memory that was written.
     :raises ImageError: the image is broken or does not fit; the device is untouched.
     :raises DeviceError: the device refused the state; it was reset if that is ours to do.
     """
@@ -190,11 +200,13 @@ def restore(
     ):
         image = stack.enter_context(_read_image(session, stream, raw=raw))
         warnings = check_state_fits(session, image.state)
+        if image.archive is not None and guest.maps:
+            _check_pages(image.archive, guest)
         if not session.device.borrowed:
             warnings.append(NOT_HELD)
         with Rollback() as rollback:
             rollback.push(lambda: _abandon(session))
-            times, pages = _load(session, image, guest, start=start)
+            times, pages = _load(session, image, guest, progress, start=start)
         return RestoreReport(
             device=session.device.name,
             file=file,

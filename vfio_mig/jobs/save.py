@@ -15,7 +15,7 @@ from vfio_mig.jobs.session import Settings, open_session
 from vfio_mig.jobs.state import check_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.memory import Memory, MemoryMap
@@ -77,9 +77,10 @@ def _output(file: str, *, force: bool) -> Iterator[BinaryIO]:
             raise UsageError(
                 "the image is binary and will not be written to a terminal", hint="redirect it or name a file"
             )
-        with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as stream:
+        from vfio_mig.image.files import writing
+
+        with writing(os.dup(sys.stdout.fileno()), "standard output") as stream:
             yield stream
-            stream.flush()
     else:
         from vfio_mig.image.files import committed
 
@@ -110,10 +111,21 @@ def default_ranges(memory: Memory, ranges: Sequence[PageRange]) -> list[PageRang
     return merge(ranges) or memory.ranges or [PageRange(0, 1 << 20)]
 
 
+def metered(
+    pages: Iterable[tuple[int, memoryview]], progress: Callable[[int], object]
+) -> Iterator[tuple[int, memoryview]]:
+    """Pass pages on and report their sizes."""
+    for gpa, content in pages:
+        yield gpa, content
+        progress(len(content))
+
+
 class _Window:
     """The stopped window: from the STOP request on, what must be done before the device may go on."""
 
-    def __init__(self, session: Session, ranges: list[PageRange], guest: Memory) -> None:
+    def __init__(
+        self, session: Session, ranges: list[PageRange], guest: Memory, progress: Callable[[int], object]
+    ) -> None:
         # Imported here, before the device is stopped
         from vfio_mig.dirty.bitmap import preload
         from vfio_mig.dirty.fetch import fetch
@@ -121,6 +133,7 @@ class _Window:
         if guest.maps:
             preload()
         self._fetch = fetch
+        self._progress = progress
         self._session = session
         self._ranges = ranges
         self._guest = guest
@@ -155,7 +168,7 @@ class _Window:
             return
         for chunk in self.dirty:
             if chunk.total():
-                self.bytes_written += writer.add_pages(self._guest.read(chunk.ranges()))
+                self.bytes_written += writer.add_pages(metered(self._guest.read(chunk.ranges()), self._progress))
 
 
 def _finish(writer: ArchiveWriter, window: _Window, statistics: dict[str, Any]) -> None:
@@ -205,6 +218,7 @@ def save(
     leave_running: bool = False,
     raw: bool = False,
     force: bool = False,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> SaveReport:
     """Save a device to a file or, as ``-``, to standard output.
 
@@ -214,6 +228,7 @@ def save(
     :param ranges: guest pages to fetch the dirty bitmap of; by default those of *memory*, else the first 4 GiB.
     :param raw: write the bare state, without bitmap, pages and integrity.
     :param force: replace an existing file.
+    :param progress: called with the bytes of each piece of guest memory that was copied.
     :raises OpenError, UnsupportedError: nothing was done.
     :raises DeviceError: the device failed; it was started again.
     :raises HostError: the file could not be written; the device was started again.
@@ -229,6 +244,6 @@ def save(
         # inside the rollback: a commit that fails starts the device again
         _output(file, force=force) as output,
     ):
-        window = _Window(session, default_ranges(guest, ranges), guest)
+        window = _Window(session, default_ranges(guest, ranges), guest, progress)
         rollback.push(session.protocol.start)
         return _save_open(session, output, file, window, raw=raw, leave_running=leave_running)
