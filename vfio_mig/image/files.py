@@ -75,6 +75,18 @@ def committed(path: "str | os.PathLike[str]", *, force: bool = False) -> Iterato
     _sync_directory(directory)
 
 
+@contextmanager
+def writing(fd: int, name: str) -> Iterator[BinaryIO]:
+    """Give a stream to an open fd, which is closed with the block; its failed writes are HostErrors on *name*."""
+    file = io.BufferedWriter(_File(fd, name), 1 << 20)
+    try:
+        yield file
+        file.flush()
+    finally:
+        with suppress(OSError, HostError):  # it has failed before, or else there is nothing left to write
+            file.close()
+
+
 def check_target(target: str, *, force: bool) -> None:
     """Refuse a target that may not be replaced; to be asked before a device is touched.
 

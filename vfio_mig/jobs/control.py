@@ -80,6 +80,8 @@ def reset_device(name: str, settings: Settings | None = None, *, force: bool = F
             device=found.name,
             hint="use --force if that is what you want",
         )
+    if holder is not None and not holder.is_hold:
+        settings = (settings or Settings())._replace(pid=holder.pid)
     return _timed(name, "reset", settings)
 
 

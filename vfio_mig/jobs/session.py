@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig.errors import DeviceBusyError, UsageError
@@ -99,6 +100,12 @@ def require_holder(found: HostDevice, action: str) -> Holder:
     :raises DeviceBusyError: nobody has the device open.
     """
     holder = holder_of(found)
+    if holder is None and os.geteuid():
+        raise DeviceBusyError(
+            f"no process that this user may look into has it open, and a {action} ends with the last close",
+            device=found.name,
+            hint="run as root",
+        )
     if holder is None:
         raise DeviceBusyError(
             f"nobody has it open, and a {action} ends with the last close",

@@ -123,9 +123,10 @@ def read_header(path: str) -> str:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise HostError(f"{path}: cannot open the header: {errno_text(error.errno or 0)}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):  # before fdopen(), which fails in its own way on a directory
+        os.close(fd)
+        raise UsageError(f"{path} is no regular file, hence no header")
     with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise UsageError(f"{path} is no regular file, hence no header")
         text = file.read(HEADER_MAX + 1)
     if len(text) > HEADER_MAX:
         raise UsageError(f"{path} is larger than {HEADER_MAX} bytes: no linux/vfio.h")

@@ -1,0 +1,632 @@
+# SPDX-License-Identifier: MIT
+"""What `vfio-mig` refuses: the exit code, one line that says why, and a device in a state that debugfs confirms."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import tarfile
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.vm import gpu, host
+from tests.vm.cli import NOBODY, refused, run
+from tests.vm.raw import Guest
+from tests.vm.test_migration import guest_view
+from vfio_mig.image.archive import ArchiveWriter, read_archive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.vm.conftest import MakeGuest, MakeInstance
+
+PAGE: Final = 4096
+MIB: Final = 1 << 20
+ME: Final = str(os.getpid())
+BORROW: Final = ("--pid", ME)
+OTHER_KIND: Final = "GVTg_V4_4"
+RFC_COUNTERS: Final = ("status_set", "get_dirty", "state_read", "state_write")
+SYSTEM_HEADER: Final = "/usr/include/linux/vfio.h"
+TREE_HEADER: Final = """
+#define VFIO_TYPE (';')
+#define VFIO_BASE 100
+#define VFIO_DEVICE_FLAGS_MIGRATABLE (1 << {flag})
+enum {{ VFIO_PCI_DEVICE_STATE_REGION_INDEX = 9, VFIO_PCI_NUM_REGIONS }};
+#define VFIO_DEVICE_PCI_STATUS_SET _IO(VFIO_TYPE, VFIO_BASE + 14)
+#define VFIO_DEVICE_PCI_STOP (1 << 0)
+#define VFIO_DEVICE_PCI_START (1 << 1)
+#define VFIO_DEVICE_PCI_GET_DIRTY_BITMAP _IO(VFIO_TYPE, VFIO_BASE + 15)
+"""
+
+
+def rfc_requests(instance: host.Instance) -> dict[str, int]:
+    """How often the device has been asked for anything of the RFC."""
+    counters = instance.counters()
+    return {name: counters[name] for name in RFC_COUNTERS}
+
+
+@contextlib.contextmanager
+def untouched(guest: Guest) -> Iterator[None]:
+    """Demand that nothing in the block stops, asks or changes the device."""
+    instance = guest.instance
+    before = rfc_requests(instance), instance.run_state(), instance.queue(), instance.pinned(), guest_view(guest)
+    yield
+    assert rfc_requests(instance) == before[0]
+    assert (instance.run_state(), instance.queue(), instance.pinned()) == before[1:4]
+    assert guest_view(guest) == before[4]
+
+
+@contextlib.contextmanager
+def never_asked(instance: host.Instance) -> Iterator[None]:
+    before = rfc_requests(instance)
+    yield
+    assert rfc_requests(instance) == before
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A saved vGPU with some page table entries, as `vfio-mig save` writes it."""
+    path = tmp_path_factory.mktemp("image") / "gpu.vfm"
+    with host.instance() as instance, Guest.opened(instance) as guest:
+        guest.bind(4)
+        run("-q", "save", instance.uuid, path, *BORROW, warm=True)
+    return path.read_bytes()
+
+
+# --- the device cannot be reached
+
+
+@pytest.mark.parametrize(
+    ("command", "device"),
+    [
+        (("info",), str(uuid.UUID(int=0xA11))),
+        (("stop",), "0000:ff:1f.7"),
+        (("save", "FILE"), "/dev/vfio/999"),
+        (("restore", "FILE"), "/dev/vfio/devices/vfio999"),
+        (("mdev", "remove"), str(uuid.UUID(int=0xA12))),
+        (("status",), "/sys/bus/mdev/devices/nothing"),
+    ],
+    ids=["a UUID", "a PCI address", "a group's node", "a device's node", "an mdev to remove", "a path"],
+)
+def test_a_device_that_is_not_there_is_named(command: tuple[str, ...], device: str, tmp_path: Path) -> None:
+    file = tmp_path / "gpu.vfm"
+    if "restore" in command:
+        file.touch()
+    head = [word for word in command if word != "FILE"]
+    tail = [str(file)] if "FILE" in command else []
+    refused(*head, device, *tail, code=3, words=(device, "no "), warm=command[0] not in {"info", "save"})
+    assert file.exists() == ("restore" in command)
+
+
+@pytest.mark.parametrize("command", ["save", "info", "stop", "hold", "restore", "dirty"])
+def test_a_device_that_another_process_has_open_is_left_to_it(guest: Guest, command: str, tmp_path: Path) -> None:
+    file = tmp_path / "gpu.vfm"
+    if command == "restore":
+        file.write_bytes(b"whatever")
+    me = Path("/proc/self/comm").read_text().strip()
+    with untouched(guest):
+        refused(
+            command,
+            guest.instance.uuid,
+            *([file] if command in {"save", "restore"} else []),
+            code=3,
+            words=(guest.instance.uuid, f"PID {ME} ({me})", f"--pid {ME}"),
+            warm=command not in {"save", "info", "stop"},
+        )
+    assert guest.instance.run_state() == "running"
+    assert file.exists() == (command == "restore")
+
+
+def test_a_process_that_does_not_have_the_device_open_lends_nothing(guest: Guest) -> None:
+    with untouched(guest):
+        refused("stop", guest.instance.uuid, "--pid", "1", code=3, words=("PID 1 does not have",), warm=True)
+
+
+@pytest.mark.parametrize("command", ["save", "info"])
+def test_who_may_not_open_the_device_is_told_what_to_do(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "gpu.vfm"
+    with host.instance() as instance, never_asked(instance):
+        words = (instance.uuid, f"/dev/vfio/{instance.group}", "EACCES", "run as root")
+        refused(command, instance.uuid, *([file] if command == "save" else []), code=3, words=words, user=NOBODY)
+    assert not file.exists()
+
+
+def test_who_may_not_see_the_holder_is_not_told_that_there_is_none(guest: Guest) -> None:
+    with untouched(guest):
+        text = refused("stop", guest.instance.uuid, code=3, words=(guest.instance.uuid, "run as root"), user=NOBODY)
+    assert "nobody has it open" not in text
+
+
+def test_who_may_not_create_an_mdev_is_told_so() -> None:
+    before = host.available(host.SMALL)
+    refused("mdev", "create", host.SMALL, code=3, words=("EACCES", "run as root"), user=NOBODY)
+    assert host.available(host.SMALL) == before
+
+
+# --- the device does not support it
+
+
+@pytest.mark.parametrize("command", ["save", "restore", "dirty", "stop", "sync"])
+def test_a_device_without_the_flag_is_never_sent_a_request_of_the_rfc(
+    guest: Guest, command: str, image: bytes, tmp_path: Path
+) -> None:
+    file, memory = tmp_path / "gpu.vfm", tmp_path / "memory"
+    if command == "restore":
+        file.write_bytes(image)
+    memory.write_bytes(bytes(PAGE))
+    rest = [str(file)] if command in {"save", "restore", "sync"} else []
+    if command == "sync":
+        rest += ["--memory", f"{memory}@0"]
+    name = guest.instance.uuid
+    with host.parameter_set("migratable", 0), untouched(guest):
+        words = (name, "migratable: flag 0x20 in 0x3", "vfio-mig info")
+        refused(command, name, *rest, *BORROW, code=4, words=words, warm=command in {"stop", "sync"})
+    assert guest.instance.run_state() == "running"
+    assert file.exists() == (command == "restore")
+
+
+@pytest.mark.parametrize("command", ["save", "hold"])
+def test_a_closed_device_without_the_flag_is_opened_and_closed_again(
+    make_instance: MakeInstance, command: str, tmp_path: Path
+) -> None:
+    instance, file = make_instance(), tmp_path / "gpu.vfm"
+    with host.parameter_set("migratable", 0), never_asked(instance):
+        refused(command, instance.uuid, *([file] if command == "save" else []), code=4, warm=True)
+    assert not file.exists()
+    with Guest.opened(instance):  # which fails while somebody else has it open
+        assert instance.run_state() == "running"
+
+
+def test_info_shows_the_check_that_fails(guest: Guest) -> None:
+    with host.parameter_set("migratable", 0), untouched(guest):
+        lines = run("info", guest.instance.uuid, *BORROW).stdout.decode().splitlines()
+    assert [line for line in lines if line.startswith("NO ")] == ["NO  migratable: flag 0x20 in 0x3"]
+    assert lines[-1] == "protocol  none"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"state_cap_type": 0x80008086}, ("no-region-type", "type 0x80008086 subtype 1", "OpRegion")),
+        ({"state_cap_type": 2}, ("no-region-type", "type 0x2 subtype 1", "February 2019")),
+        ({"state_cap_type": 3}, ("no-region-type", "type 0x3 subtype 1", "mainline's migration protocol v1")),
+        ({"state_cap_type": 0x4711}, ("no-region-type", "type 0x4711 subtype 1")),
+        ({"report_pci": 0, "extra_flags": 0x30}, ("pci: device flags 0x31",)),
+        ({"report_pci": 0}, ("pci: device flags 0x21",)),
+    ],
+    ids=["OpRegion", "2019 form", "protocol v1", "unknown type", "flag bits of another bus", "no PCI"],
+)
+def test_a_device_that_only_looks_like_one_of_the_rfc_is_never_sent_its_requests(
+    guest: Guest, knobs: dict[str, int], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for name, value in knobs.items():
+            stack.enter_context(host.parameter_set(name, value))
+        stack.enter_context(untouched(guest))
+        name = guest.instance.uuid
+        cold = knobs in ({"state_cap_type": 0x80008086}, {"report_pci": 0, "extra_flags": 0x30})
+        refused("save", name, tmp_path / "gpu.vfm", *BORROW, code=4, words=(name, *words), warm=not cold)
+        refused("stop", name, *BORROW, code=4, words=(name, *words), warm=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_numbers_of_a_header_decide(guest: Guest, tmp_path: Path) -> None:
+    name, header = guest.instance.uuid, tmp_path / "vfio.h"
+
+    def with_header(*args: str, path: str | Path = header) -> tuple[str | Path, ...]:
+        return "--uapi-header", path, *args, name, *BORROW
+
+    with untouched(guest):
+        refused(*with_header("stop", path=SYSTEM_HEADER), code=2, words=(SYSTEM_HEADER, "does not define"))
+        refused(*with_header("stop", path=tmp_path / "none.h"), code=7, words=("none.h", "ENOENT"), warm=True)
+        refused(*with_header("stop", path=tmp_path), code=2, words=(str(tmp_path),), warm=True)
+        header.write_text("int main(void) { return 0; }\n")
+        refused(*with_header("stop"), code=2, words=("VFIO_DEVICE_FLAGS_MIGRATABLE",), warm=True)
+        header.write_text(TREE_HEADER.format(flag="1 + 5"))
+        refused(*with_header("stop"), code=2, words=("VFIO_DEVICE_FLAGS_MIGRATABLE",), warm=True)
+        header.write_text(TREE_HEADER.format(flag=6))
+        refused(*with_header("stop"), code=4, words=(name, "flag 0x40 in 0x23"))
+        environment = {"VFIO_MIG_UAPI_HEADER": str(header)}
+        refused("stop", name, *BORROW, code=4, words=("flag 0x40 in 0x23",), env=environment)
+        header.write_text(TREE_HEADER.format(flag=5))
+        run(*with_header("info"), warm=True)
+    run(*with_header("stop"), warm=True)  # the header with the right numbers is a good one
+    assert guest.instance.run_state() == "stopped"
+
+
+# --- the image is invalid or does not fit
+
+
+def _cut(image: bytes, name: str) -> bytes:
+    return image[: _content(image, name).start + 1]
+
+
+def _content(image: bytes, name: str) -> range:
+    """Where the content of an archive's member is."""
+    with tarfile.open(fileobj=io.BytesIO(image)) as archive:
+        member = archive.getmember(name)
+        return range(member.offset_data, member.offset_data + member.size)
+
+
+def _flipped(image: bytes, at: int) -> bytes:
+    changed = bytearray(image)
+    changed[at] ^= 1
+    return bytes(changed)
+
+
+def _flipped_in(name: str, text: bytes | int) -> Callable[[bytes], bytes]:
+    """Flip a bit of a member, after *text* or at an offset."""
+
+    def change(image: bytes) -> bytes:
+        content = _content(image, name)
+        if isinstance(text, int):
+            return _flipped(image, content[text])
+        return _flipped(image, image.index(text, content.start, content.stop) + len(text))
+
+    return change
+
+
+def _bare_state(image: bytes) -> bytes:
+    with read_archive(io.BytesIO(image)) as archive:
+        return archive.state()
+
+
+def _other_tar(_: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo("header.json")
+        member.size = 2
+        archive.addfile(member, io.BytesIO(b"{}"))
+    return buffer.getvalue()
+
+
+def _rewritten(image: bytes, change: Callable[[dict[str, object]], None] = lambda _: None, pages: int = 0) -> bytes:
+    """Write a well-formed image anew, with another header or with guest memory from 1 MiB on."""
+    buffer = io.BytesIO()
+    with read_archive(io.BytesIO(image)) as archive:
+        header = {key: value for key, value in archive.header.items() if key not in {"format", "version"}}
+        change(header)
+        writer = ArchiveWriter(buffer, header)
+        writer.add_state(archive.state())
+    if pages:
+        writer.add_pages([(MIB, b"\x5a" * PAGE * pages)])
+    writer.finish()
+    return buffer.getvalue()
+
+
+def _of_protocol(image: bytes) -> bytes:
+    return _rewritten(image, lambda header: header.update(protocol="mainline-v2"))
+
+
+def _with_broken_state(image: bytes) -> bytes:
+    """Make a whole archive around a state that is none."""
+    buffer = io.BytesIO()
+    with read_archive(io.BytesIO(image)) as archive:
+        header = {key: value for key, value in archive.header.items() if key not in {"format", "version"}}
+        writer = ArchiveWriter(buffer, header)
+        writer.add_state(archive.state()[:-8])
+    writer.finish()
+    return buffer.getvalue()
+
+
+BAD_IMAGES: Final[dict[str, tuple[Callable[[bytes], bytes], tuple[str, ...]]]] = {
+    "empty": (lambda _: b"", ("cut off at byte 0",)),
+    "cut in the first header": (lambda image: image[:100], ("cut off at byte 100",)),
+    "cut in header.json": (lambda image: _cut(image, "header.json"), ("header.json", "cut off")),
+    "cut in the state": (lambda image: _cut(image, "state/0000"), ("state/0000", "cut off")),
+    "cut before the manifest": (
+        lambda image: image[: _content(image, "manifest.json").start - 512],
+        ("cut off", "save it again"),
+    ),
+    "cut by a byte": (lambda image: image[:-1], ("cut off",)),
+    "a byte too long": (lambda image: image + b"\0", ("behind the end",)),
+    "a bit of the state flipped": (_flipped_in("state/0000", 0x2345), ("state/0000", "damaged")),
+    "a bit of header.json flipped": (_flipped_in("header.json", b'"kernel":"'), ("header.json", "damaged")),
+    "a bit of the bitmap flipped": (_flipped_in("dirty/0000", 5), ("dirty/0000", "damaged")),
+    "a bit of the manifest flipped": (_flipped_in("manifest.json", b'"state_bytes":'), ("manifest.json", "damaged")),
+    "a bit of a tar header flipped": (
+        lambda image: _flipped(image, _content(image, "state/0000").start - 512 + 110),
+        ("member header", "damaged"),
+    ),
+    "a text": (lambda _: b"This is no image.\n" * 100, ("member header at 0x0",)),
+    "a bare state": (_bare_state, ("member header at 0x0",)),
+    "another program's tar": (_other_tar, ("of another program",)),
+    "of another protocol": (_of_protocol, ("'mainline-v2'", "'gvt-rfc'")),
+    "a broken state in a whole archive": (_with_broken_state, ("0x",)),
+}
+
+
+@pytest.mark.parametrize("what", BAD_IMAGES)
+def test_a_bad_image_never_reaches_the_device(guest: Guest, image: bytes, tmp_path: Path, what: str) -> None:
+    change, words = BAD_IMAGES[what]
+    file = tmp_path / "gpu.vfm"
+    file.write_bytes(change(image))
+    cold = what in {"empty", "a bit of the state flipped"}
+    with untouched(guest):
+        refused("restore", guest.instance.uuid, file, *BORROW, "--start", code=6, words=words, warm=not cold)
+    assert guest.instance.run_state() == "running"
+
+
+def test_a_bad_image_from_a_pipe_never_reaches_the_device(guest: Guest, image: bytes) -> None:
+    with untouched(guest):
+        half = image[: len(image) // 2]
+        refused("restore", guest.instance.uuid, "-", *BORROW, code=6, words=("cut off",), stdin=half)
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["archive", "bare state"])
+def test_another_vgpu_type_s_image_never_reaches_the_device(
+    make_guest: MakeGuest, image: bytes, tmp_path: Path, *, raw: bool
+) -> None:
+    guest = make_guest(OTHER_KIND)
+    file = tmp_path / "gpu.vfm"
+    file.write_bytes(_bare_state(image) if raw else image)
+    words = (guest.instance.uuid, f"gvt_sample-{OTHER_KIND}", "_8")
+    with untouched(guest):
+        flag = ["--raw"] if raw else []
+        refused("restore", guest.instance.uuid, file, *flag, *BORROW, code=6, words=words, warm=raw)
+
+
+def test_an_archive_is_no_bare_state(guest: Guest, image: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "gpu.vfm"
+    with untouched(guest):
+        for content in (image, b"", _bare_state(image)[:-1], bytes(0x900000)):
+            file.write_bytes(content)
+            refused("restore", guest.instance.uuid, file, "--raw", *BORROW, code=6, warm=True)
+
+
+def test_pages_that_memory_has_no_room_for_are_refused_before_the_device_is_stopped(
+    guest: Guest, image: bytes, tmp_path: Path
+) -> None:
+    file, memory = tmp_path / "gpu.vfm", tmp_path / "memory"
+    file.write_bytes(_rewritten(image, pages=2))
+    memory.write_bytes(bytes(MIB + PAGE))
+    with untouched(guest):
+        refused(
+            "restore", guest.instance.uuid, file, "--memory", f"{memory}@0", *BORROW,
+            code=6, words=("0x100000", "--memory"),
+        )  # fmt: skip
+    assert memory.read_bytes() == bytes(MIB + PAGE)
+    memory.write_bytes(bytes(MIB + 2 * PAGE))
+    run("restore", guest.instance.uuid, file, "--memory", f"{memory}@0", *BORROW, warm=True)
+    assert memory.read_bytes() == bytes(MIB) + b"\x5a" * PAGE * 2  # enough memory was all that it lacked
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [("none.vfm", 7, ("ENOENT",)), ("", 2, ("no regular file",)), ("/dev/zero", 2, ("no regular file",))],
+    ids=["missing", "a directory", "a device node"],
+)
+def test_an_image_that_is_no_file_is_refused(
+    guest: Guest, tmp_path: Path, name: str, code: int, words: tuple[str, ...]
+) -> None:
+    with untouched(guest):
+        file = tmp_path / name
+        refused("restore", guest.instance.uuid, file, *BORROW, code=code, words=(str(file), *words), warm=True)
+
+
+# --- nobody keeps the device open
+
+
+@pytest.mark.parametrize("command", ["stop", "start"])
+def test_what_would_end_with_the_command_is_refused(make_instance: MakeInstance, command: str) -> None:
+    instance = make_instance()
+    with never_asked(instance):
+        refused(command, instance.uuid, code=3, words=("nobody has it open", f"vfio-mig hold {instance.uuid}"))
+
+
+# --- the host fails
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mount(b"none", bytes(path), b"tmpfs", 0, b"size=1m") == 0, os.strerror(ctypes.get_errno())
+    try:
+        yield path
+    finally:
+        assert libc.umount2(bytes(path), 0) == 0, os.strerror(ctypes.get_errno())
+
+
+@pytest.mark.parametrize(
+    ("options", "cold"),
+    [((), True), (("--leave-running",), True), (("--raw",), False)],
+    ids=["left stopped", "left running", "bare state"],
+)
+def test_a_full_disk_leaves_a_running_device_and_no_file(
+    guest: Guest, small_disk: Path, tmp_path: Path, options: tuple[str, ...], *, cold: bool
+) -> None:
+    name, file = guest.instance.uuid, small_disk / "gpu.vfm"
+    before, view = rfc_requests(guest.instance), guest_view(guest)
+    refused(
+        "save", name, file, *options, *BORROW,
+        code=7, words=(str(file), "ENOSPC", "make room"), warm=not cold,
+    )  # fmt: skip
+    assert list(small_disk.iterdir()) == []
+    assert guest.instance.run_state() == "running"
+    assert rfc_requests(guest.instance)["status_set"] >= before["status_set"] + 2  # it was stopped and started again
+    assert guest_view(guest) == view
+
+    elsewhere = tmp_path / "gpu.vfm"
+    run("save", name, elsewhere, *options, *BORROW, warm=True)
+    assert elsewhere.stat().st_size > 4 * MIB
+    assert guest.instance.run_state() == ("running" if "--leave-running" in options else "stopped")
+
+
+@pytest.mark.parametrize("options", [(), ("--raw",)], ids=["archive", "bare state"])
+def test_a_standard_output_that_takes_nothing_leaves_a_running_device(guest: Guest, options: tuple[str, ...]) -> None:
+    refused(
+        "save", guest.instance.uuid, "-", *options, *BORROW,
+        code=7, words=("standard output", "ENOSPC"), stdout="/dev/full",
+    )  # fmt: skip
+    assert guest.instance.run_state() == "running"
+    assert rfc_requests(guest.instance)["status_set"] >= 2
+
+
+def test_a_report_that_cannot_be_written_is_an_error_in_one_line() -> None:
+    refused("mdev", "types", code=7, words=("ENOSPC",), stdout="/dev/full")
+
+
+def test_a_reader_that_has_gone_leaves_a_running_device(guest: Guest) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "wb"):
+        refused(
+            "save",
+            guest.instance.uuid,
+            "-",
+            *BORROW,
+            code=7,
+            words=("standard output", "EPIPE"),
+            stdout=f"/proc/self/fd/{write_end}",
+        )
+    assert guest.instance.run_state() == "running"
+
+
+# --- the file's name
+
+
+def test_an_existing_file_is_kept(guest: Guest, tmp_path: Path) -> None:
+    file = tmp_path / "gpu.vfm"
+    file.write_text("mine")
+    with untouched(guest):
+        refused("save", guest.instance.uuid, file, *BORROW, code=2, words=(str(file), "exists", "--force"))
+    assert file.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)], ids=["", "--force"])
+@pytest.mark.parametrize("target", ["something", "nothing"])
+def test_a_symbolic_link_is_not_followed(guest: Guest, tmp_path: Path, target: str, force: tuple[str, ...]) -> None:
+    link, something = tmp_path / "gpu.vfm", tmp_path / "something"
+    something.write_text("mine")
+    link.symlink_to(target)
+    with untouched(guest):
+        words = (str(link), "symbolic link")
+        refused("save", guest.instance.uuid, link, *force, *BORROW, code=2, words=words, warm=True)
+    assert link.readlink() == Path(target)
+    assert something.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [link, something]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("", 2, ("is a directory",)),
+        ("none/gpu.vfm", 7, ("ENOENT",)),
+        ("file/gpu.vfm", 7, ("ENOTDIR",)),
+        ("file/", 2, ()),
+        ("g" * 300, 7, ("ENAMETOOLONG",)),
+    ],
+    ids=["a directory", "no such directory", "below a file", "a slash at the end", "too long"],
+)
+def test_a_file_that_cannot_be_made_is_refused_before_the_device_is_stopped(
+    guest: Guest, tmp_path: Path, name: str, code: int, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    target = f"{tmp_path}/{name}" if name else str(tmp_path)
+    with untouched(guest):
+        refused("save", guest.instance.uuid, target, *BORROW, code=code, words=(target, *words), warm=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# --- the guest's memory
+
+
+@pytest.mark.parametrize(
+    ("memory", "code", "words"),
+    [
+        (("{}/none@0",), 7, ("none", "ENOENT")),
+        (("{}/memory@0:2M",), 2, ("has 1048576 bytes",)),
+        (("{}/memory@0:4K+1M",), 2, ("has 1048576 bytes",)),
+        (("{}/odd@0",), 2, ("whole pages",)),
+        (("{}/empty@0",), 2, ("has 0 bytes",)),
+        (("{}@0",), 7, ("EISDIR",)),
+        (("{}/memory",), 2, ("FILE@GPA",)),
+        (("{}/memory@0x",), 2, ("'0x'",)),
+        (("{}/memory@0:",), 2, ("FILE@GPA",)),
+        (("{}/memory@1",), 2, ("whole pages",)),
+        (("{}/memory@0", "{}/memory@0xff000"), 2, ("overlap",)),
+    ],
+    ids=[
+        "missing", "too small", "too small behind an offset", "no whole pages", "empty", "a directory",
+        "no address", "a broken address", "no size", "an odd address", "overlap",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["save", "restore"])
+def test_wrong_memory_is_refused_before_the_device_is_stopped(
+    guest: Guest,
+    image: bytes,
+    tmp_path: Path,
+    *,
+    command: str,
+    memory: tuple[str, ...],
+    code: int,
+    words: tuple[str, ...],
+) -> None:
+    file = tmp_path / "gpu.vfm"
+    if command == "restore":
+        file.write_bytes(image)
+    for name, size in (("memory", MIB), ("odd", PAGE + 1), ("empty", 0)):
+        (tmp_path / name).write_bytes(bytes(size))
+    options = [word for text in memory for word in ("--memory", text.format(tmp_path))]
+    cold = (command, memory) in {("save", ("{}/none@0",)), ("restore", ("{}/memory@0:2M",))}
+    with untouched(guest):
+        refused(command, guest.instance.uuid, file, *options, *BORROW, code=code, words=words, warm=not cold)
+    assert guest.instance.run_state() == "running"
+    assert file.exists() == (command == "restore")
+
+
+# --- mdevs, reset
+
+
+def test_an_mdev_in_use_is_not_removed(guest: Guest) -> None:
+    with untouched(guest):
+        refused("mdev", "remove", guest.instance.uuid, code=3, words=(guest.instance.uuid, f"PID {ME}"))
+    assert guest.instance.sysfs.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "code", "words"),
+    [
+        ("GVTg_V4_3", None, 3, ("'GVTg_V4_3'", "vfio-mig mdev types")),
+        (host.SMALL, "EXISTING", 5, ("EEXIST", "exists")),
+        (host.SMALL, "gpu-1", 2, ("'gpu-1' is no UUID",)),
+    ],
+    ids=["an unknown type", "a UUID in use", "no UUID"],
+)
+def test_an_mdev_that_cannot_be_is_not_created(
+    make_instance: MakeInstance, kind: str, name: str | None, code: int, words: tuple[str, ...]
+) -> None:
+    instance = make_instance()
+    before = host.available(host.SMALL)
+    chosen = [] if name is None else [instance.uuid if name == "EXISTING" else name]
+    refused("mdev", "create", kind, *chosen, code=code, words=words, warm=name == "gpu-1")
+    assert host.available(host.SMALL) == before
+    assert [path.name for path in Path("/sys/bus/mdev/devices").iterdir()] == [instance.uuid]
+
+
+def test_a_parent_without_room_creates_nothing(make_instance: MakeInstance) -> None:
+    largest = "GVTg_V4_1"
+    while host.available(largest):
+        make_instance(largest)
+    before = sorted(Path("/sys/bus/mdev/devices").iterdir())
+    refused("mdev", "create", largest, code=5, words=("no room",), warm=True)
+    assert sorted(Path("/sys/bus/mdev/devices").iterdir()) == before
+
+
+def test_another_process_s_device_is_reset_by_force_only(guest: Guest) -> None:
+    register, name = gpu.RING_BASE[gpu.RCS] + gpu.RING_GPR, guest.instance.uuid
+    guest.device.set_reg(register, 0x5EED)
+    with untouched(guest):
+        refused("reset", name, code=2, words=(name, f"PID {ME}", "--force"))
+        refused("reset", name, *BORROW, code=2, words=(name, f"PID {ME}", "--force"), warm=True)
+    assert guest.device.reg(register) == 0x5EED
+    run("reset", name, "--force", warm=True)  # as the refusal says
+    assert guest.device.reg(register) == 0
