@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: MIT
+"""What the command line takes and refuses before any device is opened; this machine has none of those named here."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from click.testing import CliRunner, Result
+
+from vfio_mig import __version__
+from vfio_mig.cli.main import COMMANDS, cli
+from vfio_mig.device import Device
+from vfio_mig.errors import DeviceNotFoundError, UsageError, VfioMigError
+from vfio_mig.host.discover import HostDevice
+from vfio_mig.jobs import save as save_job
+from vfio_mig.jobs.session import Session
+from vfio_mig.protocols.base import MigrationProtocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PROGRAM: Final = Path(sys.executable).parent / "vfio-mig"
+MISSING: Final = "deadbeef-0000-4000-8000-00000000dead"
+# Each command with what it needs after DEVICE
+ON_DEVICES: Final[dict[str, list[str]]] = {
+    "dirty": [],
+    "hold": [],
+    "info": [],
+    "reset": [],
+    "restore": ["guest", "--raw"],
+    "save": ["image"],
+    "start": [],
+    "status": [],
+    "stop": [],
+    "sync": ["copy", "--memory", "guest@0"],
+}
+
+
+def run(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the installed command."""
+    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, check=False, timeout=30, env=env)
+
+
+def invoke(*arguments: str) -> Result:
+    """Run a command in this process; an error of ours is the result's exception."""
+    return CliRunner().invoke(cli, arguments, prog_name="vfio-mig")
+
+
+@pytest.fixture(autouse=True)
+def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where there is nothing but a page of guest memory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VFIO_MIG_UAPI_HEADER", raising=False)
+    (tmp_path / "guest").write_bytes(bytes(4096))
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_of_every_command_has_an_example_of_it(command: str, option: str) -> None:
+    result = invoke(command, option)
+    assert result.exit_code == 0
+    assert result.output.startswith(f"Usage: vfio-mig {command} ")
+    example = result.output.partition("Example")[2].partition("Options:")[0]
+    assert re.search(rf"vfio-mig (--json )?{command}\b", example)
+
+
+@pytest.mark.parametrize("command", ["create", "remove", "types"])
+def test_the_commands_below_mdev_have_help(command: str) -> None:
+    result = invoke("mdev", command, "--help")
+    assert result.exit_code == 0
+    assert result.output.startswith(f"Usage: vfio-mig mdev {command} ")
+
+
+def test_the_programs_help_lists_every_command_and_exit_code() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    listed = result.output.partition("Commands:")[2]
+    assert [line.split()[0] for line in listed.splitlines() if line.strip()] == sorted(COMMANDS)
+    assert "Example" in result.output
+    codes = result.output.partition("Exit codes: ")[2].partition("Options:")[0]
+    assert {int(number) for number in re.findall(r"\b\d+\b", codes)} == {0, 2, 3, 4, 5, 6, 7, 130}
+
+
+def test_the_installed_program_knows_its_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"vfio-mig {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["frobnicate"], "frobnicate"),
+        (["--frobnicate", "list"], "--frobnicate"),
+        (["list", "--frobnicate"], "--frobnicate"),
+        (["list", "extra"], "extra"),
+        (["--abi", "other", "list"], "other"),
+        (["stop"], "DEVICE"),
+        (["save", MISSING], "FILE"),
+        (["stop", MISSING, "--pid", "0"], "--pid"),
+        (["stop", MISSING, "--pid", "me"], "--pid"),
+        (["sync", MISSING, "file", "--rounds", "-1"], "--rounds"),
+        (["mdev", "frobnicate"], "frobnicate"),
+        (["mdev", "create"], "TYPE"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_is_wrong_usage(arguments: list[str], culprit: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert culprit in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["--frobnicate"], ["stop"], ["stop", MISSING, "--pid", "0"]])
+def test_the_installed_program_refuses_it_without_a_traceback(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_on_a_device_is_tried_here() -> None:
+    assert set(ON_DEVICES) | {"list", "mdev"} == set(COMMANDS)
+
+
+def refused(*arguments: str) -> VfioMigError:
+    """Return the error that a command ends with; nothing was printed and no file made."""
+    before = set(Path().iterdir())
+    result = invoke(*arguments)
+    assert isinstance(result.exception, VfioMigError)
+    assert result.output == ""
+    assert set(Path().iterdir()) == before
+    return result.exception
+
+
+@pytest.mark.parametrize("command", ON_DEVICES)
+@pytest.mark.parametrize("name", ["nonsense", "", "12", "\0"])
+def test_a_nonsense_name_is_wrong_usage_everywhere(command: str, name: str) -> None:
+    error = refused(command, name, *ON_DEVICES[command])
+    assert isinstance(error, UsageError)
+    assert "is no device name" in str(error)
+
+
+@pytest.mark.parametrize("command", ON_DEVICES)
+@pytest.mark.parametrize("name", [MISSING, "fffe:ff:1f.7", "/dev/vfio/999999999", "/sys/nowhere"])
+def test_a_missing_device_is_not_found_anywhere(command: str, name: str) -> None:
+    error = refused(command, name, *ON_DEVICES[command])
+    assert isinstance(error, DeviceNotFoundError)
+    assert error.exit_code == 3
+    assert str(error).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("command", ["dirty", "hold", "restore", "save", "sync"])
+@pytest.mark.parametrize("text", ["", "guest", "guest@", "@0", "guest@x", "guest@0:", "guest@0:0", "guest@1"])
+def test_bad_memory_is_wrong_usage_before_the_device_is_looked_for(command: str, text: str) -> None:
+    assert isinstance(refused(command, MISSING, *ON_DEVICES[command], "--memory", text), UsageError)
+
+
+@pytest.mark.parametrize("command", ["dirty", "save", "sync"])
+@pytest.mark.parametrize("text", ["", "x", "0-", "0+0", "1+4096", "0x1000-0", "0-1G-2G"])
+def test_a_bad_range_is_wrong_usage_before_the_device_is_looked_for(command: str, text: str) -> None:
+    assert isinstance(refused(command, MISSING, *ON_DEVICES[command], "--range", text), UsageError)
+
+
+class Untouched(MigrationProtocol):
+    """A protocol that nothing may be asked of."""
+
+    name = "untouched"
+    state_size_max = 1 << 20
+
+    def stop(self) -> None:
+        raise AssertionError
+
+    def start(self) -> None:
+        raise AssertionError
+
+    def read_state(self) -> memoryview:
+        raise AssertionError
+
+    def write_state(self, state: memoryview) -> None:
+        raise AssertionError(len(state))
+
+    def dirty(self, start_page: int, nr_pages: int) -> memoryview:
+        raise AssertionError(start_page, nr_pages)
+
+
+@pytest.mark.parametrize("options", [[], ["--raw"], ["--leave-running"]])
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_save_does_not_replace_a_file_and_leaves_the_device_alone(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], kind: str
+) -> None:
+    target = Path("image")
+    if kind == "file":
+        target.write_bytes(b"precious")
+    elif kind == "directory":
+        target.mkdir()
+    else:
+        target.symlink_to("guest")
+    device = Device(MISSING, -1)
+    found = HostDevice(MISSING, "/sys/x", "mdev", "i915-GVTg_V4_8", "gpu", "vfio_mdev", 7)
+    monkeypatch.setattr(save_job, "open_session", lambda *_, **__: Session(found, device, Untouched(device)))
+    error = refused("save", MISSING, "image", *options)
+    assert isinstance(error, UsageError)
+    assert str(error).startswith("image ")
+    assert error.undo_errors == []
+    assert kind != "file" or target.read_bytes() == b"precious"
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line that an error is."""
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("\n")
+    assert done.stderr.startswith("vfio-mig: ")
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["info", "nonsense"], 2, "'nonsense' is no device name"),
+        (["stop", MISSING], 3, f"{MISSING}: there is no such mdev; 'vfio-mig list'"),
+        (["save", MISSING, "image", "--memory", "guest"], 2, "memory 'guest' is not FILE@GPA"),
+        (["dirty", MISSING, "--range", "5"], 2, "'5'"),
+        (["sync", MISSING, "copy"], 2, "nothing to copy from"),
+        (["save", MISSING, "image", "--raw", "--memory", "guest@0"], 2, "--raw"),
+        (["dirty", MISSING, "--memory", "nowhere@0"], 7, "nowhere: cannot open guest memory: ENOENT"),
+        (["restore", MISSING, "nowhere"], 7, "nowhere: cannot open: ENOENT"),
+        (["mdev", "create", "no-such-type", "x"], 2, "'x' is no UUID"),
+        (["mdev", "create", "no-such-type"], 3, "no parent offers mdev type 'no-such-type'"),
+        (["--uapi-header", "nowhere", "info", MISSING], 7, "nowhere: cannot open the header: ENOENT"),
+        (["--uapi-header", "guest", "info", MISSING], 2, "guest does not define VFIO_DEVICE_FLAGS_MIGRATABLE"),
+    ],
+)
+def test_an_error_is_one_line_that_says_what_failed(arguments: list[str], code: int, words: str) -> None:
+    done = run(*arguments)
+    assert words in one_line(done)
+    assert done.returncode == code
+
+
+def test_the_header_may_be_named_by_the_environment() -> None:
+    done = run("info", MISSING, env={"VFIO_MIG_UAPI_HEADER": "guest"})
+    assert "guest does not define VFIO_DEVICE_FLAGS_MIGRATABLE" in one_line(done)
+    assert done.returncode == 2
+
+
+WAITING: Final = """
+import sys, time
+from vfio_mig.jobs import inform
+
+def list_devices():
+    print("ready", flush=True)
+    time.sleep(30)
+
+inform.list_devices = list_devices
+sys.argv = ["vfio-mig", "list"]
+from vfio_mig.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interruption_is_130_and_one_line(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(number)
+        _, stderr = child.communicate(timeout=30)
+    assert child.returncode == 130
+    # click puts an empty line before it
+    assert stderr.lstrip("\n") == "vfio-mig: interrupted; what was begun has been undone\n"
