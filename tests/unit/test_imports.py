@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""Imports point downwards only: DESIGN.md, section 2. Imports inside functions count, those for types alone do not."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT: Final = Path(__file__).parents[2]
+PACKAGE: Final = "vfio_mig"
+FLOOR: Final = frozenset({"errors"})
+# room: what it may import beside itself
+ROOMS: Final[dict[str, frozenset[str]]] = {
+    "errors": frozenset(),
+    "uapi": FLOOR,
+    "device": FLOOR | {"uapi"},
+    "host": FLOOR | {"uapi", "device"},
+    "image": FLOOR | {"uapi"},
+    "dirty": FLOOR | {"uapi"},
+    "protocols": FLOOR | {"uapi", "device", "host"},
+    "jobs": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols"},
+    "cli": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols", "jobs"},
+}
+NO_DEVICE_CODE: Final = frozenset({"image", "dirty"})
+ONE_CALLER: Final = "uapi"
+
+
+def is_for_types(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
+
+
+def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk a module without what stands under ``if TYPE_CHECKING``."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and is_for_types(child.test):
+            for other in child.orelse:
+                yield other
+                yield from run_time_nodes(other)
+            continue
+        yield child
+        yield from run_time_nodes(child)
+
+
+def imported(module: str, node: ast.AST, *, is_package: bool) -> Iterator[str]:
+    """Yield the dotted names that a statement imports: modules, or names in them."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        parents = module.split(".")
+        start = parents[: len(parents) - node.level + is_package] if node.level else []
+        base = ".".join([*start, *([node.module] if node.module else [])])
+        yield from (f"{base}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "uapi":
+        # the module was imported, and this is the name that is used of it
+        yield f"{PACKAGE}.uapi.{node.attr}"
+
+
+def room_of(name: str) -> str:
+    """Return the room of a dotted name, empty for what is not ours or is the package itself."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 and parts[1] in ROOMS else ""
+
+
+def is_facade(name: str) -> bool:
+    """Tell whether it comes from the package itself, which would fetch it from any room."""
+    return name.split(".")[0] == PACKAGE and not room_of(name) and name != f"{PACKAGE}.__version__"
+
+
+def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
+    """Return what a module imports and may not, in order."""
+    room = room_of(module)
+    found: list[str] = []
+    for node in run_time_nodes(ast.parse(source)):
+        for name in imported(module, node, is_package=is_package):
+            other = room_of(name)
+            climbs = other not in {"", room} and other not in ROOMS.get(room, frozenset())
+            calls = room in NO_DEVICE_CODE and name in {f"{PACKAGE}.uapi.call", f"{PACKAGE}.uapi.*"}
+            if climbs or calls or is_facade(name) or (name.split(".")[0] == "fcntl" and room != ONE_CALLER):
+                found.append(name)
+    return found
+
+
+MODULES: Final = sorted((ROOT / PACKAGE).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_imports_downwards_only(path: Path) -> None:
+    found = violations(name_of(path), path.read_text("utf-8"), is_package=path.name == "__init__.py")
+    assert found == []
+
+
+def test_every_module_stands_in_a_room() -> None:
+    assert {room_of(name_of(path)) for path in MODULES if path.parent != ROOT / PACKAGE} | {"device", "errors"} == set(
+        ROOMS
+    )
+    assert {path.stem for path in MODULES if path.parent == ROOT / PACKAGE} == {"__init__", "device", "errors"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "expected"),
+    [
+        ("vfio_mig.image.x", "import vfio_mig.device", ["vfio_mig.device"]),
+        ("vfio_mig.image.x", "from vfio_mig import device", ["vfio_mig.device"]),
+        ("vfio_mig.image.x", "from vfio_mig.device import Device", ["vfio_mig.device.Device"]),
+        ("vfio_mig.image.x", "from ..device import Device", ["vfio_mig.device.Device"]),
+        ("vfio_mig.image.x", "from .. import host", ["vfio_mig.host"]),
+        ("vfio_mig.image.x", "from vfio_mig.protocols import base", ["vfio_mig.protocols.base"]),
+        ("vfio_mig.image.x", "import fcntl", ["fcntl"]),
+        ("vfio_mig.dirty.x", "from fcntl import ioctl", ["fcntl.ioctl"]),
+        ("vfio_mig.dirty.x", "from vfio_mig.uapi import call", ["vfio_mig.uapi.call"]),
+        ("vfio_mig.dirty.x", "from vfio_mig.uapi import call as c", ["vfio_mig.uapi.call"]),
+        ("vfio_mig.dirty.x", "from vfio_mig.uapi import *", ["vfio_mig.uapi.*"]),
+        ("vfio_mig.dirty.x", "from vfio_mig import uapi\nuapi.call(1, 2)", ["vfio_mig.uapi.call"]),
+        ("vfio_mig.dirty.x", "import vfio_mig.image.archive", ["vfio_mig.image.archive"]),
+        ("vfio_mig.protocols.x", "from vfio_mig.dirty import sync", ["vfio_mig.dirty.sync"]),
+        ("vfio_mig.protocols.x", "import vfio_mig.image", ["vfio_mig.image"]),
+        ("vfio_mig.protocols.x", "from vfio_mig.jobs import save", ["vfio_mig.jobs.save"]),
+        ("vfio_mig.device", "from vfio_mig.host.holders import Holder", ["vfio_mig.host.holders.Holder"]),
+        ("vfio_mig.device", "from .host import holders", ["vfio_mig.host.holders"]),
+        ("vfio_mig.host.x", "from vfio_mig.protocols import base", ["vfio_mig.protocols.base"]),
+        ("vfio_mig.uapi.x", "from vfio_mig.device import Device", ["vfio_mig.device.Device"]),
+        ("vfio_mig.errors", "from vfio_mig import uapi", ["vfio_mig.uapi"]),
+        ("vfio_mig.jobs.x", "from vfio_mig.cli.output import say", ["vfio_mig.cli.output.say"]),
+        ("vfio_mig.jobs.x", "import fcntl", ["fcntl"]),
+        ("vfio_mig.jobs.x", "def f():\n    if True:\n        import vfio_mig.cli", ["vfio_mig.cli"]),
+        ("vfio_mig.jobs.x", "class A:\n    from vfio_mig import cli", ["vfio_mig.cli"]),
+        ("vfio_mig.jobs.x", "try:\n    pass\nexcept OSError:\n    import vfio_mig.cli", ["vfio_mig.cli"]),
+        ("vfio_mig.jobs.x", "if TYPE_CHECKING:\n    pass\nelse:\n    import vfio_mig.cli", ["vfio_mig.cli"]),
+        ("vfio_mig.jobs.x", "if not TYPE_CHECKING:\n    import vfio_mig.cli", ["vfio_mig.cli"]),
+        ("vfio_mig.image.x", "from vfio_mig import Session", ["vfio_mig.Session"]),
+        ("vfio_mig.image.x", "import vfio_mig", ["vfio_mig"]),
+        ("vfio_mig.image.x", "from vfio_mig import *", ["vfio_mig.*"]),
+        ("vfio_mig", "from vfio_mig.cli import main", ["vfio_mig.cli.main"]),
+    ],
+)
+def test_an_import_upwards_or_sideways_is_noticed(module: str, source: str, expected: list[str]) -> None:
+    assert violations(module, source) == expected
+
+
+def test_a_relative_import_of_a_package_counts_from_itself() -> None:
+    assert violations("vfio_mig.image", "from ..host import mdev", is_package=True) == ["vfio_mig.host.mdev"]
+    assert violations("vfio_mig.image", "from . import tar", is_package=True) == []
+    assert violations("vfio_mig.image.x", "from . import tar") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("vfio_mig.image.x", "from vfio_mig.errors import ImageError\nfrom vfio_mig.image import tar\nimport os"),
+        ("vfio_mig.image.x", "from vfio_mig.uapi import ffi\nfrom vfio_mig import uapi\nuapi.ffi"),
+        ("vfio_mig.image.x", "from vfio_mig import __version__"),
+        ("vfio_mig.image.x", "if TYPE_CHECKING:\n    from vfio_mig.device import Device"),
+        ("vfio_mig.image.x", "import typing\nif typing.TYPE_CHECKING:\n    from vfio_mig.jobs import save"),
+        ("vfio_mig.host.x", "from vfio_mig.device import Device"),
+        ("vfio_mig.protocols.x", "from vfio_mig.device import Device\nimport vfio_mig.host"),
+        ("vfio_mig.jobs.x", "from vfio_mig import dirty, image, protocols, host, device, uapi, errors"),
+        ("vfio_mig.cli.x", "from vfio_mig.jobs.save import save\nfrom vfio_mig.host import mdev"),
+        ("vfio_mig.uapi", "import fcntl\nfrom vfio_mig.errors import errno_text"),
+    ],
+)
+def test_what_the_house_allows_is_not_reported(module: str, source: str) -> None:
+    assert violations(module, source) == []
