@@ -71,7 +71,7 @@ def room_of(name: str) -> str:
 
 def is_facade(name: str) -> bool:
     """Tell whether it comes from the package itself, which would fetch it from any room."""
-    return name.split(".")[0] == PACKAGE and not room_of(name) and name != f"{PACKAGE}.__version__"
+    return name.partition(".")[0] == PACKAGE and not room_of(name) and name != f"{PACKAGE}.__version__"
 
 
 def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
