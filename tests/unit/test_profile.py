@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Final
 
@@ -182,8 +183,15 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -
     path = Path("/dev/zero") if kind == "device" else tmp_path / kind
     if kind == "fifo":
         os.mkfifo(path)
-    with pytest.raises(UsageError, match="is no regular file, hence no header"):
-        load_profile(str(path))
+    # an open() that waits for a writer would wait for ever: the alarm's handler ends it
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(5)
+    try:
+        with pytest.raises(UsageError, match="is no regular file, hence no header"):
+            load_profile(str(path))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_header_that_is_not_there_is_the_hosts_fault(tmp_path: Path) -> None:
