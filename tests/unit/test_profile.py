@@ -178,10 +178,12 @@ def test_a_header_of_the_largest_size_is_read_and_a_larger_one_refused(header: P
         load_profile(str(header))
 
 
-@pytest.mark.parametrize("kind", ["fifo", "device"])
+@pytest.mark.parametrize("kind", ["directory", "fifo", "device"])
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     path = Path("/dev/zero") if kind == "device" else tmp_path / kind
-    if kind == "fifo":
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
         os.mkfifo(path)
     # an open() that waits for a writer would wait for ever: the alarm's handler ends it
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
