@@ -17,7 +17,7 @@ import tempfile
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import IO, TYPE_CHECKING, Final, NoReturn
 
 import vfio_mig
 
@@ -55,8 +55,8 @@ def run(
     """
     words = [_program(), *map(str, args)]
     if warm:
-        assert (user, env, stdin, stdout) == (None, None, None, None)
-        done = _forked(words)
+        assert stdin is None
+        done = _forked(words, user, env, stdout)
     else:
         done = _started(words, user, env, stdin, stdout)
     if rc is not None and done.returncode != rc:
@@ -108,31 +108,42 @@ def _interpreter_for_everybody() -> Iterator[None]:
 @functools.cache
 def _warm_up() -> None:
     """Import all of the program once, for every fork."""
+    importlib.import_module("numpy")
     for module in pkgutil.walk_packages(vfio_mig.__path__, "vfio_mig."):
         importlib.import_module(module.name)
 
 
-def _forked(words: list[str]) -> Done:
+def _forked(words: list[str], user: int | None, env: Mapping[str, str] | None, stdout: str | None) -> Done:
     _warm_up()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with contextlib.ExitStack() as stack:
+        out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
         pid = os.fork()
         if not pid:
-            _be_the_program(words, out.fileno(), err.fileno())
+            os.environ.update(env or {})
+            _be_the_program(words, user, stdout or out.fileno(), err.fileno())
         status = os.waitpid(pid, 0)[1]
-        out.seek(0)
-        err.seek(0)
-        return Done(words, os.waitstatus_to_exitcode(status), out.read(), err.read())
+        return Done(words, os.waitstatus_to_exitcode(status), _all_of(out), _all_of(err))
 
 
-def _be_the_program(words: list[str], out: int, err: int) -> NoReturn:
+def _all_of(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _be_the_program(words: list[str], user: int | None, out: str | int, err: int) -> NoReturn:
     code = 70
     try:
         signal.alarm(SECONDS)
         warnings.simplefilter("ignore")  # pytest has made them errors
         null = os.open(os.devnull, os.O_RDONLY)
-        for number, fd in enumerate((null, out, err)):
+        into = out if isinstance(out, int) else os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        for number, fd in enumerate((null, into, err)):
             os.dup2(fd, number)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+        if user is not None:
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
         sys.argv = words
         try:
             runpy.run_path(words[0], run_name="__main__")

@@ -99,7 +99,7 @@ def test_a_device_that_is_not_there_is_named(command: tuple[str, ...], device: s
         file.touch()
     head = [word for word in command if word != "FILE"]
     tail = [str(file)] if "FILE" in command else []
-    refused(*head, device, *tail, code=3, words=(device, "no "), warm=command[0] not in {"info", "save"})
+    refused(*head, device, *tail, code=3, words=(device, "no "), warm=command[0] != "info")
     assert file.exists() == ("restore" in command)
 
 
@@ -116,7 +116,7 @@ def test_a_device_that_another_process_has_open_is_left_to_it(guest: Guest, comm
             *([file] if command in {"save", "restore"} else []),
             code=3,
             words=(guest.instance.uuid, f"PID {ME} ({me})", f"--pid {ME}"),
-            warm=command not in {"save", "info", "stop"},
+            warm=command != "save",
         )
     assert guest.instance.run_state() == "running"
     assert file.exists() == (command == "restore")
@@ -132,13 +132,22 @@ def test_who_may_not_open_the_device_is_told_what_to_do(command: str, tmp_path: 
     file = tmp_path / "gpu.vfm"
     with host.instance() as instance, never_asked(instance):
         words = (instance.uuid, f"/dev/vfio/{instance.group}", "EACCES", "run as root")
-        refused(command, instance.uuid, *([file] if command == "save" else []), code=3, words=words, user=NOBODY)
+        refused(
+            command,
+            instance.uuid,
+            *([file] if command == "save" else []),
+            code=3,
+            words=words,
+            user=NOBODY,
+            warm=command != "save",
+        )
     assert not file.exists()
 
 
 def test_who_may_not_see_the_holder_is_not_told_that_there_is_none(guest: Guest) -> None:
     with untouched(guest):
-        text = refused("stop", guest.instance.uuid, code=3, words=(guest.instance.uuid, "run as root"), user=NOBODY)
+        words = (guest.instance.uuid, "run as root")
+        text = refused("stop", guest.instance.uuid, code=3, words=words, user=NOBODY, warm=True)
     assert "nobody has it open" not in text
 
 
@@ -165,7 +174,7 @@ def test_a_device_without_the_flag_is_never_sent_a_request_of_the_rfc(
     name = guest.instance.uuid
     with host.parameter_set("migratable", 0), untouched(guest):
         words = (name, "migratable: flag 0x20 in 0x3", "vfio-mig info")
-        refused(command, name, *rest, *BORROW, code=4, words=words, warm=command in {"stop", "sync"})
+        refused(command, name, *rest, *BORROW, code=4, words=words, warm=command != "restore")
     assert guest.instance.run_state() == "running"
     assert file.exists() == (command == "restore")
 
@@ -184,7 +193,7 @@ def test_a_closed_device_without_the_flag_is_opened_and_closed_again(
 
 def test_info_shows_the_check_that_fails(guest: Guest) -> None:
     with host.parameter_set("migratable", 0), untouched(guest):
-        lines = run("info", guest.instance.uuid, *BORROW).stdout.decode().splitlines()
+        lines = run("info", guest.instance.uuid, *BORROW, warm=True).stdout.decode().splitlines()
     assert [line for line in lines if line.startswith("NO ")] == ["NO  migratable: flag 0x20 in 0x3"]
     assert lines[-1] == "protocol  none"
 
@@ -209,7 +218,7 @@ def test_a_device_that_only_looks_like_one_of_the_rfc_is_never_sent_its_requests
             stack.enter_context(host.parameter_set(name, value))
         stack.enter_context(untouched(guest))
         name = guest.instance.uuid
-        cold = knobs in ({"state_cap_type": 0x80008086}, {"report_pci": 0, "extra_flags": 0x30})
+        cold = "extra_flags" in knobs
         refused("save", name, tmp_path / "gpu.vfm", *BORROW, code=4, words=(name, *words), warm=not cold)
         refused("stop", name, *BORROW, code=4, words=(name, *words), warm=True)
     assert list(tmp_path.iterdir()) == []
@@ -230,9 +239,9 @@ def test_the_numbers_of_a_header_decide(guest: Guest, tmp_path: Path) -> None:
         header.write_text(TREE_HEADER.format(flag="1 + 5"))
         refused(*with_header("stop"), code=2, words=("VFIO_DEVICE_FLAGS_MIGRATABLE",), warm=True)
         header.write_text(TREE_HEADER.format(flag=6))
-        refused(*with_header("stop"), code=4, words=(name, "flag 0x40 in 0x23"))
+        refused(*with_header("stop"), code=4, words=(name, "flag 0x40 in 0x23"), warm=True)
         environment = {"VFIO_MIG_UAPI_HEADER": str(header)}
-        refused("stop", name, *BORROW, code=4, words=("flag 0x40 in 0x23",), env=environment)
+        refused("stop", name, *BORROW, code=4, words=("flag 0x40 in 0x23",), env=environment, warm=True)
         header.write_text(TREE_HEADER.format(flag=5))
         run(*with_header("info"), warm=True)
     run(*with_header("stop"), warm=True)  # the header with the right numbers is a good one
@@ -346,7 +355,7 @@ def test_a_bad_image_never_reaches_the_device(guest: Guest, image: bytes, tmp_pa
     change, words = BAD_IMAGES[what]
     file = tmp_path / "gpu.vfm"
     file.write_bytes(change(image))
-    cold = what in {"empty", "a bit of the state flipped"}
+    cold = what == "a bit of the state flipped"
     with untouched(guest):
         refused("restore", guest.instance.uuid, file, *BORROW, "--start", code=6, words=words, warm=not cold)
     assert guest.instance.run_state() == "running"
@@ -368,7 +377,7 @@ def test_another_vgpu_type_s_image_never_reaches_the_device(
     words = (guest.instance.uuid, f"gvt_sample-{OTHER_KIND}", "_8")
     with untouched(guest):
         flag = ["--raw"] if raw else []
-        refused("restore", guest.instance.uuid, file, *flag, *BORROW, code=6, words=words, warm=raw)
+        refused("restore", guest.instance.uuid, file, *flag, *BORROW, code=6, words=words, warm=True)
 
 
 def test_an_archive_is_no_bare_state(guest: Guest, image: bytes, tmp_path: Path) -> None:
@@ -388,7 +397,7 @@ def test_pages_that_memory_has_no_room_for_are_refused_before_the_device_is_stop
     with untouched(guest):
         refused(
             "restore", guest.instance.uuid, file, "--memory", f"{memory}@0", *BORROW,
-            code=6, words=("0x100000", "--memory"),
+            code=6, words=("0x100000", "--memory"), warm=True,
         )  # fmt: skip
     assert memory.read_bytes() == bytes(MIB + PAGE)
     memory.write_bytes(bytes(MIB + 2 * PAGE))
@@ -416,7 +425,13 @@ def test_an_image_that_is_no_file_is_refused(
 def test_what_would_end_with_the_command_is_refused(make_instance: MakeInstance, command: str) -> None:
     instance = make_instance()
     with never_asked(instance):
-        refused(command, instance.uuid, code=3, words=("nobody has it open", f"vfio-mig hold {instance.uuid}"))
+        refused(
+            command,
+            instance.uuid,
+            code=3,
+            words=("nobody has it open", f"vfio-mig hold {instance.uuid}"),
+            warm=command != "stop",
+        )
 
 
 # --- the host fails
@@ -436,7 +451,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize(
     ("options", "cold"),
-    [((), True), (("--leave-running",), True), (("--raw",), False)],
+    [((), True), (("--leave-running",), False), (("--raw",), False)],
     ids=["left stopped", "left running", "bare state"],
 )
 def test_a_full_disk_leaves_a_running_device_and_no_file(
@@ -463,7 +478,7 @@ def test_a_full_disk_leaves_a_running_device_and_no_file(
 def test_a_standard_output_that_takes_nothing_leaves_a_running_device(guest: Guest, options: tuple[str, ...]) -> None:
     refused(
         "save", guest.instance.uuid, "-", *options, *BORROW,
-        code=7, words=("standard output", "ENOSPC"), stdout="/dev/full",
+        code=7, words=("standard output", "ENOSPC"), stdout="/dev/full", warm="--raw" in options,
     )  # fmt: skip
     assert guest.instance.run_state() == "running"
     assert rfc_requests(guest.instance)["status_set"] >= 2
@@ -539,44 +554,36 @@ def test_a_file_that_cannot_be_made_is_refused_before_the_device_is_stopped(
 # --- the guest's memory
 
 
+WRONG_MEMORY: Final[dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]]] = {
+    "missing": (("{}/none@0",), 7, ("none", "ENOENT")),
+    "too small": (("{}/memory@0:2M",), 2, ("has 1048576 bytes",)),
+    "too small behind an offset": (("{}/memory@0:4K+1M",), 2, ("has 1048576 bytes",)),
+    "no whole pages": (("{}/odd@0",), 2, ("whole pages",)),
+    "empty": (("{}/empty@0",), 2, ("has 0 bytes",)),
+    "a directory": (("{}@0",), 7, ("EISDIR",)),
+    "no address": (("{}/memory",), 2, ("FILE@GPA",)),
+    "a broken address": (("{}/memory@0x",), 2, ("'0x'",)),
+    "no size": (("{}/memory@0:",), 2, ("FILE@GPA",)),
+    "an odd address": (("{}/memory@1",), 2, ("whole pages",)),
+    "overlap": (("{}/memory@0", "{}/memory@0xff000"), 2, ("overlap",)),
+}
+
+
 @pytest.mark.parametrize(
-    ("memory", "code", "words"),
-    [
-        (("{}/none@0",), 7, ("none", "ENOENT")),
-        (("{}/memory@0:2M",), 2, ("has 1048576 bytes",)),
-        (("{}/memory@0:4K+1M",), 2, ("has 1048576 bytes",)),
-        (("{}/odd@0",), 2, ("whole pages",)),
-        (("{}/empty@0",), 2, ("has 0 bytes",)),
-        (("{}@0",), 7, ("EISDIR",)),
-        (("{}/memory",), 2, ("FILE@GPA",)),
-        (("{}/memory@0x",), 2, ("'0x'",)),
-        (("{}/memory@0:",), 2, ("FILE@GPA",)),
-        (("{}/memory@1",), 2, ("whole pages",)),
-        (("{}/memory@0", "{}/memory@0xff000"), 2, ("overlap",)),
-    ],
-    ids=[
-        "missing", "too small", "too small behind an offset", "no whole pages", "empty", "a directory",
-        "no address", "a broken address", "no size", "an odd address", "overlap",
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("command", ["save", "restore"])
+    ("command", "what"),
+    [*(("save", what) for what in WRONG_MEMORY), ("restore", "missing"), ("restore", "too small")],
+)
 def test_wrong_memory_is_refused_before_the_device_is_stopped(
-    guest: Guest,
-    image: bytes,
-    tmp_path: Path,
-    *,
-    command: str,
-    memory: tuple[str, ...],
-    code: int,
-    words: tuple[str, ...],
+    guest: Guest, image: bytes, tmp_path: Path, command: str, what: str
 ) -> None:
+    memory, code, words = WRONG_MEMORY[what]
     file = tmp_path / "gpu.vfm"
     if command == "restore":
         file.write_bytes(image)
     for name, size in (("memory", MIB), ("odd", PAGE + 1), ("empty", 0)):
         (tmp_path / name).write_bytes(bytes(size))
     options = [word for text in memory for word in ("--memory", text.format(tmp_path))]
-    cold = (command, memory) in {("save", ("{}/none@0",)), ("restore", ("{}/memory@0:2M",))}
+    cold = (command, what) == ("save", "missing")
     with untouched(guest):
         refused(command, guest.instance.uuid, file, *options, *BORROW, code=code, words=words, warm=not cold)
     assert guest.instance.run_state() == "running"
@@ -607,7 +614,7 @@ def test_an_mdev_that_cannot_be_is_not_created(
     instance = make_instance()
     before = host.available(host.SMALL)
     chosen = [] if name is None else [instance.uuid if name == "EXISTING" else name]
-    refused("mdev", "create", kind, *chosen, code=code, words=words, warm=name == "gpu-1")
+    refused("mdev", "create", kind, *chosen, code=code, words=words, warm=True)
     assert host.available(host.SMALL) == before
     assert [path.name for path in Path("/sys/bus/mdev/devices").iterdir()] == [instance.uuid]
 
