@@ -153,7 +153,7 @@ def test_who_may_not_see_the_holder_is_not_told_that_there_is_none(guest: Guest)
 
 def test_who_may_not_create_an_mdev_is_told_so() -> None:
     before = host.available(host.SMALL)
-    refused("mdev", "create", host.SMALL, code=3, words=("EACCES", "run as root"), user=NOBODY)
+    refused("mdev", "create", host.SMALL, code=3, words=("EACCES", "run as root"), user=NOBODY, warm=True)
     assert host.available(host.SMALL) == before
 
 
@@ -218,8 +218,7 @@ def test_a_device_that_only_looks_like_one_of_the_rfc_is_never_sent_its_requests
             stack.enter_context(host.parameter_set(name, value))
         stack.enter_context(untouched(guest))
         name = guest.instance.uuid
-        cold = "extra_flags" in knobs
-        refused("save", name, tmp_path / "gpu.vfm", *BORROW, code=4, words=(name, *words), warm=not cold)
+        refused("save", name, tmp_path / "gpu.vfm", *BORROW, code=4, words=(name, *words), warm=True)
         refused("stop", name, *BORROW, code=4, words=(name, *words), warm=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -511,7 +510,8 @@ def test_an_existing_file_is_kept(guest: Guest, tmp_path: Path) -> None:
     file = tmp_path / "gpu.vfm"
     file.write_text("mine")
     with untouched(guest):
-        refused("save", guest.instance.uuid, file, *BORROW, code=2, words=(str(file), "exists", "--force"))
+        words = (str(file), "exists", "--force")
+        refused("save", guest.instance.uuid, file, *BORROW, code=2, words=words, warm=True)
     assert file.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -583,9 +583,8 @@ def test_wrong_memory_is_refused_before_the_device_is_stopped(
     for name, size in (("memory", MIB), ("odd", PAGE + 1), ("empty", 0)):
         (tmp_path / name).write_bytes(bytes(size))
     options = [word for text in memory for word in ("--memory", text.format(tmp_path))]
-    cold = (command, what) == ("save", "missing")
     with untouched(guest):
-        refused(command, guest.instance.uuid, file, *options, *BORROW, code=code, words=words, warm=not cold)
+        refused(command, guest.instance.uuid, file, *options, *BORROW, code=code, words=words, warm=True)
     assert guest.instance.run_state() == "running"
     assert file.exists() == (command == "restore")
 
