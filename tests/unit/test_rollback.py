@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from vfio_mig.errors import DeviceError, HostError
-from vfio_mig.jobs.rollback import ENDING_SIGNALS, Rollback
+from vfio_mig.interrupts import ENDING
+from vfio_mig.jobs.rollback import Rollback
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,7 +114,7 @@ def test_an_interrupt_that_waited_comes_after_all() -> None:
 
 @pytest.mark.parametrize("undo", [list, fail_with(OSError("undo"))], ids=["undone", "undo fails"])
 def test_signals_are_afterwards_handled_as_before(undo: Callable[[], object]) -> None:
-    handlers = [signal.getsignal(number) for number in ENDING_SIGNALS]
+    handlers = [signal.getsignal(number) for number in ENDING]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     try:
         with pytest.raises(HostError):
@@ -122,7 +123,7 @@ def test_signals_are_afterwards_handled_as_before(undo: Callable[[], object]) ->
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert after == before | {signal.SIGUSR1}
-    assert [signal.getsignal(number) for number in ENDING_SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in ENDING] == handlers
 
 
 def test_a_job_may_roll_back_in_another_thread() -> None:

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: MIT
-
 """Output files that are whole or not there."""
+
+from __future__ import annotations
 
 import errno
 import io
 import os
 import stat
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from vfio_mig.errors import HostError, UsageError, errno_text
+from vfio_mig.interrupts import protected
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
     from _typeshed import ReadableBuffer
 
 _KINDS: Final = {
@@ -33,7 +37,7 @@ class _File(io.FileIO):
         super().__init__(fd, "wb")
         self.target = target
 
-    def write(self, data: "ReadableBuffer", /) -> int:
+    def write(self, data: ReadableBuffer, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -46,33 +50,92 @@ def host_error(what: str, path: str, error: OSError) -> HostError:
     return HostError(f"{path}: {what}: {errno_text(error.errno or 0)}", hint=hint)
 
 
-@contextmanager
-def committed(path: "str | os.PathLike[str]", *, force: bool = False) -> Iterator[BinaryIO]:
-    """Give a file that becomes *path* only when the block ends without an error.
+def committed(path: str | os.PathLike[str], *, force: bool = False) -> NewFile:
+    """Give a file that becomes *path* only when the ``with`` block ends without an error.
 
-    It is made with mode 0600 under a temporary name in the same directory, synced to disk and renamed, the
-    directory is synced too. After an error, Ctrl-C included, the temporary file is gone and *path* is what it was;
-    a kill leaves at most a hidden file beside it.
+    It is made with mode 0600 in the same directory, without a name where the file system can, synced to disk and then
+    named; the directory is synced too. After an error, Ctrl-C included, nothing of it is left and *path* is what it
+    was. So it is after a kill, except that a file system without O_TMPFILE keeps a hidden file beside it.
 
     :param force: replace an existing file. Links, directories, devices and FIFOs are refused even then.
     :raises UsageError: *path* exists and *force* is not given, or it is no regular file.
     :raises HostError: the disk is full, permission is missing, or any other failure of the file system.
     """
-    target = os.fspath(path)
-    check_target(target, force=force)
-    directory = os.path.dirname(target) or "."
-    temporary, fd = _make_temporary(directory, target)
-    file = io.BufferedWriter(_File(fd, target), 1 << 20)
-    try:
-        yield file
-        _commit(file, temporary, target, force=force)
-    except BaseException:
-        with suppress(OSError, HostError):  # what cannot be flushed is not wanted any more
-            file.close()
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_directory(directory)
+    return NewFile(os.fspath(path), force=force)
+
+
+class NewFile:
+    """A file in the making; see :func:`committed`. Use it once."""
+
+    def __init__(self, target: str, *, force: bool) -> None:
+        self._target = target
+        self._force = force
+        self._directory = os.path.dirname(target) or "."
+        self._temporary: str | None = None
+        self._file: BinaryIO | None = None
+
+    @protected
+    def __enter__(self) -> BinaryIO:
+        check_target(self._target, force=self._force)
+        fd = _open_unnamed(self._directory)
+        if fd is None:
+            self._temporary, fd = _open_temporary(self._directory, self._target)
+        self._file = io.BufferedWriter(_File(fd, self._target), 1 << 20)
+        return self._file
+
+    @protected
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is None:
+            return
+        try:
+            if error is None:
+                self.commit()
+        finally:
+            self._discard()
+
+    @protected
+    def commit(self) -> None:
+        """Make it durable and give it its name, before the end of the block; after this nothing can be undone.
+
+        :raises HostError: nothing of it is left at the end of the block.
+        """
+        if self._file is None:
+            return
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())  # ENOSPC may come as late as here
+            self._name(self._file.fileno())
+        except OSError as error:
+            raise host_error("cannot commit it", self._target, error) from error
+        file, self._file = self._file, None
+        file.close()
+        _sync_directory(self._directory)
+
+    def _name(self, fd: int) -> None:
+        if self._temporary is None:
+            if not self._force:
+                _link_unnamed(fd, self._target)
+                return
+            self._temporary = _link_temporary(fd, self._directory, self._target)
+        if self._force:
+            check_target(self._target, force=True)
+            os.replace(self._temporary, self._target)
+        else:
+            _rename_new(self._temporary, self._target)
+        self._temporary = None
+
+    def _discard(self) -> None:
+        """Leave nothing behind; what has been committed is not touched."""
+        file, self._file = self._file, None
+        temporary, self._temporary = self._temporary, None
+        if file is not None:
+            with suppress(OSError, HostError):  # what cannot be flushed is not wanted any more
+                file.close()
+        if temporary is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
 
 
 @contextmanager
@@ -106,33 +169,58 @@ def check_target(target: str, *, force: bool) -> None:
         raise UsageError(f"{target} exists", hint="use --force to replace it")
 
 
-def _make_temporary(directory: str, target: str) -> tuple[str, int]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+def _open_unnamed(directory: str) -> int | None:
+    """Open a file without a name, which a kill takes away; None where the file system has no such thing."""
+    try:
+        return os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError:  # whatever is wrong: the attempt with a name says it in the user's words
+        return None
+
+
+def _temporary_names(directory: str, target: str) -> Iterator[str]:
     for _ in range(100):
         # A name has at most 255 bytes, so a long one is not repeated in full.
-        name = f".{os.path.basename(target)[:50]}.{os.urandom(6).hex()}"
-        temporary = os.path.join(directory, name)
+        yield os.path.join(directory, f".{os.path.basename(target)[:50]}.{os.urandom(6).hex()}")
+    raise HostError(f"{target}: no free temporary name in {directory}")
+
+
+def _open_temporary(directory: str, target: str) -> tuple[str, int]:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    for temporary in _temporary_names(directory, target):
         try:
             return temporary, os.open(temporary, flags, 0o600)
         except FileExistsError:
             continue
         except OSError as error:
             raise host_error("cannot create it", target, error) from error
-    raise HostError(f"{target}: no free temporary name in {directory}")
+    raise AssertionError  # the names end with an error
 
 
-def _commit(file: BinaryIO, temporary: str, target: str, *, force: bool) -> None:
+def _link_temporary(fd: int, directory: str, target: str) -> str:
+    """Name an unnamed file for a moment, as only a named one can replace another in one step."""
+    for temporary in _temporary_names(directory, target):
+        try:
+            _link_fd(fd, temporary)
+        except FileExistsError:
+            continue
+        return temporary
+    raise AssertionError  # the names end with an error
+
+
+def _link_fd(fd: int, path: str) -> None:
+    # Python calls linkat(), which can follow the link in /proc, only when it is given some directory's fd
+    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+
+
+def _link_unnamed(fd: int, target: str) -> None:
     try:
-        file.flush()
-        os.fsync(file.fileno())  # ENOSPC may come as late as here
-        file.close()
-        if force:
-            check_target(target, force=True)
-            os.replace(temporary, target)
-        else:
-            _rename_new(temporary, target)
-    except OSError as error:
-        raise host_error("cannot commit it", target, error) from error
+        _link_fd(fd, target)
+    except FileExistsError:
+        raise _appeared(target) from None
+
+
+def _appeared(target: str) -> UsageError:
+    return UsageError(f"{target} has appeared meanwhile", hint="use --force to replace it")
 
 
 def _rename_new(temporary: str, target: str) -> None:
@@ -140,7 +228,7 @@ def _rename_new(temporary: str, target: str) -> None:
     try:
         os.link(temporary, target, follow_symlinks=False)
     except FileExistsError:
-        raise UsageError(f"{target} has appeared meanwhile", hint="use --force to replace it") from None
+        raise _appeared(target) from None
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise

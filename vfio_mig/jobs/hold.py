@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING
 
-from vfio_mig.jobs.rollback import ENDING_SIGNALS
+from vfio_mig.interrupts import ENDING
 from vfio_mig.jobs.session import Session, Settings, open_session
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ def hold_device(
     from vfio_mig.dirty.memory import Memory
 
     # Blocked from here on, so that a signal between ready() and the wait is not lost
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         with Memory(memory, writable=True) as guest, open_session(name, settings, memory=guest.maps) as session:
             ready(session)
-            signal.sigwait(ENDING_SIGNALS)
+            signal.sigwait(ENDING)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import signal
 from typing import TYPE_CHECKING
 
 from vfio_mig.errors import VfioMigError
+from vfio_mig.interrupts import Deferred, protected
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
     from typing import Self
-
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Rollback:
@@ -26,6 +24,10 @@ class Rollback:
     def __init__(self) -> None:
         self._undos: list[Callable[[], object]] = []
 
+    def forget(self) -> None:
+        """Take it that the job is done: nothing is undone any more."""
+        self._undos.clear()
+
     def push(self, undo: Callable[[], object]) -> None:
         """Have *undo* called if the job fails from now on."""
         self._undos.append(undo)
@@ -33,17 +35,15 @@ class Rollback:
     def __enter__(self) -> Self:
         return self
 
+    @protected
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
             return
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        try:
+        with Deferred():
             while self._undos:
                 self._undo(self._undos.pop(), error)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @staticmethod
     def _undo(undo: Callable[[], object], error: BaseException) -> None:
