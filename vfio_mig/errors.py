@@ -28,6 +28,10 @@ def errno_text(number: int) -> str:
     return f"{errno_names.errorcode.get(number, f'errno {number}')} ({os.strerror(number)})"
 
 
+def _printable(letter: str) -> str:
+    return letter if letter.isprintable() else repr(letter)[1:-1]
+
+
 class VfioMigError(Exception):
     """Base of everything that this package raises on purpose; never raised itself.
 
@@ -50,7 +54,10 @@ class VfioMigError(Exception):
         text = self.problem if self.device is None else f"{self.device}: {self.problem}"
         for error in self.undo_errors:
             text += f"; while rolling back: {error}"
-        return text if self.hint is None else f"{text}; {self.hint}"
+        if self.hint is not None:
+            text = f"{text}; {self.hint}"
+        # One line, whatever a file is called
+        return text if text.isprintable() else "".join(map(_printable, text))
 
 
 class UsageError(VfioMigError):

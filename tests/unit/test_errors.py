@@ -102,3 +102,8 @@ def test_a_device_error_keeps_the_errno() -> None:
 )
 def test_an_errno_is_told_by_name_and_in_words(number: int, text: str) -> None:
     assert errno_text(number) == text
+
+
+def test_an_error_is_one_line_whatever_a_file_is_called() -> None:
+    assert str(HostError("/tmp/a\nb\x1b[31m: gone", hint="x\r")) == "/tmp/a\\nb\\x1b[31m: gone; x\\r"
+    assert str(HostError("/tmp/\u00fc")) == "/tmp/\u00fc"

@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import click
 
-from vfio_mig import __version__
-from vfio_mig.errors import HostError, InterruptedJobError, VfioMigError, errno_text
+from vfio_mig import __version__, interrupts
+from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text
 
-if TYPE_CHECKING:
-    from types import FrameType
+PROGRAM = "vfio-mig"
+COMPLETION = "_VFIO_MIG_COMPLETE"
 
 COMMANDS = {  # command: module below vfio_mig.cli
     "dirty": "transfer",
@@ -98,8 +97,16 @@ def cli(ctx: click.Context, *, as_json: bool, verbose: bool, quiet: bool, abi: s
     ctx.obj = Options(as_json=as_json, verbose=verbose, quiet=quiet, abi=abi, uapi_header=uapi_header)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
-    raise KeyboardInterrupt
+def _run() -> int:
+    """Parse and run, without click's own ideas of errors and interrupts; returns the exit code."""
+    if COMPLETION in os.environ:
+        cli.main(prog_name=PROGRAM, complete_var=COMPLETION)
+    try:
+        with cli.make_context(PROGRAM, sys.argv[1:]) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as done:  # --help, --version
+        return done.exit_code
+    return 0
 
 
 def _fail(error: VfioMigError) -> NoReturn:
@@ -109,17 +116,23 @@ def _fail(error: VfioMigError) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command line; the one place where an error becomes a line and an exit code."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    interrupts.install()
     try:
-        sys.exit(cli.main(prog_name="vfio-mig", standalone_mode=False) or 0)
+        sys.exit(_run())
     except VfioMigError as error:
         _fail(error)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else PROGRAM
+        _fail(UsageError(error.format_message().rstrip("."), hint=f"see '{command} --help'"))
+    except KeyboardInterrupt:
+        if interrupts.finished():
+            sys.exit(0)
         _fail(InterruptedJobError("interrupted; what was begun has been undone"))
+    except MemoryError:
+        _fail(HostError("out of memory"))
     except BrokenPipeError:
         # whoever read our output is gone; nothing more can be said there
         sys.stderr.close()

@@ -28,7 +28,11 @@ def mdev_command() -> None:
 @mdev_command.command("types")
 @click.pass_obj
 def types_command(options: Options) -> None:
-    """List what mdevs can be created: PARENT TYPE AVAILABLE NAME, one per line."""
+    """List what mdevs can be created: PARENT TYPE AVAILABLE NAME, one per line.
+
+    \b
+    Example: vfio-mig mdev types | awk '$3 > 0 { print $2 }'
+    """
     from vfio_mig.host.mdev import types
 
     found = types()
@@ -45,7 +49,11 @@ def types_command(options: Options) -> None:
 @click.option("--parent", help="The parent device, when several offer TYPE.")
 @click.pass_obj
 def create_command(options: Options, type_name: str, uuid: str | None, parent: str | None) -> None:
-    """Create an mdev of TYPE, with a new UUID unless one is given, and print its UUID."""
+    """Create an mdev of TYPE, with a new UUID unless one is given, and print its UUID.
+
+    \b
+    Example: UUID=$(vfio-mig mdev create GVTg_V4_8)
+    """
     from vfio_mig.host.mdev import create
 
     made = create(type_name, parent=parent, uuid=uuid)
@@ -59,7 +67,11 @@ def create_command(options: Options, type_name: str, uuid: str | None, parent: s
 @click.argument("uuid")
 @click.pass_obj
 def remove_command(options: Options, uuid: str) -> None:
-    """Remove an mdev for good. Refused while a process has it open."""
+    """Remove an mdev for good. Refused while a process has it open.
+
+    \b
+    Example: vfio-mig mdev remove 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
+    """
     from vfio_mig.host.mdev import remove
 
     remove(uuid)
