@@ -308,3 +308,30 @@ def test_any_numbers_make_a_possible_profile_or_a_usage_error(
         return
     assert profile.migratable_flag.bit_count() == 1
     assert profile.state_index < profile.num_regions
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("#define A 010\n#define B 08\n", {"A": 8}),
+        ("#if 0\n#define A 1\n#else\n#define A 2\n#endif\n#define B 3\n", {"A": 2, "B": 3}),
+        ("#ifdef X\n#if 0\n#define A 1\n#endif\n#define B 2\n#endif\n", {"B": 2}),
+        ("#define VFIO_BASE 200\n#define A _IO(VFIO_TYPE, VFIO_BASE + 1)\n", {"VFIO_BASE": 200, "A": 0x3B00 + 201}),
+        ("#define A \\\r\n 5\r\n", {"A": 5}),
+        ("int a; // #define A 1\n/* #define B 2 */ \n#define C /* x */ 3\n", {"C": 3}),
+        ("enum a { A = 3, B }; enum b; struct c { enum a d; }; enum { C, D };", {"A": 3, "B": 4, "C": 0, "D": 1}),
+    ],
+)
+def test_constants_are_those_of_a_c_compiler(text: str, expected: dict[str, int]) -> None:
+    assert parse_header(text) == expected
+
+
+@pytest.mark.parametrize("unit", ["/* ", "enum ", "enum { ", "// ", "#if 0\n", "#define A (((", "( "])
+def test_hostile_headers_take_no_longer_than_their_size(unit: str) -> None:
+    """With any quadratic step the megabyte would take minutes; what counts is that this ends at all."""
+    signal.alarm(20)
+    try:
+        parse_header(unit * ((1 << 20) // len(unit)))
+        parse_header("#define A " + unit * 100_000 + ")" * 100_000)
+    finally:
+        signal.alarm(0)

@@ -9,13 +9,19 @@ from __future__ import annotations
 import os
 import re
 import stat
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.uapi import VFIO_BASE, VFIO_TYPE, Request, ffi, vfio_request
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 HEADER_MAX: Final = 1 << 20
 """Bytes of a header that are read; mainline's has 60 KiB."""
+
+EXPRESSION_MAX: Final = 256
+"""Characters of a constant's expression; a longer one is none that is understood here."""
 
 FLAG: Final = "VFIO_DEVICE_FLAGS_MIGRATABLE"
 STATE_INDEX: Final = "VFIO_PCI_DEVICE_STATE_REGION_INDEX"
@@ -62,43 +68,106 @@ DEFAULT_PROFILE: Final = RfcProfile(
     source="built in",
 )
 
-_COMMENT: Final = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 _DEFINE: Final = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+([^\n]+)$", re.MULTILINE)
-_ENUM: Final = re.compile(r"\benum\b[ \t\n]*\w*[ \t\n]*\{([^{}]*)\}")
-_REQUEST: Final = re.compile(r"_IO\s*\(\s*VFIO_TYPE\s*,\s*VFIO_BASE\s*\+\s*(\d{1,3})\s*\)")
-_NUMBER: Final = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|\d{1,19})(?:[uU]?[lL]{0,2})")
-_SHIFT: Final = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|\d{1,19})[uUlL]{0,3}\s*<<\s*(\d{1,2})")
+_ENUM: Final = re.compile(r"\benum\b")
+_BRACE: Final = re.compile(r"[{};]")
+_CONDITION: Final = re.compile(r"^[ \t]*#[ \t]*(if|ifdef|ifndef|else|elif|endif)\b[ \t]*(\S*)")
+_REQUEST: Final = re.compile(r"_IO\s*\(\s*VFIO_TYPE\s*,\s*VFIO_BASE\s*\+\s*([0-9]{1,3})\s*\)")
+_LITERAL: Final = r"(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19})"
+_NUMBER: Final = re.compile(_LITERAL + r"(?:[uU]?[lL]{0,2})")
+_SHIFT: Final = re.compile(_LITERAL + r"[uUlL]{0,3}\s*<<\s*([0-9]{1,2})")
 
 
 def parse_header(text: str) -> dict[str, int]:
     """Return the header's plain constants, ioctl numbers (as ``_IO`` makes them) and enumerators by name.
 
-    Understands literals, ``1 << n``, parentheses, ``_IO(VFIO_TYPE, VFIO_BASE + n)``, and enumerators that count on;
-    what it does not understand is left out, never guessed.
+    Understands literals, ``1 << n``, parentheses, ``_IO(VFIO_TYPE, VFIO_BASE + n)``, ``#if 0``, and enumerators that
+    count on; what it does not understand is left out, never guessed. Takes time in proportion to the text.
     """
-    text = _COMMENT.sub(" ", text).replace("\\\n", " ")
+    text = _without_comments(text.replace("\r\n", "\n")).replace("\\\n", " ")
+    text = _without_dead_code(text)
     values: dict[str, int] = {}
     for name, expression in _DEFINE.findall(text):
         value = _value(expression, values)
         if value is not None:
             values[name] = value
     # an enum may have #defines between its enumerators, as vfio.h's structs do
-    for body in _ENUM.findall(re.sub(r"^[ \t]*#[^\n]*$", "", text, flags=re.MULTILINE)):
+    for body in _enum_bodies(re.sub(r"^[ \t]*#[^\n]*$", "", text, flags=re.MULTILINE)):
         _enumerate(body, values)
     return values
 
 
+def _without_comments(text: str) -> str:
+    parts: list[str] = []
+    at = 0
+    while True:
+        block, line = text.find("/*", at), text.find("//", at)
+        start = min((found for found in (block, line) if found >= 0), default=len(text))
+        parts.append(text[at:start])
+        if start == len(text):
+            return " ".join(parts)
+        end = text.find("*/", start + 2) if start == block else text.find("\n", start)
+        if end < 0:
+            return " ".join(parts)
+        at = end + 2 if start == block else end
+
+
+def _without_dead_code(text: str) -> str:
+    """Leave out what stands between ``#if 0`` and its ``#else`` or ``#endif``; other conditions count as true."""
+    kept: list[str] = []
+    dead: list[bool] = []
+    for line in text.split("\n"):
+        match = _CONDITION.match(line)
+        if match and match[1].startswith("if"):
+            dead.append(match[1] == "if" and match[2] == "0")
+        elif match and match[1] == "endif":
+            del dead[-1:]
+        elif match and dead:
+            dead[-1] = False
+        if not any(dead):
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def _enum_bodies(text: str) -> Iterator[str]:
+    """Yield what stands between the braces of each enum."""
+    at = 0
+    while match := _ENUM.search(text, at):
+        opening = _BRACE.search(text, match.end())
+        if opening is None:
+            return
+        at = opening.end()
+        if opening[0] == "{":
+            closing = _BRACE.search(text, at)
+            if closing is None:
+                return
+            if closing[0] == "}":
+                yield text[at : closing.start()]
+
+
 def _value(expression: str, values: dict[str, int]) -> int | None:
     expression = expression.strip()
+    if len(expression) > EXPRESSION_MAX:
+        return None
     while expression.startswith("(") and expression.endswith(")"):
         expression = expression[1:-1].strip()
     if match := _REQUEST.fullmatch(expression):
-        return vfio_request("", int(match[1])).number
+        return vfio_request("", int(match[1])).number + values.get("VFIO_BASE", VFIO_BASE) - VFIO_BASE
     if match := _NUMBER.fullmatch(expression):
-        return int(match[1], 0) if not match[1].isdigit() else int(match[1])
+        return _literal(match[1])
     if match := _SHIFT.fullmatch(expression):
-        return int(match[1], 0) << int(match[2])
+        number = _literal(match[1])
+        return None if number is None else number << int(match[2])
     return values.get(expression)
+
+
+def _literal(text: str) -> int | None:
+    """Return a C literal's value; with a leading zero it is octal."""
+    base = 16 if text[:2] in ("0x", "0X") else 8 if text.startswith("0") else 10
+    try:
+        return int(text, base)
+    except ValueError:  # 08
+        return None
 
 
 def _enumerate(body: str, values: dict[str, int]) -> None:
