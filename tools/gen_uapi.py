@@ -80,25 +80,29 @@ class Array(CData, Generic[T]):
 """
 
 
+def _lines(items: list[str]) -> str:
+    """One per line, so that a review sees what has changed."""
+    return "\n        " + ",\n        ".join(items) + ",\n    "
+
+
 def write_stub(text: str, directory: Path) -> None:
     """Write the types that mypy sees: a class per struct, an overload of new() for each."""
     structs = STRUCT.findall(text)
     constants = DEFINE.findall(text)
     new = [
-        f'    @overload\n    def new(self, cdecl: Literal["struct {name} *"], '
-        f"init: Mapping[str, Any] = ..., /) -> {name}: ..."
+        f'    @overload\n    def new(\n        self, cdecl: Literal["struct {name} *"], '
+        f"init: Mapping[str, Any] = ..., /\n    ) -> {name}: ..."
         for name, _ in structs
     ]
     names = [f'"struct {name}"' for name, _ in structs]
+    quoted = [f'"{name}"' for name in constants]
     ffi = [
         "class _FFI:",
         *new,
         '    @overload\n    def new(self, cdecl: Literal["int *"], init: int = ..., /) -> Array[int]: ...',
-        f"    def sizeof(self, cdecl: CData | Literal[{', '.join(names)}], /) -> int: ...",
-        f"    def offsetof(self, cdecl: Literal[{', '.join(names)}], field: str, /) -> int: ...",
-        f"    def integer_const(self, name: Literal[{', '.join(map(repr, constants))}], /) -> int: ...".replace(
-            "'", '"'
-        ),
+        f"    def sizeof(self, cdecl: CData | Literal[{_lines(names)}], /) -> int: ...",
+        f"    def offsetof(self, cdecl: Literal[{_lines(names)}], field: str, /) -> int: ...",
+        f"    def integer_const(self, name: Literal[{_lines(quoted)}], /) -> int: ...",
         "    def buffer(self, cdata: CData, size: int = ..., /) -> bytearray: ...",
         "\nffi: _FFI",
     ]
