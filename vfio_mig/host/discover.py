@@ -121,7 +121,7 @@ class Host:
         """
         if not name or "\0" in name:
             raise UsageError(f"{name!r} is no device name")
-        if match := re.fullmatch(r"/dev/vfio/(\d{1,9})", name):
+        if match := re.fullmatch(r"/dev/vfio/([0-9]{1,9})", name):
             return self._find_by_group(int(match[1]))
         if name.startswith("/dev/vfio/devices/"):
             return self._find_by_cdev(name)

@@ -18,6 +18,7 @@ SYS_PIDFD_GETFD: Final = 438
 """The same on every architecture; since Linux 5.6."""
 HOLD: Final = "hold"
 PROGRAM: Final = "vfio-mig"
+_OPTIONS_WITH_VALUE: Final = ("--abi", "--uapi-header")
 
 
 class Holder(NamedTuple):
@@ -46,7 +47,18 @@ def _is_hold(pid: int) -> bool:
     """Tell by its arguments: the kernel calls a Python program by its interpreter."""
     arguments = _read(f"/proc/{pid}/cmdline").decode("utf-8", "replace").split("\0")
     programs = [os.path.basename(argument) for argument in arguments[:3]]
-    return PROGRAM in programs and HOLD in arguments[programs.index(PROGRAM) + 1 :]
+    return PROGRAM in programs and _command(arguments[programs.index(PROGRAM) + 1 :]) == HOLD
+
+
+def _command(arguments: list[str]) -> str:
+    """Return the command among a vfio-mig's arguments: the first that is neither an option nor the value of one."""
+    words = iter(arguments)
+    for word in words:
+        if word in _OPTIONS_WITH_VALUE:
+            next(words, "")
+        elif not word.startswith("-"):
+            return word
+    return ""
 
 
 def _pids() -> Iterator[int]:
