@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         UsageError,
         VfioMigError,
     )
+    from vfio_mig.jobs.check import check_image, verify_image
     from vfio_mig.jobs.control import device_status, reset_device, start_device, stop_device
     from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
     from vfio_mig.jobs.hold import hold_device
@@ -58,6 +59,7 @@ _MODULES = {
         "UsageError",
         "VfioMigError",
     ),
+    "jobs.check": ("check_image", "verify_image"),
     "jobs.control": ("device_status", "reset_device", "start_device", "stop_device"),
     "jobs.dirty": ("fetch_dirty", "sync_dirty"),
     "jobs.hold": ("hold_device",),
@@ -84,6 +86,7 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "VfioMigError",
+    "check_image",
     "device_info",
     "device_status",
     "fetch_dirty",
@@ -96,6 +99,7 @@ __all__ = [
     "start_device",
     "stop_device",
     "sync_dirty",
+    "verify_image",
 ]
 
 

@@ -289,6 +289,8 @@ void gvt_debugfs_add(struct vgpu *vgpu)
 	for (i = 0; i < ARRAY_SIZE(gvt_vgpu_files); i++)
 		debugfs_create_file(gvt_vgpu_files[i].name, 0400, vgpu->debugfs,
 				    vgpu, gvt_vgpu_files[i].fops);
+	debugfs_create_file("fault", 0600, vgpu->debugfs, vgpu,
+			    &gvt_fault_fops);
 	debugfs_create_u32("exec_delay_ms", 0600, vgpu->debugfs,
 			   &vgpu->exec_delay_ms);
 }

@@ -146,6 +146,31 @@ struct gvt_counters {
 	atomic64_t	irqs;			/* eventfd signals */
 };
 
+/* Faults on demand, fault.c */
+enum gvt_fault_op {
+	GVT_FAULT_STOP,
+	GVT_FAULT_START,
+	GVT_FAULT_DIRTY,
+	GVT_FAULT_STATE_READ,
+	GVT_FAULT_STATE_WRITE,
+	GVT_FAULT_RESET,
+	GVT_FAULT_OPS,
+};
+
+enum gvt_fault_kind {
+	GVT_FAULT_ERRNO,
+	GVT_FAULT_AFTER,
+	GVT_FAULT_SHORT,
+	GVT_FAULT_DELAY,
+	GVT_FAULT_KINDS,		/* also: none */
+};
+
+struct gvt_fault {
+	unsigned int		nth;	/* 1: the next request; 0: no rule */
+	enum gvt_fault_kind	kind;
+	unsigned int		value;	/* errno, bytes or ms */
+};
+
 struct vgpu {
 	struct vfio_device	vdev;		/* first: vfio_alloc_device() */
 	struct mdev_device	*mdev;
@@ -204,6 +229,8 @@ struct vgpu {
 	u32			*last_ring;	/* patched commands, under lock */
 	unsigned int		last_ring_dws;
 	char			last_error[96];	/* why something was refused */
+	spinlock_t		fault_lock;	/* innermost */
+	struct gvt_fault	faults[GVT_FAULT_OPS];
 };
 
 static inline struct vgpu *vdev_to_vgpu(struct vfio_device *vdev)
@@ -266,6 +293,12 @@ void gvt_debugfs_init(void);
 void gvt_debugfs_fini(void);
 void gvt_debugfs_add(struct vgpu *vgpu);
 void gvt_debugfs_remove(struct vgpu *vgpu);
+
+/* fault.c */
+extern const struct file_operations gvt_fault_fops;
+ssize_t gvt_fault_begin(struct vgpu *vgpu, enum gvt_fault_op op,
+			struct gvt_fault *fault);
+ssize_t gvt_fault_end(const struct gvt_fault *fault, ssize_t ret);
 
 /* gtt.c: guest and host GGTT, pins, dirty bitmap, BAR2 */
 int gvt_gtt_init(struct vgpu *vgpu);

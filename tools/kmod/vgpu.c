@@ -109,10 +109,18 @@ static ssize_t gvt_pieces_rw(struct vgpu *vgpu, unsigned int index,
 static ssize_t gvt_state_rw(struct vgpu *vgpu, char __user *ubuf, size_t count,
 			    u64 off, bool write)
 {
+	struct gvt_fault fault;
+	ssize_t ret;
+
 	atomic64_inc(write ? &vgpu->counters.state_write :
 			     &vgpu->counters.state_read);
-	return write ? gvt_state_write(vgpu, ubuf, count, off) :
-		       gvt_state_read(vgpu, ubuf, count, off);
+	ret = gvt_fault_begin(vgpu, write ? GVT_FAULT_STATE_WRITE :
+					    GVT_FAULT_STATE_READ, &fault);
+	if (ret)
+		return ret;
+	ret = write ? gvt_state_write(vgpu, ubuf, count, off) :
+		      gvt_state_read(vgpu, ubuf, count, off);
+	return gvt_fault_end(&fault, ret);
 }
 
 static ssize_t gvt_rw(struct vgpu *vgpu, char __user *ubuf, size_t count,
@@ -321,6 +329,40 @@ static long gvt_set_irqs(struct vgpu *vgpu, void __user *arg)
 	return ret;
 }
 
+static int gvt_set_active(struct vgpu *vgpu, bool active)
+{
+	struct gvt_fault fault;
+	int ret;
+
+	ret = gvt_fault_begin(vgpu, active ? GVT_FAULT_START : GVT_FAULT_STOP,
+			      &fault);
+	if (ret)
+		return ret;
+	ret = active ? gvt_submit_start(vgpu) : gvt_submit_stop(vgpu);
+	return gvt_fault_end(&fault, ret);
+}
+
+static long gvt_dirty(struct vgpu *vgpu, void __user *arg)
+{
+	struct gvt_fault fault;
+	long ret;
+
+	ret = gvt_fault_begin(vgpu, GVT_FAULT_DIRTY, &fault);
+	return ret ? ret : gvt_fault_end(&fault, gvt_dirty_ioctl(vgpu, arg));
+}
+
+static int gvt_reset(struct vgpu *vgpu)
+{
+	struct gvt_fault fault;
+	int ret;
+
+	ret = gvt_fault_begin(vgpu, GVT_FAULT_RESET, &fault);
+	if (ret)
+		return ret;
+	gvt_device_reset(vgpu);
+	return gvt_fault_end(&fault, 0);
+}
+
 /* RFC patch 7 */
 static long gvt_status_set(struct vgpu *vgpu, void __user *arg)
 {
@@ -332,9 +374,9 @@ static long gvt_status_set(struct vgpu *vgpu, void __user *arg)
 		return -EINVAL;
 	switch (status.flags) {
 	case VFIO_DEVICE_PCI_STOP:
-		return gvt_submit_stop(vgpu);
+		return gvt_set_active(vgpu, false);
 	case VFIO_DEVICE_PCI_START:
-		return gvt_submit_start(vgpu);
+		return gvt_set_active(vgpu, true);
 	}
 	gvt_note(vgpu, "status: flags %#x", status.flags);
 	return -EINVAL;
@@ -353,8 +395,7 @@ static long gvt_other_ioctl(struct vgpu *vgpu, unsigned int cmd,
 	case VFIO_DEVICE_SET_IRQS:
 		return gvt_set_irqs(vgpu, arg);
 	case VFIO_DEVICE_RESET:
-		gvt_device_reset(vgpu);
-		return 0;
+		return gvt_reset(vgpu);
 	}
 	return -ENOTTY;
 }
@@ -370,7 +411,7 @@ static long gvt_ioctl(struct vfio_device *vdev, unsigned int cmd,
 		return gvt_status_set(vgpu, (void __user *)arg);
 	case GVT_GET_DIRTY:
 		atomic64_inc(&vgpu->counters.get_dirty);
-		return gvt_dirty_ioctl(vgpu, (void __user *)arg);
+		return gvt_dirty(vgpu, (void __user *)arg);
 	}
 	atomic64_inc(&vgpu->counters.other_ioctl);
 	return gvt_other_ioctl(vgpu, cmd, (void __user *)arg);
@@ -450,6 +491,7 @@ static int gvt_init_device(struct vfio_device *vdev)
 	vgpu->type = container_of(vgpu->mdev->type, struct gvt_type, type);
 	mutex_init(&vgpu->lock);
 	spin_lock_init(&vgpu->irq_lock);
+	spin_lock_init(&vgpu->fault_lock);
 	ret = gvt_pool_alloc(vgpu);
 	if (ret)
 		return ret;

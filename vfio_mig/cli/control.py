@@ -92,5 +92,7 @@ def status_command(options: Options, device: str, pid: int | None) -> None:
         return
     holder = "nobody" if status.holder_pid is None else f"PID {status.holder_pid} ({status.holder})"
     click.echo(f"{status.device}: {status.state}; {status.kind} {status.type}, open in {holder}")
+    if status.left is not None:
+        click.echo(f"note: {status.left}; {status.repair}")
     if status.protocol is not None:
         click.echo(f"protocol: {status.protocol}")

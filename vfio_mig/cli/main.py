@@ -16,6 +16,7 @@ PROGRAM = "vfio-mig"
 COMPLETION = "_VFIO_MIG_COMPLETE"
 
 COMMANDS = {  # command: module below vfio_mig.cli
+    "check": "image",
     "dirty": "transfer",
     "hold": "hold",
     "info": "devices",
@@ -28,6 +29,7 @@ COMMANDS = {  # command: module below vfio_mig.cli
     "status": "control",
     "stop": "control",
     "sync": "transfer",
+    "verify": "image",
 }
 
 

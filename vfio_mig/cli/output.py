@@ -24,7 +24,12 @@ def settings_of(options: Options, pid: int | None = None) -> Settings:
     from vfio_mig.jobs.session import Settings
 
     tell = (lambda text: say(options, text)) if options.verbose else None
-    return Settings(abi=options.abi, uapi_header=options.uapi_header, pid=pid, tell=tell)
+    return Settings(abi=options.abi, uapi_header=options.uapi_header, pid=pid, tell=tell, warn=warn)
+
+
+def warn(text: str) -> None:
+    """Print a warning: one line on stderr, also for who wants quiet."""
+    click.echo(f"vfio-mig: warning: {text}", err=True)
 
 
 def print_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from vfio_mig.cli.output import (
     range_option,
     say,
     settings_of,
+    warn,
 )
 
 if TYPE_CHECKING:
@@ -91,10 +92,25 @@ def save_command(
 @memory_option
 @click.option("--start", is_flag=True, help="Start the device once the state is loaded.")
 @click.option("--raw", is_flag=True, help="FILE is a bare device state.")
+@click.option("--force", is_flag=True, help="Go on over mismatches that `vfio-mig check` calls forcible.")
+@click.option(
+    "--no-verify-state",
+    is_flag=True,
+    help="DANGEROUS: load a state of unknown layout; the kernel may believe whatever it says.",
+)
 @pid_option
 @click.pass_obj
 def restore_command(
-    options: Options, device: str, file: str, memory: tuple[str, ...], *, start: bool, raw: bool, pid: int | None
+    options: Options,
+    device: str,
+    file: str,
+    memory: tuple[str, ...],
+    *,
+    start: bool,
+    raw: bool,
+    force: bool,
+    no_verify_state: bool,
+    pid: int | None,
 ) -> None:
     """Load FILE (- is stdin) into DEVICE, a fresh one of the same type; left stopped unless --start.
 
@@ -115,10 +131,12 @@ def restore_command(
             memory=parse_memory(memory),
             start=start,
             raw=raw,
+            force=force,
+            verify_state=not no_verify_state,
             progress=meter,
         )
     for warning in report.warnings:
-        say(options, f"vfio-mig: {report.device}: warning: {warning}")
+        warn(f"{report.device}: {warning}")
     if options.as_json:
         print_json(report._asdict())
         return

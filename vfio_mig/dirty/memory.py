@@ -142,6 +142,17 @@ class MemoryMap:
                 raise HostError(f"{self.path}: cannot write guest memory: {errno_text(error.errno or 0)}") from error
             view, offset = view[done:], offset + done
 
+    def reserve(self, gpa: int, size: int) -> None:
+        """Make the file system set room aside, so that writing there cannot fail for want of it; changes no content.
+
+        :raises HostError: there is not enough.
+        """
+        try:
+            os.posix_fallocate(self._fd, gpa - self.gpa + self.offset, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):  # a file that cannot be asked
+                raise HostError(f"{self.path}: no room for guest memory: {errno_text(error.errno or 0)}") from error
+
     def close(self) -> None:
         """Close mapping and fd; a second call does nothing.
 
@@ -222,6 +233,14 @@ class Memory:
                 start, end = max(range_.start, map_.pages.start), min(range_.end, map_.pages.end)
                 if start < end:
                     yield map_, PageRange(start, end - start)
+
+    def reserve(self, gpa: int, size: int) -> None:
+        """Set room aside for *size* bytes, whole pages, from address *gpa* on.
+
+        :raises HostError: there is not enough.
+        """
+        for map_, range_ in self.find([PageRange(gpa // PAGE, size // PAGE)]):
+            map_.reserve(range_.start * PAGE, range_.nr_pages * PAGE)
 
     def write(self, gpa: int, view: memoryview) -> int:
         """Store whole pages from address *gpa* on; what is no memory of ours is left out.

@@ -7,8 +7,8 @@ import errno
 import io
 import os
 import stat
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, BinaryIO, Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.interrupts import protected
@@ -62,6 +62,19 @@ def committed(path: str | os.PathLike[str], *, force: bool = False) -> NewFile:
     :raises HostError: the disk is full, permission is missing, or any other failure of the file system.
     """
     return NewFile(os.fspath(path), force=force)
+
+
+class Output(Protocol):
+    """Where an image goes: a context manager that gives a stream."""
+
+    def __enter__(self) -> BinaryIO: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def commit(self) -> None:
+        """Make sure of it that everything has arrived; what fails from now on undoes nothing of it."""
 
 
 class NewFile:
@@ -138,16 +151,29 @@ class NewFile:
                 os.unlink(temporary)
 
 
-@contextmanager
-def writing(fd: int, name: str) -> Iterator[BinaryIO]:
-    """Give a stream to an open fd, which is closed with the block; its failed writes are HostErrors on *name*."""
-    file = io.BufferedWriter(_File(fd, name), 1 << 20)
-    try:
-        yield file
-        file.flush()
-    finally:
-        with suppress(OSError, HostError):  # it has failed before, or else there is nothing left to write
-            file.close()
+class Stream:
+    """A stream to an open fd, which is closed with the block; its failed writes are HostErrors on *name*."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._file = io.BufferedWriter(_File(fd, name), 1 << 20)
+
+    def __enter__(self) -> BinaryIO:
+        return self._file
+
+    def commit(self) -> None:
+        """Write what is still in the buffer."""
+        self._file.flush()
+
+    @protected
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.commit()
+        finally:
+            with suppress(OSError, HostError):  # it has failed before, or else there is nothing left to write
+                self._file.close()
 
 
 def check_target(target: str, *, force: bool) -> None:

@@ -6,7 +6,11 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
+from vfio_mig import interrupts
 from vfio_mig.errors import UsageError
+from vfio_mig.host.lock import STOPPED, left_behind
+from vfio_mig.jobs.points import point
+from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import Settings, find, holder_of, open_session, require_holder
 
 
@@ -28,6 +32,8 @@ class Status(NamedTuple):
     :param holder_pid: process that has it open, None when nobody has.
     :param protocol: name of the migration protocol; None when nobody holds the device, as only an open device tells.
     :param state: ``closed``, or ``unknown``: the RFC has no way to ask whether a device runs.
+    :param left: what a job that did not come to its end has left behind, None for nothing.
+    :param repair: what to do about it.
     """
 
     device: str
@@ -37,14 +43,27 @@ class Status(NamedTuple):
     holder: str | None
     protocol: str | None
     state: str
+    left: str | None
+    repair: str | None
 
 
 def _timed(name: str, action: str, settings: Settings | None) -> Done:
-    with open_session(name, settings) as session:
+    """Do one thing; an interrupted stop is undone, the others leave nothing half-done."""
+    with open_session(name, settings, job=action) as session, Rollback() as rollback:
+        point(action, "opened")
         request = getattr(session.protocol, action)
+        if action == "stop" and not session.is_half_loaded:
+            session.note(STOPPED)
+            rollback.push(session.go_on)
         began = time.perf_counter()
         request()
-        return Done(session.device.name, action, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        point(action, f"after-{action}")
+        rollback.forget()
+        if action != "stop" or not session.is_half_loaded:
+            session.note("")
+        interrupts.finish()
+        return Done(session.device.name, action, seconds)
 
 
 def stop_device(name: str, settings: Settings | None = None) -> Done:
@@ -89,6 +108,7 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
     """Tell who has a device open and what it speaks; opens nothing that is closed."""
     found = find(name)
     holder = holder_of(found)
+    left = left_behind(found, holder)
     protocol = None
     if holder is not None and (holder.is_hold or (settings is not None and settings.pid is not None)):
         with open_session(name, settings) as session:
@@ -101,4 +121,6 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
         None if holder is None else holder.command,
         protocol,
         "closed" if holder is None else "unknown",
+        None if left is None else str(left),
+        None if left is None else left.repair(found.name),
     )

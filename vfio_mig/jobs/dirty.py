@@ -6,23 +6,31 @@ from __future__ import annotations
 import os
 import stat
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from vfio_mig import interrupts
 from vfio_mig.errors import HostError, UsageError, errno_text
+from vfio_mig.host.lock import STOPPED
+from vfio_mig.interrupts import protected
+from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.save import default_ranges
 from vfio_mig.jobs.session import Settings, open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+    from typing import Self
 
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.dirty.sync import Round
+    from vfio_mig.image.files import NewFile
+    from vfio_mig.jobs.session import Session
 
 PAGE = 4096
+SYNC = "sync"
 
 
 class DirtyReport(NamedTuple):
@@ -74,9 +82,11 @@ def fetch_dirty(
     from vfio_mig.dirty.memory import Memory
 
     with Memory(memory, writable=True) as guest, open_session(name, settings, memory=guest.maps) as session:
+        point("dirty", "opened")
         began = time.perf_counter()
         chunks = list(fetch(session.protocol.dirty, default_ranges(guest, ranges)))
         seconds = time.perf_counter() - began
+        point("dirty", "fetched")
         device = session.device.name
     return DirtyReport(
         device,
@@ -94,20 +104,46 @@ def _runs(chunks: list[Dirty]) -> list[tuple[int, int]]:
     return [(run.start * PAGE, run.nr_pages * PAGE) for run in runs]
 
 
-@contextmanager
-def _sparse_target(path: str) -> Iterator[int]:
-    """Open the destination: a regular file, made with mode 0600 if there is none; links are not followed."""
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        fd = os.open(path, flags, 0o600)
-    except OSError as error:
-        raise HostError(f"{path}: cannot open the destination: {errno_text(error.errno or 0)}") from error
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise UsageError(f"{path} is no regular file", hint="the destination must be one")
-        yield fd
-    finally:
-        os.close(fd)
+class _Destination:
+    """The file that pages are copied to; links are not followed.
+
+    An existing file is written in place, as somebody may have it mapped; a new one is there only once it is whole.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._new: NewFile | None = None
+        self.fd = -1
+
+    @protected
+    def __enter__(self) -> Self:
+        try:
+            self.fd = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            from vfio_mig.image.files import committed
+
+            self._new = committed(self._path)
+            self.fd = self._new.__enter__().fileno()
+        except OSError as error:
+            raise HostError(f"{self._path}: cannot open the destination: {errno_text(error.errno or 0)}") from error
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+            os.close(self.fd)
+            raise UsageError(f"{self._path} is no regular file", hint="the destination must be one")
+        return self
+
+    def commit(self) -> None:
+        """Give a new file its name."""
+        if self._new is not None:
+            self._new.commit()
+
+    @protected
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._new is not None:
+            self._new.__exit__(kind, error, traceback)
+        else:
+            os.close(self.fd)
 
 
 def _refuse_same_file(guest: Memory, fd: int, path: str) -> None:
@@ -116,6 +152,15 @@ def _refuse_same_file(guest: Memory, fd: int, path: str) -> None:
         there = os.stat(map_.path)
         if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
             raise UsageError(f"{path} is the guest's memory itself", hint="name another destination")
+
+
+@protected
+def _commit(session: Session, destination: _Destination, rollback: Rollback) -> None:
+    """Make the copy final; from here on nothing is undone."""
+    destination.commit()
+    rollback.forget()
+    session.note("")
+    interrupts.finish()
 
 
 def sync_dirty(
@@ -132,7 +177,8 @@ def sync_dirty(
     """Copy the dirty pages of guest memory into a sparse file, at their guest-physical addresses.
 
     Rounds run while the device does, until the dirty set stops shrinking; then it is stopped for the last one, and
-    left stopped unless *leave_running*. After a failure the device runs; the file then has some of the pages.
+    left stopped unless *leave_running*. After a failure the device runs; a new file is not there, and one that was
+    there has some of the pages: to be synced again before it is used.
 
     :param rounds: rounds before the stop, at most.
     :param progress: called after each round.
@@ -148,25 +194,39 @@ def sync_dirty(
     stopped: list[float] = []
     with (
         Memory(memory, writable=True) as guest,
-        open_session(name, settings, memory=guest.maps) as session,
+        open_session(name, settings, memory=guest.maps, job=SYNC) as session,
         Rollback() as rollback,
-        _sparse_target(file) as fd,
+        _Destination(file) as destination,
     ):
-        _refuse_same_file(guest, fd, file)
+        _refuse_same_file(guest, destination.fd, file)
         wanted = default_ranges(guest, ranges)
-        sink = SparseFile(fd, file)
+        sink = SparseFile(destination.fd, file)
+        point(SYNC, "opened")
 
         def stop() -> None:
+            point(SYNC, "before-stop")
+            session.note(STOPPED)
             stopped.append(time.perf_counter())
-            rollback.push(session.protocol.start)
+            rollback.push(session.go_on)
             session.protocol.stop()
             stopped.append(time.perf_counter())
+            point(SYNC, "after-stop")
 
-        done = sync(guest, lambda: fetch(session.protocol.dirty, wanted), sink, stop, rounds=rounds, progress=progress)
+        def after_round(one: Round) -> None:
+            progress(one)
+            if not one.stopped:
+                point(SYNC, "after-round")
+
+        done = sync(
+            guest, lambda: fetch(session.protocol.dirty, wanted), sink, stop, rounds=rounds, progress=after_round
+        )
         end = time.perf_counter()
+        point(SYNC, "copied")
         if leave_running:
-            session.protocol.start()
+            session.go_on()
+            point(SYNC, "after-start")
         sink.finish(guest.end)
+        _commit(session, destination, rollback)
         device, state = session.device.name, session.state_after(started=leave_running)
     return SyncReport(
         device,

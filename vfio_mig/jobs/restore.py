@@ -3,27 +3,30 @@
 
 from __future__ import annotations
 
-import os
-import stat
-import sys
 import time
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from vfio_mig.errors import DeviceError, HostError, ImageError, MismatchError, UsageError, errno_text
+from vfio_mig import interrupts
+from vfio_mig.errors import DeviceError, MismatchError
+from vfio_mig.host.lock import LOADING, STOPPED
+from vfio_mig.interrupts import protected
+from vfio_mig.jobs.check import findings, require_fit
+from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.save import metered
 from vfio_mig.jobs.session import Settings, open_session
-from vfio_mig.jobs.state import check_state_fits
+from vfio_mig.jobs.source import open_input, read_image
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.image.archive import Archive
     from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.source import Image
 
-STDIN = "-"
+JOB = "restore"
+UNVERIFIED = "--no-verify-state: the device state was NOT checked; the kernel may believe whatever it says"
 NOT_HELD = (
     "nobody else has the device open, so its queued work is dropped now and it starts by itself at the next open; "
     "to keep it as restored, run 'vfio-mig hold' first"
@@ -49,90 +52,24 @@ class RestoreReport(NamedTuple):
     warnings: list[str]
 
 
-@contextmanager
-def _input(file: str) -> Iterator[BinaryIO]:
-    if file == STDIN:
-        if sys.stdin.isatty():
-            raise UsageError("the image is binary and cannot be typed", hint="redirect a file or name one")
-        yield sys.stdin.buffer
-        return
-    try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as error:
-        raise HostError(f"{file}: cannot open: {errno_text(error.errno or 0)}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):  # before fdopen(), which fails in its own way on a directory
-        os.close(fd)
-        raise UsageError(f"{file} is no regular file", hint="use - to read from a pipe")
-    with os.fdopen(fd, "rb") as stream:
-        yield stream
+def _reserve_pages(archive: Archive, guest: Memory) -> None:
+    """Make sure that every page of the image has a place, before anything is written.
 
-
-def _read_raw(stream: BinaryIO, limit: int) -> bytes:
-    """Read a bare state; one byte more than the region is enough to see that it is too long."""
-    try:
-        state = stream.read(limit + 1)
-    except OSError as error:
-        raise HostError(f"cannot read the state: {errno_text(error.errno or 0)}") from error
-    if len(state) > limit:
-        raise ImageError(f"more than {limit} bytes: too long for the device's state region")
-    return state
-
-
-def check_fit(session: Session, archive: Archive) -> None:
-    """Refuse an image of another protocol, device type or size.
-
-    :raises MismatchError: says what differs; nothing was written.
-    """
-    theirs = archive.header
-    device = theirs.get("device")
-    saved_type = device.get("type") if isinstance(device, dict) else None
-    for what, saved, here in (
-        ("protocol", theirs.get("protocol"), session.protocol.name),
-        ("device type", saved_type, session.found.type),
-    ):
-        if saved != here:
-            raise MismatchError(f"the image is of {what} {saved!r}, the device of {here!r}", device=session.device.name)
-    if archive.state_size > session.protocol.state_size_max:
-        raise MismatchError(
-            f"the image's state has {archive.state_size} bytes, the device takes {session.protocol.state_size_max}",
-            device=session.device.name,
-        )
-
-
-def _check_pages(archive: Archive, guest: Memory) -> None:
-    """Refuse an image with pages that the guest memory given does not have.
-
-    :raises MismatchError: says which; nothing was written.
+    :raises MismatchError: the guest memory given does not have it.
+    :raises HostError: there is no room in its file.
     """
     known = guest.ranges
     for gpa, content in archive.pages():
         first, end = gpa // 4096, (gpa + len(content)) // 4096
         if not any(range_.start <= first and end <= range_.end for range_ in known):
             raise MismatchError(f"the image has {len(content)} bytes of memory at {gpa:#x}, which --memory does not")
+        guest.reserve(gpa, len(content))
 
 
+@protected  # a signal in the middle would leave memory of which nobody could say what it is
 def _write_pages(archive: Archive, guest: Memory, progress: Callable[[int], object]) -> int:
     """Write the image's pages into guest memory; returns how many."""
     return sum(guest.write(gpa, content) for gpa, content in metered(archive.pages(), progress))
-
-
-class _Image(NamedTuple):
-    """A verified image: the state, and the archive it came in unless it was raw."""
-
-    state: bytes
-    archive: Archive | None
-
-
-@contextmanager
-def _read_image(session: Session, stream: BinaryIO, *, raw: bool) -> Iterator[_Image]:
-    from vfio_mig.image.archive import read_archive
-
-    if raw:
-        yield _Image(_read_raw(stream, session.protocol.state_size_max), None)
-        return
-    with read_archive(stream) as archive:
-        check_fit(session, archive)
-        yield _Image(archive.state(), archive)
 
 
 def _abandon(session: Session) -> None:
@@ -148,26 +85,55 @@ def _abandon(session: Session) -> None:
             hint=f"reset it with 'vfio-mig reset --force {session.device.name}', or end PID {holder.pid}",
         )
     session.protocol.reset()
-    session.protocol.start()
+    session.go_on()
 
 
-def _load(
-    session: Session, image: _Image, guest: Memory, progress: Callable[[int], object], *, start: bool
-) -> tuple[dict[str, float], int]:
-    """Stop the device and write everything; what fails is the caller's to roll back."""
-    times = {}
-    began = time.perf_counter()
-    session.protocol.stop()
-    times["stop_time"] = time.perf_counter() - began
-    pages = _write_pages(image.archive, guest, progress) if image.archive is not None and guest.maps else 0
-    began = time.perf_counter()
-    session.protocol.write_state(memoryview(image.state))
-    times["state_write_time"] = time.perf_counter() - began
-    began = time.perf_counter()
-    if start:
-        session.protocol.start()
-    times["start_time"] = time.perf_counter() - began if start else 0.0
-    return times, pages
+class _Job:
+    """The part of a restore that changes the device; each step says how it is undone."""
+
+    def __init__(self, session: Session, image: Image, rollback: Rollback) -> None:
+        self._session = session
+        self._image = image
+        self._rollback = rollback
+        self.times = {"start_time": 0.0}
+        self.pages = 0
+
+    def stop(self) -> None:
+        session = self._session
+        session.note(STOPPED)
+        self._rollback.push(session.go_on)
+        began = time.perf_counter()
+        session.protocol.stop()
+        self.times["stop_time"] = time.perf_counter() - began
+        point(JOB, "after-stop")
+
+    def write_pages(self, guest: Memory, progress: Callable[[int], object]) -> None:
+        if self._image.archive is not None and guest.maps:
+            self.pages = _write_pages(self._image.archive, guest, progress)
+        point(JOB, "after-pages")
+
+    def write_state(self) -> None:
+        session = self._session
+        session.note(LOADING)
+        self._rollback.forget()
+        self._rollback.push(lambda: _abandon(session))
+        began = time.perf_counter()
+        session.protocol.write_state(memoryview(self._image.state))
+        self.times["state_write_time"] = time.perf_counter() - began
+        point(JOB, "after-state")
+
+    def start(self) -> None:
+        began = time.perf_counter()
+        self._session.protocol.start()
+        self.times["start_time"] = time.perf_counter() - began
+        point(JOB, "after-start")
+
+    @protected
+    def commit(self) -> None:
+        """Take it that the device is restored; from here on nothing is undone."""
+        self._rollback.forget()
+        self._session.note("")
+        interrupts.finish()
 
 
 def restore(
@@ -178,6 +144,8 @@ def restore(
     memory: Sequence[MemoryMap] = (),
     start: bool = False,
     raw: bool = False,
+    force: bool = False,
+    verify_state: bool = True,
     progress: Callable[[int], object] = lambda _: None,
 ) -> RestoreReport:
     """Load a saved image, or as ``-`` standard input, into a device.
@@ -186,33 +154,45 @@ def restore(
 
     :param memory: guest memory; the image's pages are written there, and it is mapped when we open the device.
     :param raw: the file is a bare state.
+    :param force: go on over mismatches of which ``check`` says that they may be forced.
+    :param verify_state: False loads a state whose layout is not understood; what it does to the kernel is then open.
     :param progress: called with the bytes of each piece of guest memory that was written.
     :raises ImageError: the image is broken or does not fit; the device is untouched.
     :raises DeviceError: the device refused the state; it was reset if that is ours to do.
     """
     from vfio_mig.dirty.memory import Memory
 
+    settings = settings or Settings()
     with (
         Memory(memory, writable=True) as guest,
-        _input(file) as stream,
-        open_session(name, settings, memory=guest.maps) as session,
-        ExitStack() as stack,
+        open_input(file) as stream,
+        open_session(name, settings, memory=guest.maps, job=JOB) as session,
+        read_image(stream, session.protocol.state_size_max, raw=raw) as image,
     ):
-        image = stack.enter_context(_read_image(session, stream, raw=raw))
-        warnings = check_state_fits(session, image.state)
+        point(JOB, "opened")
+        found = findings(session, image.state, image.archive, verify_state=verify_state)
+        warnings = require_fit(session.device.name, found, force=force)
+        if not verify_state:
+            warnings.insert(0, UNVERIFIED)
         if image.archive is not None and guest.maps:
-            _check_pages(image.archive, guest)
+            _reserve_pages(image.archive, guest)
         if not session.device.borrowed:
             warnings.append(NOT_HELD)
+        point(JOB, "verified")
         with Rollback() as rollback:
-            rollback.push(lambda: _abandon(session))
-            times, pages = _load(session, image, guest, progress, start=start)
+            job = _Job(session, image, rollback)
+            job.stop()
+            job.write_pages(guest, progress)
+            job.write_state()
+            if start:
+                job.start()
+            job.commit()
         return RestoreReport(
             device=session.device.name,
             file=file,
             state=session.state_after(started=start),
-            **times,
+            **job.times,
             state_bytes=len(image.state),
-            pages_written=pages,
+            pages_written=job.pages,
             warnings=warnings,
         )

@@ -6,13 +6,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from vfio_mig import interrupts
 from vfio_mig.errors import UsageError
+from vfio_mig.host.lock import STOPPED
+from vfio_mig.interrupts import protected
+from vfio_mig.jobs.check import parse_state
+from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import Settings, open_session
-from vfio_mig.jobs.state import check_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,8 +25,10 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.image.archive import ArchiveWriter
+    from vfio_mig.image.files import Output
     from vfio_mig.jobs.session import Session
 
+JOB = "save"
 STDOUT = "-"
 
 
@@ -69,23 +75,15 @@ class _Clock:
             self.times[name] = time.perf_counter() - began
 
 
-@contextmanager
-def _output(file: str, *, force: bool) -> Iterator[BinaryIO]:
-    """Open the target before the device is touched; it appears only when the block ends well."""
-    if file == STDOUT:
-        if sys.stdout.isatty():
-            raise UsageError(
-                "the image is binary and will not be written to a terminal", hint="redirect it or name a file"
-            )
-        from vfio_mig.image.files import writing
+def _output(file: str, *, force: bool) -> Output:
+    """Choose the target; it is opened before the device is touched, and is there only once it is committed."""
+    from vfio_mig.image.files import Stream, committed
 
-        with writing(os.dup(sys.stdout.fileno()), "standard output") as stream:
-            yield stream
-    else:
-        from vfio_mig.image.files import committed
-
-        with committed(file, force=force) as stream:
-            yield stream
+    if file != STDOUT:
+        return committed(file, force=force)
+    if sys.stdout.isatty():
+        raise UsageError("the image is binary and will not be written to a terminal", hint="redirect it or name a file")
+    return Stream(os.dup(sys.stdout.fileno()), "standard output")
 
 
 def describe_device(session: Session) -> dict[str, Any]:
@@ -148,14 +146,19 @@ class _Window:
         began = time.perf_counter()
         with self.clock.phase("stop_time"):
             self._session.protocol.stop()
+        point(JOB, "after-stop")
         if writer is not None:
             self._fetch_dirty()
+            point(JOB, "after-dirty")
             self._copy_pages(writer)
+            point(JOB, "after-pages")
         with self.clock.phase("state_read_time"):
             self.state = bytes(self._session.protocol.read_state())
+        point(JOB, "after-state")
         if leave_running:
             with self.clock.phase("start_time"):
-                self._session.protocol.start()
+                self._session.go_on()
+            point(JOB, "after-start")
         self.clock.times["stopped_time"] = time.perf_counter() - began
 
     def _fetch_dirty(self) -> None:
@@ -199,13 +202,23 @@ def _save_open(
 
     writer = None if raw else ArchiveWriter(output, describe_device(session))
     window.run(writer, leave_running=leave_running)
-    check_state(session.protocol.name, window.state)
+    parse_state(session.protocol.name, window.state)  # refused now rather than at the restore
     report = _report(session, file, window, started=leave_running)
     if writer is None:
         output.write(window.state)
     else:
         _finish(writer, window, report.statistics())
+    point(JOB, "written")
     return report
+
+
+@protected
+def _commit(session: Session, output: Output, rollback: Rollback) -> None:
+    """Make the image final; from here on nothing is undone."""
+    output.commit()
+    rollback.forget()
+    session.note("")
+    interrupts.finish()
 
 
 def save(
@@ -239,11 +252,17 @@ def save(
         raise UsageError("a raw state has no place for memory pages", hint="leave out --raw or --memory")
     with (
         Memory(memory, writable=True) as guest,
-        open_session(name, settings, memory=guest.maps) as session,
+        open_session(name, settings, memory=guest.maps, job=JOB) as session,
         Rollback() as rollback,
         # inside the rollback: a commit that fails starts the device again
-        _output(file, force=force) as output,
+        ExitStack() as stack,
     ):
+        output = _output(file, force=force)
+        stream = stack.enter_context(output)
         window = _Window(session, default_ranges(guest, ranges), guest, progress)
-        rollback.push(session.protocol.start)
-        return _save_open(session, output, file, window, raw=raw, leave_running=leave_running)
+        point(JOB, "opened")
+        session.note(STOPPED)
+        rollback.push(session.go_on)
+        report = _save_open(session, stream, file, window, raw=raw, leave_running=leave_running)
+        _commit(session, output, rollback)
+        return report

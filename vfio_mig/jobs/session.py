@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from vfio_mig.errors import DeviceBusyError, UsageError
+from vfio_mig.errors import DeviceBusyError, DeviceError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.memory import MemoryMap
     from vfio_mig.host.discover import HostDevice
     from vfio_mig.host.holders import Holder
+    from vfio_mig.host.lock import DeviceLock
     from vfio_mig.protocols.base import MigrationProtocol
     from vfio_mig.uapi.profile import RfcProfile
 
@@ -33,21 +34,27 @@ class Settings(NamedTuple):
     :param uapi_header: path of a patched kernel's ``vfio.h``; its numbers replace the shipped ones.
     :param pid: the process to borrow the device from, None for our own holder.
     :param tell: takes one sentence at a time on how a device was reached.
+    :param warn: takes one sentence at a time that the user must read.
     """
 
     abi: str = "auto"
     uapi_header: str | None = None
     pid: int | None = None
     tell: Callable[[str], object] | None = None
+    warn: Callable[[str], object] | None = None
 
 
 class Session:
-    """An open device and its protocol; closes the device at the end of the block."""
+    """An open device, its protocol, and the lock if it is a job's; closes all at the end of the block."""
 
-    def __init__(self, found: HostDevice, device: Device, protocol: MigrationProtocol) -> None:
+    def __init__(
+        self, found: HostDevice, device: Device, protocol: MigrationProtocol, lock: DeviceLock | None = None
+    ) -> None:
         self.found = found
         self.device = device
         self.protocol = protocol
+        self._lock = lock
+        self.is_half_loaded = False
 
     def __enter__(self) -> Self:
         return self
@@ -58,8 +65,20 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Close the device; a second call does nothing."""
+        """Close the device and give it free; a second call does nothing."""
         self.device.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def note(self, effect: str) -> None:
+        """Write down what is about to be done to the device, in case this process does not live to undo it."""
+        if self._lock is not None:
+            self._lock.note(effect)
+
+    def go_on(self) -> None:
+        """Undo a stop."""
+        self.protocol.start()
+        self.note("")
 
     def state_after(self, *, started: bool) -> str:
         """Tell what the device is after a job that left it running or stopped: a stop ends with the last close.
@@ -125,27 +144,74 @@ def load_numbers(settings: Settings) -> RfcProfile:
     return DEFAULT_PROFILE if settings.uapi_header is None else load_profile(settings.uapi_header)
 
 
-def open_session(name: str, settings: Settings | None = None, *, memory: Sequence[MemoryMap] = ()) -> Session:
+def open_session(
+    name: str, settings: Settings | None = None, *, memory: Sequence[MemoryMap] = (), job: str | None = None
+) -> Session:
     """Open a device, or borrow it from its holder, and choose its protocol.
 
     :param memory: guest memory; mapped for DMA at its guest-physical addresses when we open the device ourselves.
-    :raises OpenError: there is no such device, or it cannot be opened.
+    :param job: name of the job that needs the device for itself; None for one that changes nothing.
+    :raises OpenError: there is no such device, it cannot be opened, or another job is at work on it.
     :raises UnsupportedError: it speaks no protocol of ours; no ioctl of the RFC was sent.
+    :raises DeviceError: an earlier job has left it in a state that this one cannot start from.
     """
-    from vfio_mig.host.opening import open_device
-    from vfio_mig.protocols.detect import detect
-
     settings = settings or Settings()
     if settings.abi not in ABIS:
         raise UsageError(f"unknown ABI {settings.abi!r}", hint=f"choose one of {', '.join(ABIS)}")
     profile = load_numbers(settings)
     found = find(name)
+    if job is None:
+        return _open_found(found, settings, profile, memory, None)
+    from vfio_mig.host.lock import DeviceLock
+
+    lock = DeviceLock(found, job)
+    try:
+        session = _open_found(found, settings, profile, memory, lock)
+    except BaseException:
+        lock.close()
+        raise
+    try:
+        _take_over(session, lock, job, settings)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _open_found(
+    found: HostDevice,
+    settings: Settings,
+    profile: RfcProfile,
+    memory: Sequence[MemoryMap],
+    lock: DeviceLock | None,
+) -> Session:
+    from vfio_mig.host.opening import open_device
+    from vfio_mig.protocols.detect import detect
+
     device = open_device(found, memory=memory, pid=settings.pid)
     try:
-        session = Session(found, device, detect(device, profile))
+        session = Session(found, device, detect(device, profile), lock)
         if settings.tell is not None:
             settings.tell(session.describe())
     except BaseException:
         device.close()
         raise
     return session
+
+
+def _take_over(session: Session, lock: DeviceLock, job: str, settings: Settings) -> None:
+    """Look at what an earlier job has left: a stop can be gone on from, a half-loaded state cannot."""
+    from vfio_mig.host.lock import LOADING
+
+    left = lock.take_over(session.device.holder)
+    if left is None:
+        return
+    session.is_half_loaded = left.effect == LOADING
+    if session.is_half_loaded and job in ("save", "start", "sync"):
+        raise DeviceError(
+            str(left),
+            device=session.device.name,
+            hint=left.repair(session.device.name),
+        )
+    if settings.warn is not None:
+        settings.warn(f"{session.device.name}: {left}")

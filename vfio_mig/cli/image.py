@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""``verify`` and ``check``: what an image is, and whether it fits."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from vfio_mig.cli.output import pid_option, print_json, settings_of
+
+if TYPE_CHECKING:
+    from vfio_mig.cli.main import Options
+
+MISFIT = 6
+
+
+@click.command("verify", short_help="Verify an image file on its own.")
+@click.argument("file")
+@click.option("--raw", is_flag=True, help="FILE is a bare GVT-g device state.")
+@click.option("--no-verify-state", is_flag=True, help="Leave out the device state: its layout is not known here.")
+@click.pass_obj
+def verify_command(options: Options, file: str, *, raw: bool, no_verify_state: bool) -> None:
+    """Verify FILE (- is stdin): every checksum, and the device state where its layout is known. No device is needed.
+
+    Exit code 6 says that it is not whole, or that its state is broken.
+
+    \b
+    Example: vfio-mig verify gpu.vfm
+    """
+    from vfio_mig.jobs.check import verify_image
+
+    report = verify_image(file, raw=raw, verify_state=not no_verify_state)
+    if options.as_json:
+        print_json(report._asdict())
+        return
+    what = "bare state" if raw else f"{report.protocol} image of a {report.type}, {report.members} members"
+    if not options.quiet:
+        click.echo(f"{file}: good: {what}, {report.state_bytes} bytes of state, {report.pages} pages of memory")
+    for warning in report.warnings:
+        click.echo(f"vfio-mig: warning: {file}: {warning}", err=True)
+
+
+@click.command("check", short_help="Tell whether an image fits DEVICE.")
+@click.argument("file")
+@click.argument("device")
+@click.option("--raw", is_flag=True, help="FILE is a bare device state.")
+@pid_option
+@click.pass_obj
+def check_command(options: Options, file: str, device: str, *, raw: bool, pid: int | None) -> None:
+    """Tell check by check whether FILE (- is stdin) fits DEVICE, whose state is not touched. `restore` does the same.
+
+    One line per check: RESULT NAME: TEXT; the results are ok, note (differs, and may) and mismatch. Exit code 6 says
+    that there is a mismatch; those marked forcible do not stop `restore --force`.
+
+    \b
+    Example: vfio-mig check gpu.vfm 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
+    """
+    from vfio_mig.jobs.check import check_image
+
+    report = check_image(device, file, settings_of(options, pid), raw=raw)
+    if options.as_json:
+        print_json(report.as_dict())
+    else:
+        for one in report.checks:
+            forcible = " (forcible)" if one.forcible and one.result == "mismatch" else ""
+            click.echo(f"{one.result:<8} {one.name}: {one.text}{forcible}")
+    if not report.fits:
+        sys.exit(MISFIT)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""One job at a time per device, and a note on what a killed one has left behind.
+
+A lock is flock(2) on a file of the device's name, so the kernel drops it with its process. In the file stands which
+process works on the device and what it has done to it. A job that ends well, or undoes what it has done, empties it;
+so what a later job finds there is what an earlier one, as a rule a killed one, could not undo.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from vfio_mig.errors import DeviceBusyError, HostError, errno_text
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from vfio_mig.host.discover import HostDevice
+    from vfio_mig.host.holders import Holder
+
+DIRECTORY: Final = "/run/vfio-mig"
+VARIABLE: Final = "VFIO_MIG_LOCK_DIR"
+STOPPED: Final = "stopped"
+LOADING: Final = "loading"
+_NOTE_MAX: Final = 4096
+
+
+class Left(NamedTuple):
+    """What a job has left behind that could not undo it.
+
+    :param effect: ``stopped``, or ``loading`` when a part of an image may be in the device.
+    """
+
+    job: str
+    pid: int
+    effect: str
+
+    def repair(self, name: str) -> str:
+        """Say what to do about it."""
+        if self.effect == LOADING:
+            return f"restore it again, or make it defined with 'vfio-mig reset {name}'"
+        return f"'vfio-mig start {name}' lets it go on"
+
+    def __str__(self) -> str:
+        what = "may hold a part of an image" if self.effect == LOADING else "was left stopped"
+        return f"an earlier 'vfio-mig {self.job}' (PID {self.pid}) did not come to its end; the device {what}"
+
+
+def lock_directory() -> str:
+    """Return where locks are: ``$VFIO_MIG_LOCK_DIR``, else /run/vfio-mig, else, where we may not, the user's own."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen:
+        return chosen
+    if os.geteuid() == 0 or os.access(DIRECTORY, os.W_OK):
+        return DIRECTORY
+    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}", "vfio-mig")
+
+
+def _prepare_directory(path: str) -> None:
+    try:
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            status = os.lstat(path)
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, os.geteuid()):
+                raise HostError(f"{path}: not a directory of root's or of this user's") from None
+    except OSError as error:
+        raise HostError(
+            f"{path}: cannot make the directory for locks: {errno_text(error.errno or 0)}",
+            hint=f"run as root, or set {VARIABLE} to a directory of your own",
+        ) from error
+
+
+def _started(pid: int) -> int:
+    """Return when a process was started, in the kernel's ticks, so that a recycled PID is not taken for it."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read(_NOTE_MAX).rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+class DeviceLock:
+    """The right to work on a device; a context manager.
+
+    :param job: name of the command, for who waits.
+    :raises DeviceBusyError: another process has it; says which.
+    :raises HostError: there is no place for locks.
+    """
+
+    def __init__(self, found: HostDevice, job: str) -> None:
+        self._job = job
+        self._holder: Holder | None = None
+        directory = lock_directory()
+        _prepare_directory(directory)
+        path = os.path.join(directory, f"{found.name}.lock")
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise HostError(f"{path}: cannot open the lock: {errno_text(error.errno or 0)}") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note = _read_note(self._fd)
+            os.close(self._fd)
+            who = f"PID {note['pid']} ('vfio-mig {note['job']}')" if note else "another vfio-mig"
+            raise DeviceBusyError(
+                f"{who} is at work on it", device=found.name, hint="wait until it has ended"
+            ) from None
+        self._before = _read_note(self._fd)
+        self._effect: Left | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def take_over(self, holder: Holder | None) -> Left | None:
+        """Write down whose job this is, and tell what an earlier one has left; nothing if it was closed since.
+
+        :param holder: who has the device open now; it is what keeps a device as it was left.
+        """
+        self._holder = holder
+        self._effect = _left(self._before, holder)
+        self._write()
+        return self._effect
+
+    def note(self, effect: str) -> None:
+        """Write down what is about to be done to the device: ``stopped`` or ``loading``; empty: all is well again."""
+        kept = effect and self._holder is not None
+        self._effect = Left(self._job, os.getpid(), effect) if kept else None
+        self._write()
+
+    def close(self) -> None:
+        """Give the device free; a second call does nothing. The note stays if not all is well."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            if self._effect is None:
+                os.ftruncate(fd, 0)
+            os.close(fd)
+
+    def _write(self) -> None:
+        holder = self._holder
+        note = {
+            "job": self._job,
+            "pid": os.getpid(),
+            "left": self._effect,
+            "holder": None if holder is None else [holder.pid, _started(holder.pid)],
+        }
+        text = json.dumps(note).encode()
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, text, 0)
+        except OSError as error:
+            raise HostError(f"cannot write the lock: {errno_text(error.errno or 0)}") from error
+
+
+def _read_note(fd: int) -> dict[str, Any]:
+    """Read a note; empty for none and for what is no note of ours."""
+    try:
+        value = json.loads(os.pread(fd, _NOTE_MAX, 0))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    good = isinstance(value, dict) and _is_job(value.get("job"), value.get("pid"))
+    return value if good else {}
+
+
+def _is_job(job: object, pid: object) -> bool:
+    return isinstance(job, str) and job.isalpha() and type(pid) is int
+
+
+def _left(note: dict[str, Any], holder: Holder | None) -> Left | None:
+    left = note.get("left")
+    if holder is None or note.get("holder") != [holder.pid, _started(holder.pid)]:
+        return None
+    if not isinstance(left, list) or len(left) != len(Left._fields):
+        return None
+    job, pid, effect = left
+    return Left(job, pid, effect) if _is_job(job, pid) and effect in (STOPPED, LOADING) else None
+
+
+def left_behind(found: HostDevice, holder: Holder | None) -> Left | None:
+    """Look, without taking the lock, whether a killed job has left something in the device."""
+    path = os.path.join(lock_directory(), f"{found.name}.lock")
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:  # its process lives
+            return None
+        return _left(_read_note(fd), holder)
+    finally:
+        os.close(fd)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: MIT
+"""Does this image fit this device? A list of named checks; the same for ``check`` and ``restore``."""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from vfio_mig.errors import DeviceError, ImageError, MismatchError
+from vfio_mig.jobs.session import Settings, open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vfio_mig.image.archive import Archive
+    from vfio_mig.image.gvt import GvtImage
+    from vfio_mig.jobs.session import Session
+
+OK: Final = "ok"
+NOTE: Final = "note"
+MISMATCH: Final = "mismatch"
+GVT_RFC: Final = "gvt-rfc"
+_BAR0: Final = 0
+_PVINFO_GM: Final = struct.Struct("<IIII")  # low base and size, high base and size
+_PVINFO_GM_AT: Final = 0x78040  # cdefs/gvt_pvinfo.h
+
+
+class Finding(NamedTuple):
+    """One check.
+
+    :param name: stable; scripts may rely on it.
+    :param result: ``ok``, ``note`` (differs, and may), or ``mismatch``.
+    :param text: what was compared.
+    :param forcible: whether ``restore --force`` may go on: other checks see to it that nothing breaks.
+    """
+
+    name: str
+    result: str
+    text: str
+    forcible: bool = False
+
+
+class CheckReport(NamedTuple):
+    """What a check found.
+
+    :param fits: no mismatch.
+    """
+
+    device: str
+    file: str
+    fits: bool
+    checks: list[Finding]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {**self._asdict(), "checks": [finding._asdict() for finding in self.checks]}
+
+
+class VerifyReport(NamedTuple):
+    """What a whole image holds. Sizes in bytes, pages of 4096 bytes.
+
+    :param protocol: None for a raw state, as are *type* and *time*.
+    :param time: when it was saved, seconds since 1970.
+    :param warnings: what is unusual about the state; nothing that forbids a restore.
+    """
+
+    file: str
+    protocol: str | None
+    type: str | None
+    time: int | None
+    members: int
+    state_bytes: int
+    pages: int
+    warnings: list[str]
+
+
+def _equal(name: str, saved: object, here: object, *, forcible: bool = False) -> Finding:
+    if saved == here:
+        return Finding(name, OK, f"{here}")
+    return Finding(name, MISMATCH, f"{saved!r} in the image, {here!r} here", forcible)
+
+
+def _may_differ(name: str, saved: object, here: object) -> Finding:
+    same = saved == here
+    return Finding(name, OK if same else NOTE, f"{here}" if same else f"{saved!r} in the image, {here!r} here")
+
+
+def header_findings(session: Session, archive: Archive) -> Iterator[Finding]:
+    """Compare what the image's header says with a device and this host."""
+    header = archive.header
+    device = header.get("device")
+    saved: dict[str, Any] = device if isinstance(device, dict) else {}
+    protocol = session.protocol.name
+    yield Finding("format", OK, f"version {header['version']}, every member whole")
+    yield _equal("protocol", header.get("protocol"), protocol)
+    # The state's own checks tell types apart where the name of one is all that differs
+    yield _equal("device-type", saved.get("type"), session.found.type, forcible=protocol == GVT_RFC)
+    yield _equal("machine", header.get("machine"), os.uname().machine)
+    yield _may_differ("driver", saved.get("driver"), session.found.driver)
+    yield _may_differ("kernel", header.get("kernel"), os.uname().release)
+    size, limit = archive.state_size, session.protocol.state_size_max
+    yield Finding("state-size", OK if size <= limit else MISMATCH, f"{size} bytes, the device takes {limit}")
+
+
+def parse_state(protocol: str, state: bytes) -> GvtImage | None:
+    """Parse a device state strictly where its layout is known; None where it is not.
+
+    :param protocol: name of the protocol it was read with.
+    :raises ImageError: it is broken; the message has the byte offset.
+    """
+    if protocol != GVT_RFC:
+        return None
+    from vfio_mig.image.gvt import parse
+
+    return parse(memoryview(state))
+
+
+def _window_sizes(session: Session) -> tuple[int, int] | None:
+    """Read the sizes of low and high graphics memory from the device's PVINFO: bytes."""
+    device = session.device
+    try:
+        gm = _PVINFO_GM.unpack(device.pread(device.region(_BAR0), _PVINFO_GM_AT, _PVINFO_GM.size))
+    except DeviceError:
+        return None
+    return gm[1], gm[3]
+
+
+def state_findings(session: Session, state: bytes) -> Iterator[Finding]:
+    """Parse a state and compare it with a device; reads its configuration space and PVINFO and changes nothing."""
+    try:
+        image = parse_state(session.protocol.name, state)
+    except ImageError as error:
+        yield Finding("state", MISMATCH, error.problem)
+        return
+    if image is None:
+        yield Finding("state", NOTE, f"the layout of a {session.protocol.name} state is not known")
+        return
+    yield Finding("state", OK, f"{len(image.records)} records, numbered as in {image.dialect}")
+    vendor, device = struct.unpack("<HH", session.device.config(0, 4))
+    yield _equal("pci-ids", f"{image.vendor:04x}:{image.device:04x}", f"{vendor:04x}:{device:04x}")
+    saved = (image.pvinfo.low_size, image.pvinfo.high_size)
+    here = _window_sizes(session)
+    if here is None:
+        yield Finding("graphics-memory", NOTE, "the device's own sizes cannot be read")
+    else:
+        yield _equal("graphics-memory", *(f"{low >> 20} + {high >> 20} MiB" for low, high in (saved, here)))
+    for warning in image.warnings:
+        yield Finding("state-content", NOTE, warning)
+
+
+def findings(session: Session, state: bytes, archive: Archive | None, *, verify_state: bool = True) -> list[Finding]:
+    """Make all checks of an image, or without *archive* of a raw state, against a device."""
+    found = [] if archive is None else list(header_findings(session, archive))
+    if verify_state:
+        found += state_findings(session, state)
+    return found
+
+
+def require_fit(name: str, found: list[Finding], *, force: bool = False) -> list[str]:
+    """Refuse an image that does not fit.
+
+    :param force: go on over mismatches that are forcible.
+    :returns: what the user must know: what was forced, and notes on the state.
+    :raises MismatchError: names the first mismatch and how many there are.
+    """
+    wrong = [one for one in found if one.result == MISMATCH and not (force and one.forcible)]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more mismatches)" if len(wrong) > 1 else ""
+        raise MismatchError(
+            f"the image does not fit: {wrong[0].name}: {wrong[0].text}{more}",
+            device=name,
+            hint="--force goes on all the same" if all(one.forcible for one in wrong) else "see 'vfio-mig check'",
+        )
+    forced = [f"forced over a mismatch: {one.name}: {one.text}" for one in found if one.result == MISMATCH]
+    return forced + [one.text for one in found if one.name == "state-content"]
+
+
+def check_image(name: str, file: str, settings: Settings | None = None, *, raw: bool = False) -> CheckReport:
+    """Tell whether an image fits a device, without touching the device's state.
+
+    :param file: an image, ``-`` for standard input; *raw*: a bare state.
+    :raises ImageError: it is no whole image.
+    """
+    from vfio_mig.jobs.source import open_input, read_image
+
+    with open_input(file) as stream, open_session(name, settings) as session:
+        limit = session.protocol.state_size_max
+        with read_image(stream, limit, raw=raw) as image:
+            found = findings(session, image.state, image.archive)
+        device = session.device.name
+    return CheckReport(device, file, all(one.result != MISMATCH for one in found), found)
+
+
+def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> VerifyReport:
+    """Verify a file on its own: every checksum, and the device state where its layout is known.
+
+    :param raw: the file is a bare GVT-g state.
+    :param verify_state: False for a state of a layout that is not known here.
+    :raises ImageError: anything is wrong; the message names member or offset.
+    """
+    from vfio_mig.image.archive import PAGE
+    from vfio_mig.jobs.source import open_input, read_image
+    from vfio_mig.uapi.profile import DEFAULT_PROFILE
+
+    with open_input(file) as stream, read_image(stream, DEFAULT_PROFILE.image_max, raw=raw) as image:
+        archive = image.archive
+        header: dict[str, Any] = {} if archive is None else archive.header
+        protocol = header.get("protocol")
+        parsed = parse_state(GVT_RFC if archive is None else str(protocol), image.state) if verify_state else None
+        device = header.get("device")
+        return VerifyReport(
+            file,
+            None if archive is None else str(protocol),
+            str(device.get("type")) if isinstance(device, dict) else None,
+            header["time"] if isinstance(header.get("time"), int) else None,
+            0 if archive is None else len(archive.members),
+            len(image.state),
+            0 if archive is None else sum(len(content) // PAGE for _, content in archive.pages()),
+            [] if parsed is None else list(parsed.warnings),
+        )
