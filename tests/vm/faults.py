@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: MIT
+"""The promise, cell by cell: one job, one fault, and what must be true afterwards.
+
+A job keeps its promise when its exit code tells the cause, the device runs again (or is as the job found it, or what
+is left is written down), no file stands that is not a whole verified image, no temporary is left, the guest's memory
+is untouched or wholly written, and the next save works.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from tests.vm import cli, gpu
+from tests.vm.held import Side, run_some_work
+from vfio_mig.host.discover import Host
+from vfio_mig.host.holders import find_holder
+from vfio_mig.host.lock import Left, left_behind
+from vfio_mig.image.archive import read_archive
+from vfio_mig.jobs.points import POINTS, VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ACTIONS: Final = {"EIO": 5, "ENOSPC": 7, "sigint": 130, "sigterm": 130, "sighup": 130, "kill": -9}
+"""What happens at a point, and the exit code that tells of it."""
+
+
+class Cell(NamedTuple):
+    """A job and what befalls it.
+
+    :param point: name of the job's point, empty when only the driver fails.
+    :param action: of ``VFIO_MIG_FAULT``.
+    :param driver: rules for the sample driver's ``fault`` file.
+    :param code: exit code that tells of it; 0: the job copes with it.
+    :param left: effect that must be written down, as it cannot be undone.
+    """
+
+    job: str
+    point: str
+    action: str
+    driver: tuple[str, ...]
+    code: int
+    left: str | None = None
+
+    def __str__(self) -> str:
+        what = [f"{self.point}={self.action}"] if self.point else []
+        return f"{self.job}: {', '.join((*what, *self.driver))}"
+
+
+def _left_by_kill(job: str, point: str) -> str | None:
+    """What a kill at a point leaves in the device."""
+    stopped = {
+        "save": ("after-stop", "after-dirty", "after-pages", "after-state"),
+        "sync": ("after-stop", "copied"),
+        "stop": ("after-stop",),
+        "restore": ("after-stop", "after-pages"),
+    }
+    if point in stopped.get(job, ()):
+        return "stopped"
+    return "loading" if job == "restore" and point in ("after-state", "after-start") else None
+
+
+def point_cells() -> Iterator[Cell]:
+    """Every point of every job with every action."""
+    for job, points in POINTS.items():
+        for point in points:
+            for action, code in ACTIONS.items():
+                left = _left_by_kill(job, point) if action == "kill" else None
+                yield Cell(job, point, action, (), code, left)
+
+
+def driver_cells() -> Iterator[Cell]:
+    """What the kernel may do: refuse, do and then complain, fall short, take long."""
+    for rule, code in {
+        "stop 1 errno 5": 5,
+        "stop 1 after 5": 5,
+        "stop 1 delay 300": 0,
+        "dirty 1 errno 5": 5,
+        "dirty 1 errno 22": 0,  # too many pages at once: asked for fewer
+        "dirty 1 errno 12": 0,
+        "dirty 1 after 5": 5,
+        "state_read 1 errno 5": 5,
+        "state_read 1 errno 14": 5,
+        "state_read 1 after 12": 5,
+        "state_read 1 short 4096": 5,
+        "state_read 1 delay 300": 0,
+        "start 1 errno 16": 5,
+        "start 1 after 16": 5,
+    }.items():
+        yield Cell("save", "", "", (rule,), code)
+    for rule, code in {
+        "stop 1 errno 5": 5,
+        "stop 1 after 5": 5,
+        "state_write 1 errno 28": 5,
+        "state_write 1 errno 14": 5,
+        "state_write 1 after 5": 5,
+        "state_write 1 short 4096": 5,
+        "state_write 1 delay 300": 0,
+        "start 1 errno 16": 5,
+        "start 1 after 16": 5,
+    }.items():
+        yield Cell("restore", "", "", (rule,), code)
+    for rule in ("dirty 1 errno 5", "dirty 2 errno 5", "dirty 3 errno 5", "stop 1 errno 5", "start 1 errno 16"):
+        yield Cell("sync", "", "", (rule,), 5)
+    for job, rule in (
+        ("stop", "stop 1 errno 5"),
+        ("stop", "stop 1 after 5"),
+        ("start", "start 1 errno 16"),
+        ("start", "start 1 after 16"),
+        ("reset", "reset 1 errno 5"),
+        ("dirty", "dirty 1 errno 5"),
+    ):
+        yield Cell(job, "", "", (rule,), 5)
+    # what undoes it fails as well: then it is written down
+    yield Cell("save", "after-state", "EIO", ("start 1 errno 16",), 5, "stopped")
+    yield Cell("sync", "copied", "ENOSPC", ("start 1 errno 16",), 7, "stopped")
+    yield Cell("restore", "after-pages", "EIO", ("start 1 errno 16",), 5, "stopped")
+    yield Cell("restore", "", "", ("state_write 1 errno 5", "reset 1 errno 5"), 5, "loading")
+    yield Cell("restore", "", "", ("state_write 1 after 5", "start 1 errno 16"), 5, "loading")
+
+
+def all_cells() -> list[Cell]:
+    return [*point_cells(), *driver_cells()]
+
+
+@dataclass
+class Outcome:
+    """What was found; *broken* names every part of the promise that was not kept."""
+
+    code: int
+    state: str
+    file: str
+    memory: str
+    broken: list[str] = field(default_factory=list)
+
+
+class Stage:
+    """Two held vGPUs on which the cells are played one after the other."""
+
+    def __init__(self, source: Side, target: Side, directory: Path) -> None:
+        self.source = source
+        self.target = target
+        self.directory = directory
+        self.image = directory / "good.vfm"
+        run_some_work(source.guest, gpu.Engine(source.guest), 2)
+        cli.run("-q", "save", source.name, self.image, "--memory", source.memory_option, warm=True)
+        with self.image.open("rb") as file, read_archive(file) as archive:
+            self.pages = [(gpa, bytes(content)) for gpa, content in archive.pages()]
+        assert self.pages
+
+    def play(self, cell: Cell) -> Outcome:
+        """Do the job with its fault, and compare with the promise."""
+        side = self.target if cell.job == "restore" else self.source
+        self._prepare(side, cell)
+        work = self.directory / "work"
+        work.mkdir()
+        os.environ[VARIABLE] = f"{cell.job}:{cell.point}={cell.action}" if cell.point else ""
+        for rule in cell.driver:
+            (side.instance.debugfs / "fault").write_text(rule)
+        try:
+            done = cli.run(*self._arguments(cell.job, work), rc=None, warm=True)
+        finally:
+            os.environ.pop(VARIABLE)
+            (side.instance.debugfs / "fault").write_text("clear")
+        outcome = Outcome(done.returncode, side.instance.run_state(), self._file(work), self._memory())
+        self._judge(cell, outcome, done.stderr.decode(), side)
+        for path in work.iterdir():
+            path.unlink()
+        work.rmdir()
+        return outcome
+
+    def _arguments(self, job: str, work: Path) -> list[str]:
+        source, target = self.source, self.target
+        memory = ["--memory", source.memory_option]
+        return {
+            "save": ["save", source.name, f"{work}/image", *memory, "--leave-running"],
+            "sync": ["sync", source.name, f"{work}/copy", *memory, "--leave-running"],
+            "restore": ["restore", target.name, str(self.image), "--memory", target.memory_option, "--start"],
+            "dirty": ["dirty", source.name, *memory],
+        }.get(job, [job, source.name])
+
+    def _prepare(self, side: Side, cell: Cell) -> None:
+        if cell.job == "restore":
+            side.guest.device.reset()
+            side.memory.bytes[:] = bytes(side.memory.size)
+        if cell.job == "start":
+            side.guest.device.stop()
+        else:
+            side.guest.device.start()
+
+    def _file(self, work: Path) -> str:
+        names = sorted(path.name for path in work.iterdir())
+        if names == ["image"]:
+            with (work / "image").open("rb") as file, read_archive(file) as archive:
+                return "whole" if archive.state_size else "empty"
+        if names == ["copy"]:
+            content = (work / "copy").read_bytes()
+            dirty = self.source.instance.pinned()
+            good = all(content[at : at + 4096] == self.source.memory.read(at, 4096) for at in dirty)
+            return "whole" if good else "torn"
+        return "none" if not names else f"unexpected: {names}"
+
+    def _memory(self) -> str:
+        memory = self.target.memory
+        if not any(memory.bytes[:]):
+            return "untouched"
+        return "whole" if all(memory.read(gpa, len(content)) == content for gpa, content in self.pages) else "torn"
+
+    def _judge(self, cell: Cell, outcome: Outcome, stderr: str, side: Side) -> None:
+        broken = outcome.broken
+        lines = stderr.splitlines()
+        if outcome.code != cell.code:
+            broken.append(f"exit code {outcome.code} instead of {cell.code}: {stderr}")
+        if cell.code > 0 and (len(lines) != 1 or not stderr.startswith("vfio-mig: ")):
+            broken.append(f"not one line: {stderr}")
+        makes_file = cell.job in ("save", "sync")
+        expected = "whole" if makes_file and cell.code == 0 else "none"
+        if outcome.file != expected:
+            broken.append(f"file: {outcome.file}, expected {expected}")
+        if outcome.memory == "torn" or (cell.job == "restore" and cell.code == 0 and outcome.memory != "whole"):
+            broken.append(f"memory of the target: {outcome.memory}")
+        self._judge_device(cell, outcome, side)
+        self._judge_next(cell, outcome, side)
+
+    def _judge_device(self, cell: Cell, outcome: Outcome, side: Side) -> None:
+        left = self._left(side)
+        effect = None if left is None else left.effect
+        if effect != cell.left:
+            outcome.broken.append(f"written down: {effect}, expected {cell.left}")
+        # start: the device stays as it was found, unless the driver has done what it then complains of
+        as_found = cell.job == "start" and cell.driver != ("start 1 after 16",)
+        if (cell.left is None and cell.action != "kill") or cell.job in ("dirty", "reset"):
+            expected = "stopped" if as_found else "running"
+            if outcome.state != expected:
+                outcome.broken.append(f"device {outcome.state}, expected {expected}")
+
+    def _judge_next(self, cell: Cell, outcome: Outcome, side: Side) -> None:
+        """The next job of its kind works and clears what was written down; after a restore a restore, else a save."""
+        again = Cell("restore" if cell.left == "loading" else "save", "", "", (), 0)
+        path = self.directory / "next.vfm"
+        arguments = (
+            ["restore", side.name, str(self.image), "--start"]
+            if again.job == "restore"
+            else ["save", side.name, str(path), "--leave-running"]
+        )
+        done = cli.run(*arguments, rc=None, warm=True)
+        if done.returncode:
+            outcome.broken.append(f"the next {again.job} fails: {done.stderr.decode()}")
+        path.unlink(missing_ok=True)
+        if self._left(side) is not None:
+            outcome.broken.append(f"still written down after the next {again.job}")
+        if side.instance.run_state() != "running":
+            outcome.broken.append(f"device not running after the next {again.job}")
+
+    @staticmethod
+    def _left(side: Side) -> Left | None:
+        found = Host().find(side.name)
+        return left_behind(found, find_holder(found))

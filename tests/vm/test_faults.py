@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""Each job at each of its points, and on a driver that fails: the promise holds."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.vm.faults import Cell, Stage, all_cells, driver_cells
+from tests.vm.held import side
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.vm import host
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        source = stack.enter_context(side(directory / "source.mem"))
+        target = stack.enter_context(side(directory / "target.mem"))
+        yield Stage(source, target, directory)
+
+
+@pytest.fixture(autouse=True)
+def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
+    """As everywhere, but the vGPUs stay for the next cell."""
+    kernel_log.new()
+    yield
+    assert kernel_log.complaints() == []
+
+
+# On the second kernel the driver's own faults only: the points are all Python's
+@pytest.mark.parametrize(
+    "cell",
+    [cell if cell in [*driver_cells()] else pytest.param(cell, marks=pytest.mark.slow) for cell in all_cells()],
+    ids=str,
+)
+def test_the_promise_holds(stage: Stage, cell: Cell) -> None:
+    outcome = stage.play(cell)
+    assert outcome.broken == []
+
+
+def test_there_are_enough_cells() -> None:
+    assert len(all_cells()) > 60
+    assert len({str(cell) for cell in all_cells()}) == len(all_cells())

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""Play every fault on every job and print what came of it; exit status 1 if a promise was broken. Runs in the VM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.vm.faults import Stage, all_cells
+from tests.vm.held import side
+
+
+def main() -> int:
+    """Print one row per cell: job, fault, exit code, device, file, memory, promise."""
+    cells = all_cells()
+    broken = 0
+    print(f"{len(cells)} cells on Linux {os.uname().release}")
+    print(f"{'JOB':<8}{'FAULT':<46}{'EXIT':>5}  {'DEVICE':<8} {'FILE':<6} {'MEMORY':<10} PROMISE", flush=True)
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        source = stack.enter_context(side(directory / "source.mem"))
+        target = stack.enter_context(side(directory / "target.mem"))
+        stage = Stage(source, target, directory)
+        for cell in cells:
+            outcome = stage.play(cell)
+            fault = str(cell).partition(": ")[2]
+            kept = "; ".join(outcome.broken) or ("kept" if cell.left is None else f"kept (noted: {cell.left})")
+            broken += bool(outcome.broken)
+            memory = outcome.memory if cell.job == "restore" else "-"
+            print(
+                f"{cell.job:<8}{fault:<46}{outcome.code:>5}  {outcome.state:<8} {outcome.file:<6} {memory:<10} {kept}",
+                flush=True,
+            )
+    print(f"{len(cells)} cells, {broken} broken promises")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
