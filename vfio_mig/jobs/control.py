@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig import interrupts
 from vfio_mig.errors import UsageError
 from vfio_mig.host.lock import STOPPED, left_behind
+from vfio_mig.interrupts import protected
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import Settings, find, holder_of, open_session, require_holder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfio_mig.jobs.session import Session
 
 
 class Done(NamedTuple):
@@ -52,18 +58,37 @@ def _timed(name: str, action: str, settings: Settings | None) -> Done:
     with open_session(name, settings, job=action) as session, Rollback() as rollback:
         point(action, "opened")
         request = getattr(session.protocol, action)
-        if action == "stop" and not session.is_half_loaded:
-            session.note(STOPPED)
-            rollback.push(session.go_on)
         began = time.perf_counter()
-        request()
-        seconds = time.perf_counter() - began
-        point(action, f"after-{action}")
-        rollback.forget()
-        if action != "stop" or not session.is_half_loaded:
-            session.note("")
-        interrupts.finish()
-        return Done(session.device.name, action, seconds)
+        if action == "stop":
+            _stop(session, rollback)
+        else:
+            _do_at_once(session, request)
+        return Done(session.device.name, action, time.perf_counter() - began)
+
+
+def _stop(session: Session, rollback: Rollback) -> None:
+    if not session.is_half_loaded:
+        session.note(STOPPED)
+        rollback.push(session.go_on)
+    session.protocol.stop()
+    point("stop", "after-stop")
+    _commit_stop(session, rollback)
+
+
+@protected
+def _commit_stop(session: Session, rollback: Rollback) -> None:
+    rollback.forget()
+    if not session.is_half_loaded:
+        session.note("")
+    interrupts.finish()
+
+
+@protected
+def _do_at_once(session: Session, request: Callable[[], object]) -> None:
+    """Start or reset: what cannot be undone is not to be interrupted either."""
+    request()
+    session.note("")
+    interrupts.finish()
 
 
 def stop_device(name: str, settings: Settings | None = None) -> Done:

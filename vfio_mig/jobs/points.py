@@ -22,10 +22,10 @@ from vfio_mig.errors import DeviceError, HostError, UsageError, errno_text
 VARIABLE: Final = "VFIO_MIG_FAULT"
 POINTS: Final[dict[str, tuple[str, ...]]] = {
     "dirty": ("opened", "fetched"),
-    "reset": ("opened", "after-reset"),
+    "reset": ("opened",),
     "restore": ("opened", "verified", "after-stop", "after-pages", "after-state", "after-start"),
     "save": ("opened", "after-stop", "after-dirty", "after-pages", "after-state", "after-start", "written"),
-    "start": ("opened", "after-start"),
+    "start": ("opened",),
     "stop": ("opened", "after-stop"),
     "sync": ("opened", "after-round", "before-stop", "after-stop", "copied", "after-start"),
 }
