@@ -28,6 +28,7 @@ VARIABLE: Final = "VFIO_MIG_LOCK_DIR"
 STOPPED: Final = "stopped"
 LOADING: Final = "loading"
 _NOTE_MAX: Final = 4096
+_HINT: Final = f"run as root, or set {VARIABLE} to a directory of your own"
 
 
 class Left(NamedTuple):
@@ -68,11 +69,10 @@ def _prepare_directory(path: str) -> None:
         except FileExistsError:
             status = os.lstat(path)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, os.geteuid()):
-                raise HostError(f"{path}: not a directory of root's or of this user's") from None
+                raise HostError(f"{path}: not a directory of root's or of this user's", hint=_HINT) from None
     except OSError as error:
         raise HostError(
-            f"{path}: cannot make the directory for locks: {errno_text(error.errno or 0)}",
-            hint=f"run as root, or set {VARIABLE} to a directory of your own",
+            f"{path}: cannot make the directory for locks: {errno_text(error.errno or 0)}", hint=_HINT
         ) from error
 
 
@@ -102,7 +102,7 @@ class DeviceLock:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise HostError(f"{path}: cannot open the lock: {errno_text(error.errno or 0)}") from error
+            raise HostError(f"{path}: cannot open the lock: {errno_text(error.errno or 0)}", hint=_HINT) from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -112,6 +112,9 @@ class DeviceLock:
             raise DeviceBusyError(
                 f"{who} is at work on it", device=found.name, hint="wait until it has ended"
             ) from None
+        except OSError as error:  # a file system without locks
+            os.close(self._fd)
+            raise HostError(f"{path}: cannot lock: {errno_text(error.errno or 0)}", hint=_HINT) from error
         self._before = _read_note(self._fd)
         self._effect: Left | None = None
 
@@ -130,6 +133,7 @@ class DeviceLock:
         """
         self._holder = holder
         self._effect = _left(self._before, holder)
+        self._before = {}
         self._write()
         return self._effect
 
@@ -140,10 +144,10 @@ class DeviceLock:
         self._write()
 
     def close(self) -> None:
-        """Give the device free; a second call does nothing. The note stays if not all is well."""
+        """Give the device free; a second call does nothing. The note stays if not all is well, or nobody has looked."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            if self._effect is None:
+            if self._effect is None and not self._before:
                 os.ftruncate(fd, 0)
             os.close(fd)
 
