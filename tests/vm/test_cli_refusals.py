@@ -8,6 +8,7 @@ import ctypes
 import io
 import os
 import tarfile
+import tempfile
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -52,13 +53,24 @@ def rfc_requests(instance: host.Instance) -> dict[str, int]:
 
 @contextlib.contextmanager
 def untouched(guest: Guest) -> Iterator[None]:
-    """Demand that nothing in the block stops, asks or changes the device."""
-    instance = guest.instance
-    before = rfc_requests(instance), instance.run_state(), instance.queue(), instance.pinned(), guest_view(guest)
+    """Demand that nothing in the block stops, asks or changes the device, as far as the host can tell."""
+
+    def truth() -> tuple[object, ...]:
+        instance = guest.instance
+        return rfc_requests(instance), instance.run_state(), instance.queue(), instance.pinned()
+
+    before = truth()
     yield
-    assert rfc_requests(instance) == before[0]
-    assert (instance.run_state(), instance.queue(), instance.pinned()) == before[1:4]
-    assert guest_view(guest) == before[4]
+    assert truth() == before
+
+
+@contextlib.contextmanager
+def unchanged(guest: Guest) -> Iterator[None]:
+    """Demand that the device is untouched, and that all that its guest can read is what it was."""
+    view = guest_view(guest)
+    with untouched(guest):
+        yield
+    assert guest_view(guest) == view
 
 
 @contextlib.contextmanager
@@ -127,27 +139,36 @@ def test_a_process_that_does_not_have_the_device_open_lends_nothing(guest: Guest
         refused("stop", guest.instance.uuid, "--pid", "1", code=3, words=("PID 1 does not have",), warm=True)
 
 
+@pytest.fixture
+def nobody_s() -> Iterator[dict[str, str]]:
+    """Give an unprivileged user what such a user needs: a place for locks."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chown(name, NOBODY, NOBODY)
+        yield {"VFIO_MIG_LOCK_DIR": name}
+
+
 @pytest.mark.parametrize("command", ["save", "info"])
-def test_who_may_not_open_the_device_is_told_what_to_do(command: str, tmp_path: Path) -> None:
+def test_who_may_not_open_the_device_is_told_what_to_do(nobody_s: dict[str, str], command: str, tmp_path: Path) -> None:
     file = tmp_path / "gpu.vfm"
     with host.instance() as instance, never_asked(instance):
         words = (instance.uuid, f"/dev/vfio/{instance.group}", "EACCES", "run as root")
-        refused(
-            command,
-            instance.uuid,
-            *([file] if command == "save" else []),
-            code=3,
-            words=words,
-            user=NOBODY,
-            warm=command != "save",
-        )
+        rest = [file] if command == "save" else []
+        warm = command != "save"
+        refused(command, instance.uuid, *rest, code=3, words=words, user=NOBODY, env=nobody_s, warm=warm)
     assert not file.exists()
 
 
-def test_who_may_not_see_the_holder_is_not_told_that_there_is_none(guest: Guest) -> None:
+def test_who_has_no_place_for_locks_is_told_what_to_do(tmp_path: Path) -> None:
+    with host.instance() as instance, never_asked(instance):
+        words = (f"/run/user/{NOBODY}", "VFIO_MIG_LOCK_DIR", "run as root")
+        env = {"XDG_RUNTIME_DIR": ""}  # root's, who runs the tests
+        refused("save", instance.uuid, tmp_path / "gpu.vfm", code=7, words=words, user=NOBODY, env=env, warm=True)
+
+
+def test_who_may_not_see_the_holder_is_not_told_that_there_is_none(guest: Guest, nobody_s: dict[str, str]) -> None:
     with untouched(guest):
         words = (guest.instance.uuid, "run as root")
-        text = refused("stop", guest.instance.uuid, code=3, words=words, user=NOBODY, warm=True)
+        text = refused("stop", guest.instance.uuid, code=3, words=words, user=NOBODY, env=nobody_s, warm=True)
     assert "nobody has it open" not in text
 
 
@@ -355,13 +376,13 @@ def test_a_bad_image_never_reaches_the_device(guest: Guest, image: bytes, tmp_pa
     file = tmp_path / "gpu.vfm"
     file.write_bytes(change(image))
     cold = what == "a bit of the state flipped"
-    with untouched(guest):
+    with unchanged(guest):
         refused("restore", guest.instance.uuid, file, *BORROW, "--start", code=6, words=words, warm=not cold)
     assert guest.instance.run_state() == "running"
 
 
 def test_a_bad_image_from_a_pipe_never_reaches_the_device(guest: Guest, image: bytes) -> None:
-    with untouched(guest):
+    with unchanged(guest):
         half = image[: len(image) // 2]
         refused("restore", guest.instance.uuid, "-", *BORROW, code=6, words=("cut off",), stdin=half)
 
@@ -373,15 +394,18 @@ def test_another_vgpu_type_s_image_never_reaches_the_device(
     guest = make_guest(OTHER_KIND)
     file = tmp_path / "gpu.vfm"
     file.write_bytes(_bare_state(image) if raw else image)
-    words = (guest.instance.uuid, f"gvt_sample-{OTHER_KIND}", "_8")
-    with untouched(guest):
+    # a bare state has no name of a type in it, but its graphics memory
+    words = ("64 + 384 MiB", "128 + 512 MiB") if raw else (f"gvt_sample-{OTHER_KIND}", f"gvt_sample-{host.SMALL}")
+    with unchanged(guest):
         flag = ["--raw"] if raw else []
-        refused("restore", guest.instance.uuid, file, *flag, *BORROW, code=6, words=words, warm=True)
+        refused(
+            "restore", guest.instance.uuid, file, *flag, *BORROW, code=6, words=(guest.instance.uuid, *words), warm=True
+        )
 
 
 def test_an_archive_is_no_bare_state(guest: Guest, image: bytes, tmp_path: Path) -> None:
     file = tmp_path / "gpu.vfm"
-    with untouched(guest):
+    with unchanged(guest):
         for content in (image, b"", _bare_state(image)[:-1], bytes(0x900000)):
             file.write_bytes(content)
             refused("restore", guest.instance.uuid, file, "--raw", *BORROW, code=6, warm=True)
@@ -393,7 +417,7 @@ def test_pages_that_memory_has_no_room_for_are_refused_before_the_device_is_stop
     file, memory = tmp_path / "gpu.vfm", tmp_path / "memory"
     file.write_bytes(_rewritten(image, pages=2))
     memory.write_bytes(bytes(MIB + PAGE))
-    with untouched(guest):
+    with unchanged(guest):
         refused(
             "restore", guest.instance.uuid, file, "--memory", f"{memory}@0", *BORROW,
             code=6, words=("0x100000", "--memory"), warm=True,
@@ -412,7 +436,7 @@ def test_pages_that_memory_has_no_room_for_are_refused_before_the_device_is_stop
 def test_an_image_that_is_no_file_is_refused(
     guest: Guest, tmp_path: Path, name: str, code: int, words: tuple[str, ...]
 ) -> None:
-    with untouched(guest):
+    with unchanged(guest):
         file = tmp_path / name
         refused("restore", guest.instance.uuid, file, *BORROW, code=code, words=(str(file), *words), warm=True)
 
@@ -630,7 +654,7 @@ def test_a_parent_without_room_creates_nothing(make_instance: MakeInstance) -> N
 def test_another_process_s_device_is_reset_by_force_only(guest: Guest) -> None:
     register, name = gpu.RING_BASE[gpu.RCS] + gpu.RING_GPR, guest.instance.uuid
     guest.device.set_reg(register, 0x5EED)
-    with untouched(guest):
+    with unchanged(guest):
         refused("reset", name, code=2, words=(name, f"PID {ME}", "--force"))
         refused("reset", name, *BORROW, code=2, words=(name, f"PID {ME}", "--force"), warm=True)
     assert guest.device.reg(register) == 0x5EED
