@@ -7,6 +7,7 @@ import os
 import subprocess
 import tarfile
 import threading
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -305,6 +306,35 @@ def test_a_size_is_refused_before_memory_is_taken_for_it() -> None:
     with pytest.raises(ImageError, match="8589934591 bytes are too many"):
         read_archive(Counting(good_header + tar.header("state/0000", tar.SIZE_MAX, 7)))
     assert Counting.largest <= 512
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state/0000"])
+def test_no_more_memory_is_taken_than_one_member_needs_however_large_it_says_it_is(tmp_path: Path, name: str) -> None:
+    size = module.MANIFEST_MAX if name == "manifest.json" else MEMBER_MAX
+    (tmp_path / "short").write_bytes(rebuilt([GOOD_HEADER], b"") + tar.header(name, size, 7))
+    tracemalloc.start()
+    try:
+        with (tmp_path / "short").open("rb") as file, pytest.raises(ImageError, match="cut off"):
+            read_archive(file)
+        assert tracemalloc.get_traced_memory()[1] < MEMBER_MAX + (1 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_manifest_larger_than_a_member_is_read_whole() -> None:
+    body = manifest_for([GOOD_HEADER], {"statistics": {"filling": "x" * (MEMBER_MAX + 1)}})
+    with read_archive(as_file(rebuilt([GOOD_HEADER, body]))) as archive:
+        assert len(archive.statistics["filling"]) == MEMBER_MAX + 1
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, [[[[[[[[[0]]]]]]]]] * 1000, 10**4000], ids=type)
+@pytest.mark.parametrize("key", ["format", "version"])
+def test_a_message_does_not_repeat_all_of_a_header(key: str, value: object) -> None:
+    header = json.dumps({"format": "vfio-mig", "version": 1, key: value}).encode()
+    members = [("header.json", header)]
+    with pytest.raises(ImageError, match=key) as caught:
+        read_archive(as_file(rebuilt([*members, manifest_for(members)])))
+    assert len(str(caught.value)) < 1000
 
 
 def test_large_state_and_pages_are_cut_into_members_of_bounded_size() -> None:

@@ -297,7 +297,8 @@ def _read(file: BinaryIO, size: int) -> bytes:
     parts: list[bytes] = []
     while size:
         try:
-            part = file.read(size)
+            # The file may be shorter than it says, and a buffered reader takes all the memory it is asked for at once
+            part = file.read(min(size, MEMBER_MAX))
         except OSError as error:
             raise host_error("cannot read", _name_of(file), error) from error
         if not part:
