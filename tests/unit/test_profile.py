@@ -247,6 +247,8 @@ def test_constants_are_read(text: str, expected: dict[str, int]) -> None:
         "#define A sizeof(int)",
         "#define A _IOR(VFIO_TYPE, VFIO_BASE + 14, int)",
         "#define A _IO('x', 14)",
+        "#define A _IO(VFIO_TYPE, VFIO_BASE + 156)",
+        "#define VFIO_BASE 0xffffffffffffffff\n#define A _IO(VFIO_TYPE, VFIO_BASE + 1)",
         "#define A 0x12345678123456780",
         "#define A 1 << 100",
         '#define A "1"',

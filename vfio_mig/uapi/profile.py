@@ -23,6 +23,9 @@ HEADER_MAX: Final = 1 << 20
 EXPRESSION_MAX: Final = 256
 """Characters of a constant's expression; a longer one is none that is understood here."""
 
+REQUEST_MAX: Final = 255
+"""The kernel's ``_IO`` has eight bits for a number."""
+
 FLAG: Final = "VFIO_DEVICE_FLAGS_MIGRATABLE"
 STATE_INDEX: Final = "VFIO_PCI_DEVICE_STATE_REGION_INDEX"
 NUM_REGIONS: Final = "VFIO_PCI_NUM_REGIONS"
@@ -152,7 +155,9 @@ def _value(expression: str, values: dict[str, int]) -> int | None:
     while expression.startswith("(") and expression.endswith(")"):
         expression = expression[1:-1].strip()
     if match := _REQUEST.fullmatch(expression):
-        return vfio_request("", int(match[1])).number + values.get("VFIO_BASE", VFIO_BASE) - VFIO_BASE
+        base = values.get("VFIO_BASE", VFIO_BASE)
+        nr = base - VFIO_BASE + int(match[1])
+        return vfio_request("", nr).number if VFIO_BASE + nr <= REQUEST_MAX else None
     if match := _NUMBER.fullmatch(expression):
         return _literal(match[1])
     if match := _SHIFT.fullmatch(expression):
