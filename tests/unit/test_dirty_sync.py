@@ -61,6 +61,7 @@ def test_memory_is_read_as_users_write_it(text: str, expected: tuple[str, int, i
     [
         *["", "ram", "@0", "ram@", "ram@x", "ram@0:", "ram@0:0", "ram@1", "ram@0:1", "ram@0:4K+", "ram@0:4K+1"],
         *["ram@0+4K", "ram@-4K", "ram@0:4K:4K", "ram@0xfffffffffffff000:8K", "ram@0x10000000000000000"],
+        "r\0m@0",
     ],
 )
 def test_bad_memory_is_a_usage_error(text: str) -> None:

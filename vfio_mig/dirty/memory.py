@@ -43,7 +43,7 @@ class MemoryMap:
         path, at, place = text.rpartition("@")
         gpa_text, colon, size_text = place.partition(":")
         size_text, plus, offset_text = size_text.partition("+")
-        if not path or not at or (colon and not size_text) or (plus and not offset_text):
+        if not path or "\0" in path or not at or (colon and not size_text) or (plus and not offset_text):
             raise UsageError(f"memory {text!r} is not FILE@GPA[:SIZE[+OFFSET]]")
         new = cls(
             path,
