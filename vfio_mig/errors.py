@@ -20,6 +20,7 @@
 
 import errno as errno_names
 import os
+import reprlib
 from typing import ClassVar
 
 
@@ -28,8 +29,18 @@ def errno_text(number: int) -> str:
     return f"{errno_names.errorcode.get(number, f'errno {number}')} ({os.strerror(number)})"
 
 
-def _printable(letter: str) -> str:
-    return letter if letter.isprintable() else repr(letter)[1:-1]
+def printable(text: str) -> str:
+    """Return text with everything escaped that would break a line, speak to a terminal, or not be encoded at all."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def excerpt(value: object) -> str:
+    """Return the repr of something from a file, shortened: it may be of any length and depth."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)
 
 
 class VfioMigError(Exception):
@@ -56,8 +67,7 @@ class VfioMigError(Exception):
             text += f"; while rolling back: {error}"
         if self.hint is not None:
             text = f"{text}; {self.hint}"
-        # One line, whatever a file is called
-        return text if text.isprintable() else "".join(map(_printable, text))
+        return printable(text)  # one line, whatever a file is called
 
 
 class UsageError(VfioMigError):

@@ -52,6 +52,15 @@ def test_every_class_has_the_promised_exit_code() -> None:
     assert {one: one.exit_code for one in CLASSES} == EXIT_CODES
 
 
+def test_an_excerpt_is_short_whatever_the_value() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert errors.excerpt("6.12.0-rc1-with-a-name-of-its-own") == "'6.12.0-rc1-with-a-name-of-its-own'"
+    for value in (deep, "x" * 100_000, {"x" * 1000: ["y" * 1000] * 1000}, 10**4000):
+        assert len(errors.excerpt(value)) < 1000
+
+
 def test_the_base_has_none_as_it_is_never_raised() -> None:
     assert not hasattr(VfioMigError, "exit_code")
 

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, BinaryIO, Final, NamedTuple, Self, cast
 
-from vfio_mig.errors import ImageError
+from vfio_mig.errors import ImageError, excerpt
 from vfio_mig.image import tar
 from vfio_mig.image.files import host_error
 
@@ -405,9 +405,10 @@ def _load_object(name: str, content: bytes) -> dict[str, Any]:
 
 def _check_version(name: str, value: Mapping[str, Any]) -> None:
     if value.get("format") != FORMAT:
-        raise ImageError(f"{name}: format is {value.get('format')!r}, not {FORMAT!r}")
+        raise ImageError(f"{name}: format is {excerpt(value.get('format'))}, not {FORMAT!r}")
     if value.get("version") != VERSION:
-        raise ImageError(f"{name}: format version {value.get('version')!r}, this program reads {VERSION}")
+        version = excerpt(value.get("version"))
+        raise ImageError(f"{name}: format version {version}, this program reads {VERSION}")
 
 
 def _load_manifest(content: bytes) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from vfio_mig.errors import DeviceError, ImageError, MismatchError
+from vfio_mig.errors import DeviceError, ImageError, MismatchError, excerpt
 from vfio_mig.jobs.session import Settings, open_session
 
 if TYPE_CHECKING:
@@ -78,12 +78,12 @@ class VerifyReport(NamedTuple):
 def _equal(name: str, saved: object, here: object, *, forcible: bool = False) -> Finding:
     if saved == here:
         return Finding(name, OK, f"{here}")
-    return Finding(name, MISMATCH, f"{saved!r} in the image, {here!r} here", forcible)
+    return Finding(name, MISMATCH, f"{excerpt(saved)} in the image, {here!r} here", forcible)
 
 
 def _may_differ(name: str, saved: object, here: object) -> Finding:
     same = saved == here
-    return Finding(name, OK if same else NOTE, f"{here}" if same else f"{saved!r} in the image, {here!r} here")
+    return Finding(name, OK if same else NOTE, f"{here}" if same else f"{excerpt(saved)} in the image, {here!r} here")
 
 
 def header_findings(session: Session, archive: Archive) -> Iterator[Finding]:
