@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from vfio_mig.cli.main import COMMANDS, cli
 from vfio_mig.device import Device
 from vfio_mig.errors import DeviceNotFoundError, UsageError, VfioMigError
 from vfio_mig.host.discover import HostDevice
+from vfio_mig.image.archive import ArchiveWriter
 from vfio_mig.jobs import save as save_job
 from vfio_mig.jobs.session import Session
 from vfio_mig.protocols.base import MigrationProtocol
@@ -277,3 +279,25 @@ def test_an_interruption_is_130_and_one_line(number: signal.Signals) -> None:
     assert child.returncode == 130
     # click puts an empty line before it
     assert stderr == "vfio-mig: interrupted; what was begun has been undone\n"
+
+
+@pytest.mark.parametrize("hostile", ["\x1b[2J", "a\nb", "\ud800"])
+def test_verify_prints_one_clean_line_whatever_stands_in_the_image(tmp_path: Path, hostile: str) -> None:
+    with (tmp_path / "hostile.vfm").open("wb") as file:
+        writer = ArchiveWriter(file, {"protocol": hostile, "device": {"type": hostile}})
+        writer.add_state(b"state")
+        writer.finish()
+    done = CliRunner().invoke(cli, ["verify", "hostile.vfm"], prog_name="vfio-mig", color=True)
+    escaped = repr(hostile)[1:-1]
+    assert done.exception is None
+    assert done.output == (
+        f"hostile.vfm: good: {escaped} image of a {escaped}, 2 members, 5 bytes of state, 0 pages of memory\n"
+    )
+
+
+def test_verify_names_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path / "image") + b"\xff", "wb") as file:
+        ArchiveWriter(file, {}).finish()
+    done = run("verify", os.fsdecode(b"image\xff"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("image\\udcff: good:")

@@ -29,6 +29,7 @@ def verify_command(options: Options, file: str, *, raw: bool, no_verify_state: b
     \b
     Example: vfio-mig verify gpu.vfm
     """
+    from vfio_mig.errors import printable
     from vfio_mig.jobs.check import verify_image
 
     report = verify_image(file, raw=raw, verify_state=not no_verify_state)
@@ -37,9 +38,10 @@ def verify_command(options: Options, file: str, *, raw: bool, no_verify_state: b
         return
     what = "bare state" if raw else f"{report.protocol} image of a {report.type}, {report.members} members"
     if not options.quiet:
-        click.echo(f"{file}: good: {what}, {report.state_bytes} bytes of state, {report.pages} pages of memory")
+        text = f"{file}: good: {what}, {report.state_bytes} bytes of state, {report.pages} pages of memory"
+        click.echo(printable(text))
     for warning in report.warnings:
-        click.echo(f"vfio-mig: warning: {file}: {warning}", err=True)
+        click.echo(printable(f"vfio-mig: warning: {file}: {warning}"), err=True)
 
 
 @click.command("check", short_help="Tell whether an image fits DEVICE.")
