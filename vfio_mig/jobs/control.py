@@ -15,8 +15,6 @@ from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import Settings, find, holder_of, open_session, require_holder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vfio_mig.jobs.session import Session
 
 
@@ -57,12 +55,11 @@ def _timed(name: str, action: str, settings: Settings | None) -> Done:
     """Do one thing; an interrupted stop is undone, the others leave nothing half-done."""
     with open_session(name, settings, job=action) as session, Rollback() as rollback:
         point(action, "opened")
-        request = getattr(session.protocol, action)
         began = time.perf_counter()
         if action == "stop":
             _stop(session, rollback)
         else:
-            _do_at_once(session, request)
+            _do_at_once(session, action)
         return Done(session.device.name, action, time.perf_counter() - began)
 
 
@@ -84,9 +81,14 @@ def _commit_stop(session: Session, rollback: Rollback) -> None:
 
 
 @protected
-def _do_at_once(session: Session, request: Callable[[], object]) -> None:
+def _do_at_once(session: Session, action: str) -> None:
     """Start or reset: what cannot be undone is not to be interrupted either."""
-    request()
+    if action == "reset":
+        session.protocol.reset()
+        if session.was_left:  # with its note goes the stop
+            session.note(STOPPED)
+    if action == "start" or session.was_left:
+        session.protocol.start()
     session.note("")
     interrupts.finish()
 

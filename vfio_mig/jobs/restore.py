@@ -100,8 +100,9 @@ class _Job:
 
     def stop(self) -> None:
         session = self._session
-        session.note(STOPPED)
-        self._rollback.push(session.go_on)
+        if not session.is_half_loaded:  # else it stays what it is
+            session.note(STOPPED)
+            self._rollback.push(session.go_on)
         began = time.perf_counter()
         session.protocol.stop()
         self.times["stop_time"] = time.perf_counter() - began

@@ -54,6 +54,8 @@ class Session:
         self.device = device
         self.protocol = protocol
         self._lock = lock
+        self.was_left = False
+        """Whether an earlier job has left it stopped, or, in addition, half-loaded."""
         self.is_half_loaded = False
 
     def __enter__(self) -> Self:
@@ -206,6 +208,7 @@ def _take_over(session: Session, lock: DeviceLock, job: str, settings: Settings)
     left = lock.take_over(session.device.holder)
     if left is None:
         return
+    session.was_left = True
     session.is_half_loaded = left.effect == LOADING
     if session.is_half_loaded and job in ("save", "start", "sync"):
         raise DeviceError(
