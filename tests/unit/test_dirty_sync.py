@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vfio_mig.dirty.bitmap import Dirty, from_ranges
 from vfio_mig.dirty.memory import CHUNK, Memory, MemoryMap
 from vfio_mig.dirty.ranges import PageRange
-from vfio_mig.dirty.sync import Round, SparseFile, copy, sync, zero_runs
+from vfio_mig.dirty.sync import Copy, Round, SparseFile, sync, zero_runs
 from vfio_mig.errors import HostError, UsageError
 from vfio_mig.image.archive import ArchiveWriter, read_archive
 
@@ -204,6 +204,13 @@ def test_zero_runs_agree_with_the_reference(kinds: list[int], at: int) -> None:
     assert list(zero_runs(memoryview(b""))) == []
 
 
+def copied(memory: Memory, dirty: Dirty, sink: SparseFile) -> tuple[int, int, int]:
+    """Pages dirty, written, outside."""
+    copy = Copy(memory, sink)
+    copy.run([dirty])
+    return copy.dirty, copy.written, copy.dirty - copy.inside
+
+
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=16, max_size=16), st.integers(0, 0xFFFF)), max_size=4),
     st.lists(st.integers(0, 2), max_size=20),
@@ -219,7 +226,7 @@ def test_after_each_round_the_file_equals_memory_where_it_was_dirty(
         with Memory([MemoryMap(path, base * PAGE)]) as memory:
             for content, bits in rounds:
                 os.pwrite(guest, b"".join(map(page, content)), 0)
-                dirty, written, outside = copy(memory, [Dirty(base, 16, bits.to_bytes(2, "little"))], sink)
+                dirty, written, outside = copied(memory, Dirty(base, 16, bits.to_bytes(2, "little")), sink)
                 for i in range(16):
                     if bits >> i & 1:
                         expected[(base + i) * PAGE : (base + i + 1) * PAGE] = page(content[i])
@@ -236,7 +243,7 @@ def test_zero_pages_become_holes() -> None:
         with Memory([MemoryMap(path, 1 << 30)]) as memory:
             sink = SparseFile(out, "out")
             bitmap = from_ranges([PageRange(1 << 18, pages)], 1 << 18, pages)
-            assert copy(memory, [Dirty(1 << 18, pages, bitmap)], sink) == (pages, 1, 0)
+            assert copied(memory, Dirty(1 << 18, pages, bitmap), sink) == (pages, 1, 0)
             sink.finish(memory.end)
             assert os.fstat(out).st_size == memory.end
             assert os.fstat(out).st_blocks * 512 == PAGE
@@ -259,7 +266,7 @@ def test_finishing_never_shortens_a_file() -> None:
 
 def test_pages_outside_the_memory_are_counted() -> None:
     with memfd(page(1) * 2) as (_, path), memfd(b"") as (out, _), Memory([MemoryMap(path, PAGE)]) as memory:
-        assert copy(memory, [Dirty(0, 8, b"\xff")], SparseFile(out, "out")) == (8, 2, 6)
+        assert copied(memory, Dirty(0, 8, b"\xff"), SparseFile(out, "out")) == (8, 2, 6)
 
 
 def write_and_finish(sink: SparseFile) -> None:
@@ -303,47 +310,74 @@ def test_dirty_pages_go_into_the_image_too() -> None:
 
 
 class Guest:
-    """What the sync asks: a dirty set per round, and when the stop came."""
+    """A guest that changes some of its pages before each fetch; every page stays dirty, as the RFC's do."""
 
-    def __init__(self, counts: list[int]) -> None:
-        self.counts = iter(counts)
+    def __init__(self, memory: int, changes: list[int]) -> None:
+        self.memory = memory
+        self.changes = iter(changes)
         self.log: list[str] = []
+        self.turn = 0
 
     def fetch(self) -> list[Dirty]:
-        count = next(self.counts)
+        count = next(self.changes)
+        self.turn += 1
+        os.pwrite(self.memory, bytes([self.turn]) * (count * PAGE), 0)
         self.log.append(str(count))
-        return [Dirty(0, 8, bytes([(1 << count) - 1]))]
+        return [Dirty(0, 8, b"\xff")]
 
     def stop(self) -> None:
         self.log.append("stop")
 
 
 @pytest.mark.parametrize(
-    ("counts", "rounds", "log"),
+    ("changes", "rounds", "log"),
     [
-        ([5, 5, 5], 9, "5 5 stop 5"),
+        ([5, 5, 5, 5], 9, "5 5 5 stop 5"),
         ([8, 4, 2, 2, 1], 9, "8 4 2 2 stop 1"),
         ([8, 4, 2, 1], 3, "8 4 2 stop 1"),
-        ([3, 4, 4], 9, "3 4 stop 4"),
-        ([0, 0, 0], 9, "0 0 stop 0"),
+        ([8, 3, 0, 0], 9, "8 3 0 stop 0"),
         ([6, 6], 1, "6 stop 6"),
         ([6], 0, "stop 6"),
     ],
 )
-def test_rounds_end_when_the_set_stops_shrinking_and_one_follows_the_stop(
-    counts: list[int], rounds: int, log: str
-) -> None:
-    guest, seen = Guest(counts), list[Round]()
-    with memfd(page(1) * 4) as (_, path), memfd(b"") as (out, _), Memory([MemoryMap(path, 0)]) as memory:
-        done = sync(memory, guest.fetch, SparseFile(out, "out"), guest.stop, rounds=rounds, progress=seen.append)
+def test_rounds_end_when_they_bring_nothing_and_one_follows_the_stop(changes: list[int], rounds: int, log: str) -> None:
+    seen: list[Round] = []
+    with memfd(bytes(8 * PAGE)) as (memory, path), memfd(b"") as (out, _), Memory([MemoryMap(path, 0)]) as known:
+        os.pwrite(memory, b"\xff" * (8 * PAGE), 0)
+        guest = Guest(memory, changes)
+        done = sync(known, guest.fetch, SparseFile(out, "out"), guest.stop, rounds=rounds, progress=seen.append)
+        assert os.pread(out, 9 * PAGE, 0) == os.pread(memory, 9 * PAGE, 0)
     assert " ".join(guest.log) == log
     assert seen == done
     assert [r.stopped for r in done] == [False] * (len(done) - 1) + [True]
-    last = done[-1]
-    assert last.pages_dirty == counts[-1]
-    assert last.pages_written + last.pages_zero + last.pages_outside == last.pages_dirty
-    assert last.bytes_written == last.pages_written * PAGE
-    assert min(last.bitmap_time, last.copy_time) >= 0
+    # the first round writes all that is dirty, later ones what has changed
+    assert [r.pages_written for r in done] == [8, *changes[1 : len(done)]]
+    for r in done:
+        assert r.pages_dirty == 8
+        assert r.pages_written + r.pages_zero + r.pages_unchanged + r.pages_outside == r.pages_dirty
+        assert r.bytes_written == r.pages_written * PAGE
+        assert r.estimated_downtime == r.bitmap_time + r.copy_time >= 0
+        assert r.as_dict()["rate"] == r.rate >= 0
+
+
+def test_rounds_end_as_soon_as_the_rest_fits_into_the_downtime() -> None:
+    for limit, rounds in ((1000.0, 1), (0.0, 4)):
+        with memfd(b"\xff" * (8 * PAGE)) as (memory, path), memfd(b"") as (out, _):
+            guest = Guest(memory, [8, 6, 4, 2, 1])
+            with Memory([MemoryMap(path, 0)]) as known:
+                done = sync(known, guest.fetch, SparseFile(out, "out"), guest.stop, rounds=4, max_downtime=limit)
+        assert len(done) == rounds + 1
+
+
+def test_a_page_that_has_become_zero_counts_as_changed() -> None:
+    with memfd(page(1) * 2) as (memory, path), memfd(b"") as (out, _), Memory([MemoryMap(path, 0)]) as known:
+
+        def stop() -> None:
+            os.pwrite(memory, bytes(PAGE), 0)
+
+        done = sync(known, lambda: [Dirty(0, 2, b"\x03")], SparseFile(out, "out"), stop)
+        assert os.pread(out, 3 * PAGE, 0) == bytes(PAGE) + page(1)
+    assert (done[-1].pages_written, done[-1].pages_zero, done[-1].pages_unchanged) == (0, 1, 1)
 
 
 def test_what_the_guest_wrote_last_is_in_the_destination() -> None:

@@ -10,10 +10,10 @@ import click
 
 from vfio_mig.cli.output import (
     Meter,
+    borrow_options,
     memory_option,
     parse_memory,
     parse_ranges,
-    pid_option,
     print_json,
     range_option,
     say,
@@ -36,7 +36,7 @@ NOW: Final = {"running": "it runs", "stop": "left stopped", "closed": "closed, a
 @click.option("--leave-running", is_flag=True, help="Start the device again once everything is read.")
 @click.option("--raw", is_flag=True, help="Write the bare device state: no bitmap, no pages, no integrity.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
-@pid_option
+@borrow_options
 @click.pass_obj
 def save_command(
     options: Options,
@@ -48,7 +48,6 @@ def save_command(
     leave_running: bool,
     raw: bool,
     force: bool,
-    pid: int | None,
 ) -> None:
     """Stop DEVICE and save dirty bitmap, with --memory the dirty pages, and state to FILE (- is stdout).
 
@@ -66,7 +65,7 @@ def save_command(
         report = save(
             device,
             file,
-            settings_of(options, pid),
+            settings_of(options),
             memory=parse_memory(memory),
             ranges=parse_ranges(ranges),
             leave_running=leave_running,
@@ -98,7 +97,7 @@ def save_command(
     is_flag=True,
     help="DANGEROUS: load a state of unknown layout; the kernel may believe whatever it says.",
 )
-@pid_option
+@borrow_options
 @click.pass_obj
 def restore_command(
     options: Options,
@@ -110,7 +109,6 @@ def restore_command(
     raw: bool,
     force: bool,
     no_verify_state: bool,
-    pid: int | None,
 ) -> None:
     """Load FILE (- is stdin) into DEVICE, a fresh one of the same type; left stopped unless --start.
 
@@ -127,7 +125,7 @@ def restore_command(
         report = restore(
             device,
             file,
-            settings_of(options, pid),
+            settings_of(options),
             memory=parse_memory(memory),
             start=start,
             raw=raw,
@@ -152,7 +150,7 @@ def restore_command(
 @memory_option
 @range_option
 @click.option("--list", "list_ranges", is_flag=True, help="Print the dirty ranges, one per line: ADDRESS BYTES.")
-@pid_option
+@borrow_options
 @click.pass_obj
 def dirty_command(
     options: Options,
@@ -161,7 +159,6 @@ def dirty_command(
     ranges: tuple[str, ...],
     *,
     list_ranges: bool,
-    pid: int | None,
 ) -> None:
     """Tell which guest pages DEVICE may have written. Nothing is cleared by asking.
 
@@ -174,7 +171,7 @@ def dirty_command(
 
     report = fetch_dirty(
         device,
-        settings_of(options, pid),
+        settings_of(options),
         memory=parse_memory(memory),
         ranges=parse_ranges(ranges),
         list_ranges=list_ranges,
@@ -196,9 +193,17 @@ def dirty_command(
 @click.argument("file")
 @memory_option
 @range_option
-@click.option("--rounds", type=click.IntRange(min=0), default=3, show_default=True, help="Rounds before the stop.")
+@click.option(
+    "--rounds", type=click.IntRange(min=0), help="Rounds before the stop, at most: 3, or 30 with --max-downtime."
+)
+@click.option(
+    "--max-downtime",
+    type=click.FloatRange(min=0),
+    metavar="MS",
+    help="Stop as soon as the last round is expected to take no longer.",
+)
 @click.option("--leave-running", is_flag=True, help="Start the device again after the last round.")
-@pid_option
+@borrow_options
 @click.pass_obj
 def sync_command(
     options: Options,
@@ -207,37 +212,46 @@ def sync_command(
     memory: tuple[str, ...],
     ranges: tuple[str, ...],
     *,
-    rounds: int,
+    rounds: int | None,
+    max_downtime: float | None,
     leave_running: bool,
-    pid: int | None,
 ) -> None:
     """Copy the pages that DEVICE may have written from guest memory to FILE, a sparse file.
 
-    A page at guest address A is put at offset A. Rounds repeat while the dirty set shrinks, then DEVICE is stopped
-    for the last one and left stopped unless --leave-running.
+    A page at guest address A is put at offset A, and again only when its content has changed. Rounds repeat while
+    they bring something, or until the rest fits into --max-downtime; then DEVICE is stopped for the last one and left
+    stopped unless --leave-running. A new FILE appears only when it is whole.
 
     \b
-    Example: vfio-mig sync $UUID copy.mem --memory /dev/shm/guest@0
+    Examples:
+      vfio-mig sync $UUID copy.mem --memory /dev/shm/guest@0
+      vfio-mig -v sync $UUID copy.mem --memory /proc/$PID/fd/12@0 --max-downtime 50
     """
     from vfio_mig.jobs.dirty import sync_dirty
 
     def progress(one: Round) -> None:
         if sys.stderr.isatty() or options.verbose:
             state = "stopped" if one.stopped else "running"
-            say(options, f"round ({state}): {one.pages_dirty} pages dirty, {one.pages_written} written")
+            say(
+                options,
+                f"round ({state}): {one.pages_dirty} pages dirty, {one.pages_written} written, "
+                f"{one.pages_unchanged} unchanged, {one.rate / 1e6:.0f} MB/s; "
+                f"a stop now: {one.estimated_downtime * 1e3:.1f} ms",
+            )
 
     report = sync_dirty(
         device,
         file,
-        settings_of(options, pid),
+        settings_of(options),
         memory=parse_memory(memory),
         ranges=parse_ranges(ranges),
         rounds=rounds,
+        max_downtime=None if max_downtime is None else max_downtime / 1e3,
         leave_running=leave_running,
         progress=progress,
     )
     if options.as_json:
-        print_json({**report._asdict(), "rounds": [one._asdict() for one in report.rounds]})
+        print_json({**report._asdict(), "rounds": [one.as_dict() for one in report.rounds]})
         return
     say(
         options,

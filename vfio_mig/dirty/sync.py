@@ -6,31 +6,61 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from vfio_mig.dirty.bitmap import Dirty
+from vfio_mig.dirty.changed import Fingerprints
 from vfio_mig.dirty.memory import Memory
 from vfio_mig.dirty.ranges import PAGE, PageRange
 from vfio_mig.errors import HostError, errno_text
 
 ROUNDS: Final = 3
 """Rounds before the device is stopped, at most, unless the caller says otherwise."""
-
+ROUNDS_LIVE: Final = 30
+"""The same where a downtime is asked for, and the rounds may take their time."""
 
 _ZERO_PAGE: Final = bytes(PAGE)
 
 
 class Round(NamedTuple):
-    """What one round did; pages of 4096 bytes, times in seconds."""
+    """What one round did; pages of 4096 bytes, times in seconds.
+
+    :param pages_dirty: of the bitmap: the device may have written them.
+    :param pages_unchanged: dirty, but as they were in the round before; not written again.
+    :param pages_outside: dirty, but not in the memory that we know.
+    :param bitmap_time: fetching the bitmap.
+    :param copy_time: reading, comparing and writing pages.
+    """
 
     stopped: bool
     pages_dirty: int
     pages_written: int
     pages_zero: int
+    pages_unchanged: int
     pages_outside: int
     bytes_written: int
     bitmap_time: float
     copy_time: float
+
+    @property
+    def pages_changed(self) -> int:
+        """Pages whose content was new."""
+        return self.pages_written + self.pages_zero
+
+    @property
+    def rate(self) -> float:
+        """Bytes of guest memory dealt with per second."""
+        pages = self.pages_dirty - self.pages_outside
+        return pages * PAGE / self.copy_time if self.copy_time else 0.0
+
+    @property
+    def estimated_downtime(self) -> float:
+        """Seconds that the last round would take if the device were stopped now: as long as this one did."""
+        return self.bitmap_time + self.copy_time
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {**self._asdict(), "rate": self.rate, "estimated_downtime": self.estimated_downtime}
 
 
 class Sink(Protocol):
@@ -128,32 +158,73 @@ def zero_runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
             yield start, end - start, bool(zero[start])
 
 
-def copy(memory: Memory, dirty: Iterable[Dirty], sink: Sink) -> tuple[int, int, int]:
-    """Copy the dirty pages to *sink*: (pages dirty, pages written, pages outside the memory that we know)."""
-    pages_dirty = pages_copied = pages_written = 0
+class Copy:
+    """The copying of one round.
 
-    def ranges() -> Iterator[PageRange]:
-        nonlocal pages_dirty
+    Counts pages: *dirty* ones, those *inside* the memory that we know, *changed* ones of these, and *written* ones,
+    which are those changed that are not all zero.
+    """
+
+    def __init__(self, memory: Memory, sink: Sink, known: Fingerprints | None = None) -> None:
+        self._memory = memory
+        self._sink = sink
+        self._known = known
+        self.dirty = self.inside = self.changed = self.written = 0
+
+    def run(self, dirty: Iterable[Dirty]) -> None:
+        """Write the dirty pages that have changed."""
+        for gpa, view in self._memory.read(self._ranges(dirty)):
+            self.inside += len(view) // PAGE
+            for start, count in self._changed(gpa, view):
+                self.changed += count
+                self.written += self._sink.write(gpa + start * PAGE, view[start * PAGE : (start + count) * PAGE])
+
+    def _ranges(self, dirty: Iterable[Dirty]) -> Iterator[PageRange]:
         for chunk in dirty:
             for range_ in chunk.ranges():
-                pages_dirty += range_.nr_pages
+                self.dirty += range_.nr_pages
                 yield range_
 
-    for gpa, view in memory.read(ranges()):
-        pages_copied += len(view) // PAGE
-        pages_written += sink.write(gpa, view)
-    return pages_dirty, pages_written, pages_dirty - pages_copied
+    def _changed(self, gpa: int, view: memoryview) -> Iterator[tuple[int, int]]:
+        return iter([(0, len(view) // PAGE)]) if self._known is None else self._known.changed(gpa, view)
 
 
-def run_round(memory: Memory, fetch: Callable[[], Iterable[Dirty]], sink: Sink, *, stopped: bool) -> Round:
-    """Fetch the bitmap, then copy: one round."""
+def run_round(
+    memory: Memory,
+    fetch: Callable[[], Iterable[Dirty]],
+    sink: Sink,
+    known: Fingerprints | None = None,
+    *,
+    stopped: bool,
+) -> Round:
+    """Fetch the bitmap, then copy: one round.
+
+    :param known: what the pages were like before; without it every dirty page is written.
+    """
     began = time.monotonic()
     dirty = list(fetch())
     fetched = time.monotonic()
-    pages_dirty, written, outside = copy(memory, dirty, sink)
-    zero = pages_dirty - outside - written
+    copy = Copy(memory, sink, known)
+    copy.run(dirty)
     done = time.monotonic()
-    return Round(stopped, pages_dirty, written, zero, outside, written * PAGE, fetched - began, done - fetched)
+    return Round(
+        stopped,
+        pages_dirty=copy.dirty,
+        pages_written=copy.written,
+        pages_zero=copy.changed - copy.written,
+        pages_unchanged=copy.inside - copy.changed,
+        pages_outside=copy.dirty - copy.inside,
+        bytes_written=copy.written * PAGE,
+        bitmap_time=fetched - began,
+        copy_time=done - fetched,
+    )
+
+
+def _is_enough(done: list[Round], max_downtime: float | None) -> bool:
+    """Tell whether another round with the device running would bring nothing."""
+    if max_downtime is not None and done[-1].estimated_downtime <= max_downtime:
+        return True
+    return not done[-1].pages_changed or (len(done) > 1 and done[-1].pages_changed >= done[-2].pages_changed)
 
 
 def sync(
@@ -163,25 +234,27 @@ def sync(
     stop: Callable[[], object],
     *,
     rounds: int = ROUNDS,
+    max_downtime: float | None = None,
     progress: Callable[[Round], object] = lambda _: None,
 ) -> list[Round]:
-    """Copy in rounds until the dirty set stops shrinking or *rounds* are done, then stop the device and copy once more.
+    """Copy in rounds until they bring nothing or *rounds* are done, then stop the device and copy once more.
 
-    The RFC's bitmap says "may be written" and is never cleared: its set does not shrink, so two rounds run before
-    the stop. With ``rounds=0`` the device is stopped at once.
+    A page is written again only if its content has changed. With ``rounds=0`` the device is stopped at once.
 
     :param fetch: the dirty bits of now, all of them.
     :param stop: stops the device.
+    :param max_downtime: seconds; rounds end as soon as the last one is expected to take no longer.
     :param progress: called after each round.
     :returns: the rounds; the last one ran with the device stopped.
     """
+    known = Fingerprints(memory.ranges) if rounds else None
     done: list[Round] = []
-    for _ in range(rounds):
-        done.append(run_round(memory, fetch, sink, stopped=False))
+    while len(done) < rounds:
+        done.append(run_round(memory, fetch, sink, known, stopped=False))
         progress(done[-1])
-        if len(done) > 1 and done[-1].pages_dirty >= done[-2].pages_dirty:
+        if _is_enough(done, max_downtime):
             break
     stop()
-    done.append(run_round(memory, fetch, sink, stopped=True))
+    done.append(run_round(memory, fetch, sink, known, stopped=True))
     progress(done[-1])
     return done

@@ -170,27 +170,31 @@ def sync_dirty(
     *,
     memory: Sequence[MemoryMap],
     ranges: Sequence[PageRange] = (),
-    rounds: int = 3,
+    rounds: int | None = None,
+    max_downtime: float | None = None,
     leave_running: bool = False,
     progress: Callable[[Round], object] = lambda _: None,
 ) -> SyncReport:
     """Copy the dirty pages of guest memory into a sparse file, at their guest-physical addresses.
 
-    Rounds run while the device does, until the dirty set stops shrinking; then it is stopped for the last one, and
-    left stopped unless *leave_running*. After a failure the device runs; a new file is not there, and one that was
+    Rounds run while the device does, as long as they bring something; then it is stopped for the last one, and left
+    stopped unless *leave_running*. After a failure the device runs; a new file is not there, and one that was
     there has some of the pages: to be synced again before it is used.
 
-    :param rounds: rounds before the stop, at most.
+    :param rounds: rounds before the stop, at most; by default 3, or 30 with *max_downtime*.
+    :param max_downtime: seconds; the device is stopped as soon as the last round is expected to take no longer.
     :param progress: called after each round.
     """
     from vfio_mig.dirty.bitmap import preload
     from vfio_mig.dirty.fetch import fetch
     from vfio_mig.dirty.memory import Memory
-    from vfio_mig.dirty.sync import SparseFile, sync
+    from vfio_mig.dirty.sync import ROUNDS, ROUNDS_LIVE, SparseFile, sync
 
     if not memory:
         raise UsageError("nothing to copy from", hint="name the guest's memory with --memory FILE@GPA[:SIZE]")
     preload()
+    if rounds is None:
+        rounds = ROUNDS if max_downtime is None else ROUNDS_LIVE
     stopped: list[float] = []
     with (
         Memory(memory, writable=True) as guest,
@@ -218,7 +222,13 @@ def sync_dirty(
                 point(SYNC, "after-round")
 
         done = sync(
-            guest, lambda: fetch(session.protocol.dirty, wanted), sink, stop, rounds=rounds, progress=after_round
+            guest,
+            lambda: fetch(session.protocol.dirty, wanted),
+            sink,
+            stop,
+            rounds=rounds,
+            max_downtime=max_downtime,
+            progress=after_round,
         )
         end = time.perf_counter()
         point(SYNC, "copied")
