@@ -80,7 +80,7 @@ class Device:
 
     :param name: what the kernel calls it: mdev UUID or PCI address.
     :param fd: the device's fd; this object closes it.
-    :param how: how it was reached: ``group`` or ``borrowed``.
+    :param how: how it was reached: ``group``, ``borrowed`` from its holder, or ``inherited`` as a group's fd.
     :param holder: whose it is, if it is borrowed.
     :param owned: other fds to close after it: its group and container.
     """
@@ -105,7 +105,7 @@ class Device:
     @property
     def borrowed(self) -> bool:
         """Whether another process has the device open, too."""
-        return self.holder is not None
+        return self.how != "group"
 
     def fileno(self) -> int:
         """Return the open fd.

@@ -26,7 +26,7 @@ from vfio_mig.errors import (
 )
 from vfio_mig.host import mdev, opening
 from vfio_mig.host.discover import Host, HostDevice
-from vfio_mig.host.holders import Holder, duplicate_fd, find_holder
+from vfio_mig.host.holders import Holder, duplicate_fd, find_holder, find_holders
 from vfio_mig.host.opening import open_device
 from vfio_mig.uapi import IoctlError, Request
 
@@ -282,8 +282,8 @@ def open_fds() -> set[int]:
 def test_a_holder_is_the_process_that_has_the_node_open(held: HeldDevice) -> None:
     assert find_holder(held) is None
     with process(held, ["cat"]) as (pid, fd):
-        assert find_holder(held) == Holder(pid, "cat", False, fd)
-        assert find_holder(held, pid) == Holder(pid, "cat", False, fd)
+        assert find_holder(held) == Holder(pid, "cat", False, fd, str(held.node))
+        assert find_holder(held, pid) == Holder(pid, "cat", False, fd, str(held.node))
         assert find_holder(held, os.getppid()) is None
         assert find_holder(held._replace(sysfs=held.sysfs + "1")) is None
     assert find_holder(held) is None
@@ -324,7 +324,7 @@ def test_our_own_holder_is_known_by_its_arguments(
 ) -> None:
     with process(held, [script(tmp_path, program), *arguments]) as (pid, fd):
         holder = find_holder(held, pid)
-    assert holder == Holder(pid, program, expected, fd)
+    assert holder == Holder(pid, program, expected, fd, str(held.node))
 
 
 def borrowing_is_forbidden() -> bool:
@@ -345,7 +345,7 @@ def test_a_borrowed_fd_is_the_same_open_file(held: HeldDevice) -> None:
         pytest.skip("pidfd_getfd is not permitted here")
     before = open_fds()
     with process(held, ["cat"]) as (pid, fd):
-        borrowed = duplicate_fd(held, Holder(pid, "cat", False, fd))
+        borrowed = duplicate_fd(held, Holder(pid, "cat", False, fd, str(held.node)))
         try:
             assert os.path.samestat(os.fstat(borrowed), Path(held.sysfs).stat())
             os.lseek(borrowed, 4, os.SEEK_SET)
@@ -362,7 +362,7 @@ def test_an_fd_that_the_holder_has_closed_cannot_be_borrowed(held: HeldDevice) -
         pytest.skip("pidfd_getfd is not permitted here")
     before = open_fds()
     with process(held, ["cat"]) as (pid, _), pytest.raises(DeviceBusyError) as caught:
-        duplicate_fd(held, Holder(pid, "cat", False, 999))
+        duplicate_fd(held, Holder(pid, "cat", False, 999, str(held.node)))
     assert f"{ONE}: PID {pid} (cat) has it open and its fd cannot be borrowed: EBADF" in str(caught.value)
     assert "it has closed the device meanwhile" in str(caught.value)
     assert open_fds() == before
@@ -372,7 +372,7 @@ def test_nothing_is_borrowed_from_a_process_that_has_ended(held: HeldDevice) -> 
     with process(held, ["cat"]) as (pid, fd):
         pass
     with pytest.raises(DeviceBusyError, match=r"ESRCH .* it has ended meanwhile; try again"):
-        duplicate_fd(held, Holder(pid, "cat", False, fd))
+        duplicate_fd(held, Holder(pid, "cat", False, fd, str(held.node)))
 
 
 @pytest.mark.parametrize(
@@ -543,19 +543,64 @@ def test_a_device_without_a_group_cannot_be_opened(tree: Tree) -> None:
         open_device(tree.host.find(ONE)._replace(group=None))
 
 
-def test_a_device_that_another_program_holds_is_not_opened(held: HeldDevice, kernel: Kernel) -> None:
-    with process(held, ["cat"]) as (pid, _), pytest.raises(DeviceBusyError) as caught:
-        open_device(held)
-    assert str(caught.value) == (
-        f"{ONE}: it is open in PID {pid} (cat); borrow it with --pid {pid}, or end that process"
-    )
-    assert kernel.calls == []
-
-
 def test_a_process_that_does_not_hold_it_lends_nothing(held: HeldDevice, kernel: Kernel) -> None:
-    with pytest.raises(DeviceBusyError, match=f"PID {os.getppid()} does not have its group open; leave out --pid"):
+    with pytest.raises(DeviceBusyError, match=f"PID {os.getppid()} does not have it open; leave out --pid"):
         open_device(held, pid=os.getppid())
     assert kernel.calls == []
+
+
+def test_our_own_holder_lends_before_others_do(tmp_path: Path, held: HeldDevice) -> None:
+    command = [script(tmp_path, "vfio-mig"), "hold", ONE]
+    with process(held, ["cat"]) as (one, _), process(held, command) as (ours, _), process(held, ["cat"]) as (two, _):
+        found = find_holder(held)
+        assert found is not None
+        assert found.pid == ours
+        assert {holder.pid for holder in find_holders(held)} == {one, ours, two}
+        other = find_holder(held, two)
+        assert other is not None
+        assert other.pid == two
+
+
+def test_an_fd_that_has_become_another_file_is_not_borrowed(tmp_path: Path, held: HeldDevice) -> None:
+    if borrowing_is_forbidden():
+        pytest.skip("pidfd_getfd is not permitted here")
+    before = open_fds()
+    other = tmp_path / "other"
+    other.write_bytes(b"")
+    with process(held._replace(sysfs=str(other)), ["cat"]) as (pid, fd), pytest.raises(DeviceBusyError) as caught:
+        duplicate_fd(held, Holder(pid, "cat", False, fd, str(held.node)))
+    assert "it has closed the device meanwhile" in str(caught.value)
+    assert open_fds() == before
+
+
+def test_a_group_that_its_holder_has_not_set_up_is_told_with_the_holder(held: HeldDevice, kernel: Kernel) -> None:
+    if borrowing_is_forbidden():
+        pytest.skip("pidfd_getfd is not permitted here")
+    kernel.refuse[uapi.GROUP_GET_DEVICE_FD] = errno.EINVAL
+    before = open_fds()
+    with process(held, ["cat"]) as (pid, _), pytest.raises(OpenError) as caught:
+        open_device(held)
+    assert str(caught.value) == (
+        f"{ONE}: PID {pid} (cat) has its group open: VFIO_GROUP_GET_DEVICE_FD failed: EINVAL (Invalid argument); "
+        "wait until that process has set it up, or end it"
+    )
+    assert open_fds() == before
+
+
+def test_an_inherited_group_gives_the_device_and_stays_open(held: HeldDevice, kernel: Kernel) -> None:
+    fd = os.open(held.sysfs, os.O_RDONLY)
+    try:
+        with open_device(held, fd=fd) as device:
+            assert (device.how, device.holder, device.borrowed) == ("inherited", None, True)
+            assert device.fileno() == kernel.device_fds[-1]
+        assert is_open(fd)
+        kernel.refuse[uapi.GROUP_GET_DEVICE_FD] = errno.ENOTTY
+        with pytest.raises(OpenError, match=f"ENOTTY .*; fd {fd} is {held.sysfs}; --fd takes the fd of"):
+            open_device(held, fd=fd)
+    finally:
+        os.close(fd)
+    with pytest.raises(OpenError, match=f"fd {fd} is not open: ENOENT"):
+        open_device(held, fd=fd)
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named by --pid", "our own holder"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vfio_mig.cli.output import pid_option, print_json, settings_of
+from vfio_mig.cli.output import borrow_options, print_json, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -25,9 +25,9 @@ def _report(options: Options, done: Done) -> None:
 
 @click.command("stop", short_help="Pause DEVICE and leave it stopped.")
 @click.argument("device")
-@pid_option
+@borrow_options
 @click.pass_obj
-def stop_command(options: Options, device: str, pid: int | None) -> None:
+def stop_command(options: Options, device: str) -> None:
     """Stop DEVICE and leave it stopped; running work finishes, queued work stays queued.
 
     The device must be open in some process, as a stop ends with the last close: see `vfio-mig hold`.
@@ -38,14 +38,14 @@ def stop_command(options: Options, device: str, pid: int | None) -> None:
     """
     from vfio_mig.jobs.control import stop_device
 
-    _report(options, stop_device(device, settings_of(options, pid)))
+    _report(options, stop_device(device, settings_of(options)))
 
 
 @click.command("start")
 @click.argument("device")
-@pid_option
+@borrow_options
 @click.pass_obj
-def start_command(options: Options, device: str, pid: int | None) -> None:
+def start_command(options: Options, device: str) -> None:
     """Let a stopped DEVICE go on; its queued work runs.
 
     \b
@@ -53,15 +53,15 @@ def start_command(options: Options, device: str, pid: int | None) -> None:
     """
     from vfio_mig.jobs.control import start_device
 
-    _report(options, start_device(device, settings_of(options, pid)))
+    _report(options, start_device(device, settings_of(options)))
 
 
 @click.command("reset")
 @click.argument("device")
 @click.option("--force", is_flag=True, help="Also when another process uses the device.")
-@pid_option
+@borrow_options
 @click.pass_obj
-def reset_command(options: Options, device: str, *, force: bool, pid: int | None) -> None:
+def reset_command(options: Options, device: str, *, force: bool) -> None:
     """Reset DEVICE: its registers, queued work and interrupts are lost.
 
     \b
@@ -69,14 +69,14 @@ def reset_command(options: Options, device: str, *, force: bool, pid: int | None
     """
     from vfio_mig.jobs.control import reset_device
 
-    _report(options, reset_device(device, settings_of(options, pid), force=force))
+    _report(options, reset_device(device, settings_of(options), force=force))
 
 
 @click.command("status", short_help="Tell who has DEVICE open.")
 @click.argument("device")
-@pid_option
+@borrow_options
 @click.pass_obj
-def status_command(options: Options, device: str, pid: int | None) -> None:
+def status_command(options: Options, device: str) -> None:
     """Tell who has DEVICE open and which protocol it speaks; opens nothing that is closed.
 
     The 2017 RFC has no way to ask whether a device runs: an open one is `unknown`.
@@ -86,7 +86,7 @@ def status_command(options: Options, device: str, pid: int | None) -> None:
     """
     from vfio_mig.jobs.control import device_status
 
-    status = device_status(device, settings_of(options, pid))
+    status = device_status(device, settings_of(options))
     if options.as_json:
         print_json(status._asdict())
         return

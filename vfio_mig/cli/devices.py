@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vfio_mig.cli.output import pid_option, print_json, settings_of
+from vfio_mig.cli.output import borrow_options, print_json, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -54,9 +54,9 @@ def _print_info(info: DeviceInfo) -> None:
 
 @click.command("info", short_help="Tell regions, and whether DEVICE can be migrated.")
 @click.argument("device")
-@pid_option
+@borrow_options
 @click.pass_obj
-def info_command(options: Options, device: str, pid: int | None) -> None:
+def info_command(options: Options, device: str) -> None:
     """Open DEVICE (or borrow it) and tell its regions and whether it can be migrated, check by check.
 
     \b
@@ -64,7 +64,7 @@ def info_command(options: Options, device: str, pid: int | None) -> None:
     """
     from vfio_mig.jobs.inform import device_info
 
-    info = device_info(device, settings_of(options, pid))
+    info = device_info(device, settings_of(options))
     if options.as_json:
         print_json(info.as_dict())
     else:

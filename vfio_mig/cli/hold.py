@@ -18,24 +18,36 @@ if TYPE_CHECKING:
 @click.command("hold", short_help="Keep DEVICE open for the other commands.")
 @click.argument("device")
 @memory_option
+@click.option("--ready-fd", type=click.IntRange(min=0), help="Write one line to this inherited fd when ready.")
+@click.option("--pidfile", metavar="FILE", help="Write the PID there when ready; removed at the end.")
 @click.pass_obj
-def hold_command(options: Options, device: str, memory: tuple[str, ...]) -> None:
+def hold_command(
+    options: Options, device: str, memory: tuple[str, ...], ready_fd: int | None, pidfile: str | None
+) -> None:
     """Keep DEVICE open until a signal ends this command; others borrow it meanwhile.
 
-    Prints one line when the device is ready. With --memory the files are mapped for the device's DMA.
+    Prints one line when the device is ready, and tells systemd (Type=notify). With --memory the files are mapped for
+    the device's DMA.
 
     \b
-    Example:
+    Examples:
+      mkfifo ready; vfio-mig hold $UUID --ready-fd 3 3>ready & read -r _ <ready
       vfio-mig hold $UUID --memory /dev/shm/guest@0 &
       vfio-mig stop $UUID; vfio-mig save $UUID gpu.vfm; vfio-mig start $UUID
       kill %1
     """
-    from vfio_mig.jobs.hold import hold_device
+    from vfio_mig.jobs.hold import announce, hold_device, pid_file
 
-    def ready(session: Session) -> None:
-        if options.as_json:
-            print_json({"device": session.device.name, "pid": os.getpid(), "protocol": session.protocol.name})
-        else:
-            click.echo(f"{session.device.name}: held open by PID {os.getpid()}")
+    with pid_file(pidfile) as write_pid:
 
-    hold_device(device, settings_of(options), memory=parse_memory(memory), ready=ready)
+        def ready(session: Session) -> None:
+            write_pid()
+            text = f"{session.device.name}: held open by PID {os.getpid()}"
+            if ready_fd is not None:
+                announce(ready_fd, text)
+            if options.as_json:
+                print_json({"device": session.device.name, "pid": os.getpid(), "protocol": session.protocol.name})
+            elif not options.quiet:
+                click.echo(text)
+
+        hold_device(device, settings_of(options), memory=parse_memory(memory), ready=ready)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vfio_mig.cli.output import pid_option, print_json, settings_of
+from vfio_mig.cli.output import borrow_options, print_json, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -48,9 +48,9 @@ def verify_command(options: Options, file: str, *, raw: bool, no_verify_state: b
 @click.argument("file")
 @click.argument("device")
 @click.option("--raw", is_flag=True, help="FILE is a bare device state.")
-@pid_option
+@borrow_options
 @click.pass_obj
-def check_command(options: Options, file: str, device: str, *, raw: bool, pid: int | None) -> None:
+def check_command(options: Options, file: str, device: str, *, raw: bool) -> None:
     """Tell check by check whether FILE (- is stdin) fits DEVICE, whose state is not touched. `restore` does the same.
 
     One line per check: RESULT NAME: TEXT; the results are ok, note (differs, and may) and mismatch. Exit code 6 says
@@ -61,7 +61,7 @@ def check_command(options: Options, file: str, device: str, *, raw: bool, pid: i
     """
     from vfio_mig.jobs.check import check_image
 
-    report = check_image(device, file, settings_of(options, pid), raw=raw)
+    report = check_image(device, file, settings_of(options), raw=raw)
     if options.as_json:
         print_json(report.as_dict())
     else:

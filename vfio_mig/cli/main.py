@@ -58,7 +58,7 @@ class Lazy(click.Group):
 class Options:
     """The global options, as every command finds them in its context."""
 
-    __slots__ = ("abi", "as_json", "quiet", "uapi_header", "verbose")
+    __slots__ = ("abi", "as_json", "fd", "pid", "quiet", "uapi_header", "verbose")
 
     def __init__(self, *, as_json: bool, verbose: bool, quiet: bool, abi: str, uapi_header: str | None) -> None:
         self.as_json = as_json
@@ -66,6 +66,8 @@ class Options:
         self.quiet = quiet
         self.abi = abi
         self.uapi_header = uapi_header
+        self.pid: int | None = None  # set by the options of a command, as is fd
+        self.fd: int | None = None
 
 
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

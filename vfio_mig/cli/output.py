@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Self
 
     from vfio_mig.cli.main import Options
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.session import Settings
 
 
-def settings_of(options: Options, pid: int | None = None) -> Settings:
+def settings_of(options: Options) -> Settings:
     """Turn the global options into what the jobs take."""
     from vfio_mig.jobs.session import Settings
 
     tell = (lambda text: say(options, text)) if options.verbose else None
-    return Settings(abi=options.abi, uapi_header=options.uapi_header, pid=pid, tell=tell, warn=warn)
+    return Settings(
+        abi=options.abi, uapi_header=options.uapi_header, pid=options.pid, fd=options.fd, tell=tell, warn=warn
+    )
 
 
 def warn(text: str) -> None:
@@ -86,7 +88,34 @@ range_option = click.option(
     metavar="START[+LENGTH|-END]",
     help="Guest addresses to ask for (repeatable); by default those of --memory, else the first 4 GiB.",
 )
-pid_option = click.option("--pid", type=click.IntRange(min=1), help="Borrow the device from this process.")
+
+
+def _keep(ctx: click.Context, param: click.Parameter, value: int | None) -> None:
+    """Put an option's value where the global ones are."""
+    if value is not None:
+        setattr(ctx.find_object(object), str(param.name), value)
+
+
+def borrow_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say whom to borrow a device from."""
+    for option in (
+        click.option(
+            "--fd",
+            type=click.IntRange(min=0),
+            expose_value=False,
+            callback=_keep,
+            help="Get the device from this inherited fd of its group.",
+        ),
+        click.option(
+            "--pid",
+            type=click.IntRange(min=1),
+            expose_value=False,
+            callback=_keep,
+            help="Borrow the device from this process.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def parse_memory(texts: Sequence[str]) -> list[MemoryMap]:

@@ -38,6 +38,15 @@ class HostDevice(NamedTuple):
         """The group's node in /dev."""
         return None if self.group is None else f"/dev/vfio/{self.group}"
 
+    @property
+    def cdev(self) -> str | None:
+        """The device's own node in /dev; it is there only on kernels with VFIO_DEVICE_CDEV."""
+        try:
+            names = os.listdir(os.path.join(self.sysfs, "vfio-dev"))
+        except OSError:
+            return None
+        return f"/dev/vfio/devices/{names[0]}" if len(names) == 1 else None
+
 
 class Host:
     """One host's sysfs. Every path comes from here, so a made-up tree can stand in for tests.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Find the process that has a device's group open, and borrow its fd."""
+"""Find the process that has a device open, and borrow its fd."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ _OPTIONS_WITH_VALUE: Final = ("--abi", "--uapi-header")
 
 
 class Holder(NamedTuple):
-    """A process that has a device's group open.
+    """A process that has a device's group, or the device's own node, open.
 
     :param command: the kernel's name of it.
     :param is_hold: whether it is a `vfio-mig hold`.
-    :param fd: the number that the group's fd has there.
+    :param fd: the number that the fd has there.
+    :param node: what it has open: the group's node, or the device's.
     """
 
     pid: int
     command: str
     is_hold: bool
     fd: int
+    node: str = ""
+
+    def __str__(self) -> str:
+        return f"PID {self.pid} ({self.command})"
 
 
 def _read(path: str) -> bytes:
@@ -81,28 +86,70 @@ def _fds(pid: int) -> Iterator[tuple[int, str]]:
             continue
 
 
-def find_holder(device: HostDevice, pid: int | None = None) -> Holder | None:
-    """Return the process that has the device's group open, None when none is found.
+def _nodes(device: HostDevice) -> dict[str, int]:
+    """Return the device's nodes with their device numbers, 0 for one that is not there."""
+    nodes = {}
+    for node in (device.node, device.cdev):
+        if node is not None:
+            try:
+                nodes[node] = os.stat(node).st_rdev
+            except OSError:
+                nodes[node] = 0
+    return nodes
 
-    Needs the right to look into that process: root, or CAP_SYS_PTRACE.
+
+def _which(nodes: dict[str, int], path: str, target: str) -> str | None:
+    """Tell which node an fd is; by number, where a container calls it by another path."""
+    if target in nodes:
+        return target
+    if "/vfio/" not in target:
+        return None
+    try:
+        number = os.stat(path).st_rdev
+    except OSError:
+        return None
+    return next((node for node, its in nodes.items() if its and its == number), None)
+
+
+def find_holders(device: HostDevice, pid: int | None = None) -> Iterator[Holder]:
+    """Yield the processes that have the device's group or node open, one by one.
+
+    Needs the right to look into them: root, or CAP_SYS_PTRACE.
 
     :param pid: look at this process only.
     """
-    if device.node is None:
-        return None
+    nodes = _nodes(device)
+    if not nodes:
+        return
     for candidate in _pids() if pid is None else [pid]:
         if candidate == os.getpid():
             continue
         for fd, target in _fds(candidate):
-            if target == device.node:
+            node = _which(nodes, f"/proc/{candidate}/fd/{fd}", target)
+            if node is not None:
                 command = _read(f"/proc/{candidate}/comm").decode("utf-8", "replace").strip()
                 is_hold = _is_hold(candidate)
-                return Holder(candidate, PROGRAM if is_hold else command, is_hold, fd)
-    return None
+                yield Holder(candidate, PROGRAM if is_hold else command, is_hold, fd, node)
+                break
+
+
+def find_holder(device: HostDevice, pid: int | None = None) -> Holder | None:
+    """Return the process to borrow from: our own holder if there is one, else the first; None when none is found.
+
+    Several may have the group open, a launcher and its VMM for example; each one's fd leads to the same device.
+
+    :param pid: look at this process only.
+    """
+    first = None
+    for holder in find_holders(device, pid):
+        if holder.is_hold:
+            return holder
+        first = first or holder
+    return first
 
 
 def duplicate_fd(device: HostDevice, holder: Holder) -> int:
-    """Duplicate the holder's group fd; the caller owns the result.
+    """Duplicate the holder's fd; the caller owns the result, which is proved to be the node it was found as.
 
     :raises DeviceBusyError: the holder has gone, has closed it, or we may not.
     """
@@ -120,18 +167,21 @@ def duplicate_fd(device: HostDevice, holder: Holder) -> int:
         os.close(pidfd)
     if fd < 0:
         raise _refused(device, holder, number)
+    # The process may have closed it meanwhile and opened something else, or be another one with a recycled number
+    if _which(_nodes(device), f"/proc/self/fd/{fd}", os.readlink(f"/proc/self/fd/{fd}")) != holder.node:
+        os.close(fd)
+        raise _refused(device, holder, errno.EBADF)
     return int(fd)
 
 
 def _refused(device: HostDevice, holder: Holder, number: int) -> DeviceBusyError:
     hint = {
-        errno.EPERM: "run as root or with CAP_SYS_PTRACE; kernel.yama.ptrace_scope=3 forbids it to everybody",
+        errno.EPERM: "run as root or with CAP_SYS_PTRACE; kernel.yama.ptrace_scope=3 forbids it to everybody, "
+        "a container's seccomp profile to those inside; the owner can pass its group's fd: --fd N",
         errno.ESRCH: "it has ended meanwhile; try again",
         errno.EBADF: "it has closed the device meanwhile; try again",
         errno.ENOSYS: "Linux 5.6 or newer is needed",
     }.get(number)
     return DeviceBusyError(
-        f"PID {holder.pid} ({holder.command}) has it open and its fd cannot be borrowed: {errno_text(number)}",
-        device=device.name,
-        hint=hint,
+        f"{holder} has it open and its fd cannot be borrowed: {errno_text(number)}", device=device.name, hint=hint
     )

@@ -113,7 +113,5 @@ def remove(uuid: str, *, host: Host | None = None) -> None:
         raise UsageError("is no mdev", device=device.name)
     holder = find_holder(device)
     if holder is not None:
-        raise DeviceBusyError(
-            f"it is open in PID {holder.pid} ({holder.command})", device=device.name, hint="end that process first"
-        )
+        raise DeviceBusyError(f"it is open in {holder}", device=device.name, hint="end that process first")
     _write(os.path.join(device.sysfs, "remove"), "1", f"removing {device.name}")

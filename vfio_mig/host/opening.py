@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Open a device through its group and a type1 container, or borrow it from the process that has done so."""
+"""Open a device through its group and a type1 container, or borrow it from the process that has it open."""
 
 from __future__ import annotations
 
@@ -48,47 +48,68 @@ class GuestMemory(Protocol):
         """Return the memory, mapped shared and writable; stays the owner's."""
 
 
-def open_device(device: HostDevice, *, memory: Sequence[GuestMemory] = (), pid: int | None = None) -> Device:
-    """Open a device; when our own holder has it, or the process *pid* is named, borrow it there.
+def open_device(
+    device: HostDevice, *, memory: Sequence[GuestMemory] = (), pid: int | None = None, fd: int | None = None
+) -> Device:
+    """Open a device; when another process has it, borrow it there.
 
     :param memory: mapped for the device's DMA at its guest-physical addresses, when it is opened and not borrowed.
-    :raises DeviceBusyError: another process has it.
+    :param pid: borrow from this process and no other.
+    :param fd: a group's fd that this process has inherited; stays the caller's.
+    :raises DeviceBusyError: another process has it and it cannot be borrowed.
     :raises OpenError: it cannot be opened; the message has the errno and what to do.
     """
-    if device.node is None:
+    if device.node is None and device.cdev is None:
         raise OpenError("it has no IOMMU group", device=device.name, hint="is its VFIO driver loaded?")
+    if fd is not None:
+        return _open_inherited(device, fd)
     holder = find_holder(device, pid)
     if pid is not None and holder is None:
-        raise DeviceBusyError(f"PID {pid} does not have its group open", device=device.name, hint="leave out --pid")
+        raise DeviceBusyError(f"PID {pid} does not have it open", device=device.name, hint="leave out --pid")
     if holder is not None:
-        if pid is None and not holder.is_hold:
-            raise _busy(device, holder)
         return _borrow(device, holder)
+    if device.node is None:
+        raise OpenError("it has no group, and only such are opened", device=device.name)
     return _open_group(device, device.node, memory)
 
 
-def _busy(device: HostDevice, holder: Holder | None) -> DeviceBusyError:
-    if holder is None:
-        return DeviceBusyError(
-            f"{device.node} is open in another process: EBUSY (Device or resource busy)",
-            device=device.name,
-            hint="run as root to see which",
-        )
+def _open_inherited(device: HostDevice, fd: int) -> Device:
+    """Get the device from a group's fd that we were given; what a bare device fd is, nothing would prove."""
+    try:
+        target = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError as error:
+        raise OpenError(f"fd {fd} is not open: {errno_text(error.errno or 0)}", device=device.name) from error
+    try:
+        return Device(device.name, _get_device_fd(device, fd), how="inherited")
+    except OpenError as error:
+        error.hint = f"fd {fd} is {target}; --fd takes the fd of {device.node}, attached to a container"
+        raise
+
+
+def _busy(device: HostDevice) -> DeviceBusyError:
     return DeviceBusyError(
-        f"it is open in PID {holder.pid} ({holder.command})",
+        f"{device.node} is open in another process: EBUSY (Device or resource busy)",
         device=device.name,
-        hint=f"borrow it with --pid {holder.pid}, or end that process",
+        hint="run as root to see which and to borrow it there",
     )
 
 
 def _borrow(device: HostDevice, holder: Holder) -> Device:
-    """Have the holder's own group give us a second fd of the device, so the kernel vouches for what it is."""
-    group = duplicate_fd(device, holder)
+    """Have the holder's own group give us a second fd of the device, so the kernel vouches for what it is.
+
+    A device's own node needs no such proof: it has been compared.
+    """
+    fd = duplicate_fd(device, holder)
+    if holder.node != device.node:
+        return Device(device.name, fd, how="borrowed", holder=holder)
     try:
-        fd = _get_device_fd(device, group)
+        return Device(device.name, _get_device_fd(device, fd), how="borrowed", holder=holder)
+    except OpenError as error:
+        error.problem = f"{holder} has its group open: {error.problem}"
+        error.hint = error.hint or "wait until that process has set it up, or end it"
+        raise
     finally:
-        os.close(group)
-    return Device(device.name, fd, how="borrowed", holder=holder)
+        os.close(fd)
 
 
 def _get_device_fd(device: HostDevice, group: int) -> int:
@@ -105,7 +126,7 @@ def _open_node(device: HostDevice, path: str, hints: dict[int, str]) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise _busy(device, find_holder(device)) from error
+            raise _busy(device) from error
         raise OpenError(
             f"cannot open {path}: {errno_text(error.errno or 0)}",
             device=device.name,

@@ -122,12 +122,10 @@ def reset_device(name: str, settings: Settings | None = None, *, force: bool = F
     holder = holder_of(found)
     if holder is not None and not holder.is_hold and not force:
         raise UsageError(
-            f"a reset would take the device's interrupts and registers away from PID {holder.pid} ({holder.command})",
+            f"a reset would take the device's interrupts and registers away from {holder}",
             device=found.name,
             hint="use --force if that is what you want",
         )
-    if holder is not None and not holder.is_hold:
-        settings = (settings or Settings())._replace(pid=holder.pid)
     return _timed(name, "reset", settings)
 
 
@@ -137,7 +135,7 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
     holder = holder_of(found)
     left = left_behind(found, holder)
     protocol = None
-    if holder is not None and (holder.is_hold or (settings is not None and settings.pid is not None)):
+    if holder is not None:
         with open_session(name, settings) as session:
             protocol = session.protocol.name
     return Status(

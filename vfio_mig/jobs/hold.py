@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from typing import TYPE_CHECKING
 
+from vfio_mig.errors import DeviceBusyError, HostError, UsageError, errno_text
 from vfio_mig.interrupts import ENDING
-from vfio_mig.jobs.session import Session, Settings, open_session
+from vfio_mig.jobs.session import Session, Settings, find, holder_of, open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from vfio_mig.dirty.memory import MemoryMap
 
@@ -30,11 +33,75 @@ def hold_device(
     """
     from vfio_mig.dirty.memory import Memory
 
+    found = find(name)
+    holder = holder_of(found)
+    if holder is not None:
+        raise DeviceBusyError(
+            f"it is open in {holder}", device=found.name, hint="every command borrows it there; nothing to hold"
+        )
     # Blocked from here on, so that a signal between ready() and the wait is not lost
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         with Memory(memory, writable=True) as guest, open_session(name, settings, memory=guest.maps) as session:
             ready(session)
+            notify("READY=1")
             signal.sigwait(ENDING)
+            notify("STOPPING=1")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it has started us as ``Type=notify``: one datagram, sd_notify(3). Failures are its loss."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    import socket
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to:
+        to.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+
+
+def announce(fd: int, text: str) -> None:
+    """Write one line to an inherited fd and close it.
+
+    :raises UsageError: there is no such fd, or it takes no writing.
+    """
+    try:
+        os.write(fd, f"{text}\n".encode())
+        os.close(fd)
+    except OSError as error:
+        raise UsageError(f"--ready-fd {fd}: {errno_text(error.errno or 0)}") from error
+
+
+@contextlib.contextmanager
+def pid_file(path: str | None) -> Iterator[Callable[[], None]]:
+    """Give a function that writes this process's PID to a file, whole or not at all; removed at the end.
+
+    :raises UsageError: there is something else than a file.
+    :raises HostError: it cannot be written.
+    """
+    if path is None:
+        yield lambda: None
+        return
+    from vfio_mig.image.files import check_target, committed
+
+    check_target(path, force=True)
+    written: list[str] = []
+
+    def write() -> None:
+        with committed(path, force=True) as file:
+            file.write(f"{os.getpid()}\n".encode())
+        os.chmod(path, 0o644)
+        written.append(path)
+
+    try:
+        yield write
+    finally:
+        for mine in written:
+            try:
+                os.unlink(mine)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise HostError(f"{mine}: cannot remove it: {errno_text(error.errno or 0)}") from error

@@ -82,7 +82,7 @@ def device_info(name: str, settings: Settings | None = None) -> DeviceInfo:
     settings = settings or Settings()
     profile = load_numbers(settings)
     found = find(name)
-    with open_device(found, pid=settings.pid) as device:
+    with open_device(found, pid=settings.pid, fd=settings.fd) as device:
         checks = explain(device, profile)
         return DeviceInfo(
             found.name,

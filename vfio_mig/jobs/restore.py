@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig import interrupts
-from vfio_mig.errors import DeviceError, MismatchError
+from vfio_mig.errors import DeviceError, MismatchError, UsageError
 from vfio_mig.host.lock import LOADING, STOPPED
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import findings, require_fit
@@ -72,13 +72,27 @@ def _write_pages(archive: Archive, guest: Memory, progress: Callable[[int], obje
     return sum(guest.write(gpa, content) for gpa, content in metered(archive.pages(), progress))
 
 
-def _abandon(session: Session) -> None:
-    """Leave a device that may have taken a part of a state in a known one: reset, running.
+def _require_own(session: Session) -> None:
+    """Refuse somebody else's device: a guest would find another one under its feet.
 
-    Somebody else's device is not reset: its owner would lose interrupts and configuration without a word.
+    :raises UsageError: it is open in a process that is not our holder.
     """
     holder = session.device.holder
     if holder is not None and not holder.is_hold:
+        raise UsageError(
+            f"a restore would change the device under {holder}",
+            device=session.device.name,
+            hint="pause that VM, then use --force",
+        )
+
+
+def _abandon(session: Session, *, force: bool) -> None:
+    """Leave a device that may have taken a part of a state in a known one: reset, running.
+
+    Somebody else's device is not reset unless by force: its owner would lose interrupts and configuration.
+    """
+    holder = session.device.holder
+    if holder is not None and not holder.is_hold and not force:
         raise DeviceError(
             "may hold a part of the image and was left stopped, as it belongs to another process",
             device=session.device.name,
@@ -91,7 +105,8 @@ def _abandon(session: Session) -> None:
 class _Job:
     """The part of a restore that changes the device; each step says how it is undone."""
 
-    def __init__(self, session: Session, image: Image, rollback: Rollback) -> None:
+    def __init__(self, session: Session, image: Image, rollback: Rollback, *, force: bool) -> None:
+        self._force = force
         self._session = session
         self._image = image
         self._rollback = rollback
@@ -117,7 +132,7 @@ class _Job:
         session = self._session
         session.note(LOADING)
         self._rollback.forget()
-        self._rollback.push(lambda: _abandon(session))
+        self._rollback.push(lambda: _abandon(session, force=self._force))
         began = time.perf_counter()
         session.protocol.write_state(memoryview(self._image.state))
         self.times["state_write_time"] = time.perf_counter() - began
@@ -155,7 +170,8 @@ def restore(
 
     :param memory: guest memory; the image's pages are written there, and it is mapped when we open the device.
     :param raw: the file is a bare state.
-    :param force: go on over mismatches of which ``check`` says that they may be forced.
+    :param force: go on over mismatches of which ``check`` says that they may be forced, and on the device of a
+        process that is not our holder.
     :param verify_state: False loads a state whose layout is not understood; what it does to the kernel is then open.
     :param progress: called with the bytes of each piece of guest memory that was written.
     :raises ImageError: the image is broken or does not fit; the device is untouched.
@@ -171,6 +187,8 @@ def restore(
         read_image(stream, session.protocol.state_size_max, raw=raw) as image,
     ):
         point(JOB, "opened")
+        if not force:
+            _require_own(session)
         found = findings(session, image.state, image.archive, verify_state=verify_state)
         warnings = require_fit(session.device.name, found, force=force)
         if not verify_state:
@@ -181,7 +199,7 @@ def restore(
             warnings.append(NOT_HELD)
         point(JOB, "verified")
         with Rollback() as rollback:
-            job = _Job(session, image, rollback)
+            job = _Job(session, image, rollback, force=force)
             job.stop()
             job.write_pages(guest, progress)
             job.write_state()

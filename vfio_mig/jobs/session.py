@@ -32,7 +32,8 @@ class Settings(NamedTuple):
 
     :param abi: ``auto``, or the name of the one protocol to accept.
     :param uapi_header: path of a patched kernel's ``vfio.h``; its numbers replace the shipped ones.
-    :param pid: the process to borrow the device from, None for our own holder.
+    :param pid: the process to borrow the device from, None for whichever has it open.
+    :param fd: a group's fd that this process has inherited, instead.
     :param tell: takes one sentence at a time on how a device was reached.
     :param warn: takes one sentence at a time that the user must read.
     """
@@ -40,6 +41,7 @@ class Settings(NamedTuple):
     abi: str = "auto"
     uapi_header: str | None = None
     pid: int | None = None
+    fd: int | None = None
     tell: Callable[[str], object] | None = None
     warn: Callable[[str], object] | None = None
 
@@ -91,10 +93,13 @@ class Session:
             return CLOSED
         return RUNNING if started else STOP
 
+    def _how(self) -> str:
+        return "inherited" if self.device.borrowed else "opened through"
+
     def describe(self) -> str:
         """Say in one sentence how the device was reached and what drives it."""
         holder = self.device.holder
-        how = f"opened through {self.found.node}" if holder is None else f"borrowed from PID {holder.pid}"
+        how = f"borrowed from {holder}" if holder is not None else f"{self._how()} {self.found.node}"
         return f"{self.device.name}: {how}, protocol {self.protocol.describe()}"
 
 
@@ -190,7 +195,7 @@ def _open_found(
     from vfio_mig.host.opening import open_device
     from vfio_mig.protocols.detect import detect
 
-    device = open_device(found, memory=memory, pid=settings.pid)
+    device = open_device(found, memory=memory, pid=settings.pid, fd=settings.fd)
     try:
         session = Session(found, device, detect(device, profile), lock)
         if settings.tell is not None:
