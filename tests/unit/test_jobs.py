@@ -304,7 +304,7 @@ def test_a_sync_ends_with_a_round_while_the_device_is_stopped(gpu: Gpu, jobs: Jo
     copy = jobs.directory / "copy"
     report = sync_dirty(NAME, str(copy), memory=jobs.maps, progress=lambda _: gpu.step("round"))
     assert gpu.calls == ["dirty", "round running", "dirty", "round running", "stop", "dirty", "round stopped"]
-    assert (report.state, report.pages_dirty, report.pages_written) == ("stop", 3, 9)
+    assert (report.state, report.pages_dirty, report.pages_written) == ("stop", 3, 3)
     expected = b"".join(content_of(page) if page in DIRTY else bytes(PAGE) for page in range(PAGES))
     assert copy.read_bytes() == expected
     assert gpu.left is None
@@ -496,6 +496,24 @@ def test_a_signal_while_committing_comes_too_late(
     interrupts.check()
 
 
+@pytest.mark.parametrize("job", ["save", "sync", "stop", "restore"])
+def test_a_signal_between_the_steps_of_a_commit_comes_too_late(
+    gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, job: str
+) -> None:
+    real = DeviceLock.note
+
+    def note(self: DeviceLock, effect: str) -> None:
+        if not effect:
+            signal.raise_signal(signal.SIGTERM)
+        real(self, effect)
+
+    monkeypatch.setattr(DeviceLock, "note", note)
+    jobs.run(job, leave_running=False)
+    assert gpu.left is None
+    assert interrupts.finished()
+    assert gpu.running == (job == "restore")
+
+
 @pytest.mark.parametrize("call", ["fsync", "link"])
 @pytest.mark.parametrize("job", ["save", "sync"])
 def test_a_file_that_cannot_be_committed_starts_the_device_again(
@@ -571,20 +589,21 @@ def test_a_sync_to_an_existing_file_writes_in_place(gpu: Gpu, jobs: Jobs, monkey
 # --- an undo that fails
 
 
-def test_a_save_that_cannot_start_the_device_again_says_so_and_leaves_a_note(
-    gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("job", ["save", "sync", "restore", "stop"])
+def test_a_job_that_cannot_start_the_device_again_says_so_and_leaves_a_note(
+    gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, job: str
 ) -> None:
-    monkeypatch.setenv(FAULT, "save:after-stop=EIO")
+    monkeypatch.setenv(FAULT, f"{job}:after-stop=EIO")
     gpu.before["start"] = raising(DeviceError("START failed", device=NAME))
     with pytest.raises(DeviceError) as caught:
-        jobs.save()
+        jobs.run(job)
     monkeypatch.delenv(FAULT)
     assert str(caught.value) == (
-        f"fault at save:after-stop: EIO (Input/output error); while rolling back: {NAME}: START failed"
+        f"fault at {job}:after-stop: EIO (Input/output error); while rolling back: {NAME}: START failed"
     )
     assert not gpu.running
     assert jobs.files() == []
-    left = Left("save", os.getpid(), STOPPED)
+    left = Left(job, os.getpid(), STOPPED)
     assert gpu.left == left
     status = device_status(NAME)
     assert (status.left, status.repair) == (str(left), f"'vfio-mig start {NAME}' lets it go on")
