@@ -213,7 +213,7 @@ def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> 
             file,
             None if archive is None else str(protocol),
             str(device.get("type")) if isinstance(device, dict) else None,
-            header["time"] if isinstance(header.get("time"), int) else None,
+            header["time"] if type(header.get("time")) is int else None,
             0 if archive is None else len(archive.members),
             len(image.state),
             0 if archive is None else sum(len(content) // PAGE for _, content in archive.pages()),
