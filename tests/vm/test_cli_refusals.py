@@ -115,23 +115,36 @@ def test_a_device_that_is_not_there_is_named(command: tuple[str, ...], device: s
     assert file.exists() == ("restore" in command)
 
 
-@pytest.mark.parametrize("command", ["save", "info", "stop", "hold", "restore", "dirty"])
-def test_a_device_that_another_process_has_open_is_left_to_it(guest: Guest, command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["save", "info", "stop", "hold", "dirty"])
+def test_a_group_that_another_process_has_open_but_not_set_up_is_left_to_it(command: str, tmp_path: Path) -> None:
     file = tmp_path / "gpu.vfm"
-    if command == "restore":
-        file.write_bytes(b"whatever")
     me = Path("/proc/self/comm").read_text().strip()
-    with untouched(guest):
+    with host.instance() as vgpu, Path(f"/dev/vfio/{vgpu.group}").open("r+b", buffering=0):
         refused(
             command,
-            guest.instance.uuid,
-            *([file] if command in {"save", "restore"} else []),
+            vgpu.uuid,
+            *([file] if command == "save" else []),
             code=3,
-            words=(guest.instance.uuid, f"PID {ME} ({me})", f"--pid {ME}"),
+            words=(vgpu.uuid, f"PID {ME} ({me})", "open"),
             warm=command != "save",
         )
+        assert vgpu.run_state() == "stopped"  # as a vGPU is that nobody has opened
+        assert vgpu.counters()["status_set"] == 0
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("command", ["hold", "restore", "reset"])
+def test_what_would_harm_the_owner_of_a_device_is_refused(
+    guest: Guest, image: bytes, command: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "gpu.vfm"
+    file.write_bytes(image)
+    me = Path("/proc/self/comm").read_text().strip()
+    code, word = (3, "every command borrows it") if command == "hold" else (2, "--force")
+    with untouched(guest):
+        arguments = [file] if command == "restore" else []
+        refused(command, guest.instance.uuid, *arguments, code=code, words=(f"PID {ME} ({me})", word), warm=True)
     assert guest.instance.run_state() == "running"
-    assert file.exists() == (command == "restore")
 
 
 def test_a_process_that_does_not_have_the_device_open_lends_nothing(guest: Guest) -> None:
@@ -424,7 +437,7 @@ def test_pages_that_memory_has_no_room_for_are_refused_before_the_device_is_stop
         )  # fmt: skip
     assert memory.read_bytes() == bytes(MIB + PAGE)
     memory.write_bytes(bytes(MIB + 2 * PAGE))
-    run("restore", guest.instance.uuid, file, "--memory", f"{memory}@0", *BORROW, warm=True)
+    run("restore", "--force", guest.instance.uuid, file, "--memory", f"{memory}@0", *BORROW, warm=True)
     assert memory.read_bytes() == bytes(MIB) + b"\x5a" * PAGE * 2  # enough memory was all that it lacked
 
 

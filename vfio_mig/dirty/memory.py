@@ -17,6 +17,25 @@ CHUNK: Final = 4 << 20
 """Bytes that are read from a file at a time."""
 
 
+def data_extents(fd: int, start: int, end: int, largest: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Yield (offset, bytes) of what is no hole between two offsets, at most *largest* bytes at a time.
+
+    :raises OSError: the file cannot be asked.
+    """
+    while start < end:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+            hole = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but hole until the end, or behind it
+                return
+            raise
+        while start < hole:
+            size = min(largest, hole - start)
+            yield start, size
+            start += size
+
+
 class MemoryMap:
     """A piece of guest memory: *size* bytes of a file from *offset* on are the guest's from address *gpa* on.
 
@@ -142,6 +161,19 @@ class MemoryMap:
                 raise HostError(f"{self.path}: cannot write guest memory: {errno_text(error.errno or 0)}") from error
             view, offset = view[done:], offset + done
 
+    def clear(self, gpa: int, size: int) -> None:
+        """Make guest memory zero where it is none already.
+
+        :raises HostError: the file cannot be written.
+        """
+        offset = gpa - self.gpa + self.offset
+        try:
+            extents = list(data_extents(self._fd, offset, offset + size))
+        except OSError:  # a file system that knows of no holes
+            extents = [(at, min(CHUNK, offset + size - at)) for at in range(offset, offset + size, CHUNK)]
+        for at, length in extents:
+            self.write(at - self.offset + self.gpa, memoryview(bytes(length)))
+
     def reserve(self, gpa: int, size: int) -> None:
         """Make the file system set room aside, so that writing there cannot fail for want of it; changes no content.
 
@@ -233,6 +265,17 @@ class Memory:
                 start, end = max(range_.start, map_.pages.start), min(range_.end, map_.pages.end)
                 if start < end:
                     yield map_, PageRange(start, end - start)
+
+    def clear(self, gpa: int, size: int) -> int:
+        """Make whole pages from address *gpa* on zero.
+
+        :returns: how many pages.
+        """
+        cleared = 0
+        for map_, range_ in self.find([PageRange(gpa // PAGE, size // PAGE)]):
+            map_.clear(range_.start * PAGE, range_.nr_pages * PAGE)
+            cleared += range_.nr_pages
+        return cleared
 
     def reserve(self, gpa: int, size: int) -> None:
         """Set room aside for *size* bytes, whole pages, from address *gpa* on.

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Copy dirty guest pages to a destination, in rounds while the guest runs and once more when the device is stopped."""
 
-import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from errno import EFBIG, EINVAL
 from itertools import pairwise
 from typing import Any, Final, NamedTuple, Protocol
 
 from vfio_mig.dirty.bitmap import Dirty
 from vfio_mig.dirty.changed import Fingerprints
-from vfio_mig.dirty.memory import Memory
+from vfio_mig.dirty.memory import Memory, data_extents
 from vfio_mig.dirty.ranges import PAGE, PageRange
 from vfio_mig.errors import HostError, errno_text
 
@@ -110,23 +110,11 @@ class SparseFile:
 
     def _clear(self, start: int, size: int) -> None:
         """Write zeros wherever the file has data in this range."""
-        end = start + size
-        while start < end:
-            data = self._seek(start, os.SEEK_DATA)
-            if data is None or data >= end:
-                return
-            hole = self._seek(data, os.SEEK_HOLE)
-            hole = end if hole is None else min(hole, end)
-            # A file system may find smaller units of data than pages; zeros over a part of a page do no harm.
-            self._write(data, memoryview(bytes(hole - data)))
-            start = hole
-
-    def _seek(self, offset: int, what: int) -> int | None:
         try:
-            return os.lseek(self._fd, offset, what)
+            for at, length in data_extents(self._fd, start, start + size):
+                # A file system may find smaller units of data than pages; zeros over a part of a page do no harm.
+                self._write(at, memoryview(bytes(length)))
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but hole until the end, or behind it
-                return None
             raise self._failed(error) from error
 
     def _write(self, at: int, view: memoryview) -> None:
@@ -138,7 +126,7 @@ class SparseFile:
             raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> HostError:
-        hint = "this file system has no files so large" if error.errno in (errno.EFBIG, errno.EINVAL) else None
+        hint = "this file system has no files so large" if error.errno in (EFBIG, EINVAL) else None
         return HostError(f"{self._path}: cannot write: {errno_text(error.errno or 0)}", hint=hint)
 
 

@@ -12,13 +12,16 @@ It is a POSIX tar, so ``tar tvf`` lists it and ``tar xf`` unpacks it. Members, i
     ``start_page``; bits past its ``nr_pages`` are zero. Both numbers are in the manifest.
 ``pages/0000``, …
     Guest memory. A little-endian u64 count *n*, then *n* pairs of u64 (guest-physical address, bytes), multiples of
-    4096, then the contents in the same order. Where a page comes again, the later one counts.
+    4096, then the contents in the same order.
+``zero/0000``, …
+    Guest memory that is all zero: the same index, no contents.
 ``manifest.json``
     The commit record: ``format``, ``version``, ``members`` (``name``, ``size``, ``sha256`` of each member before it,
     in order, with what belongs to its kind), ``statistics``, and ``sha256`` of the manifest itself as it is without
     this key. It is written as ``json.dumps(…, sort_keys=True, separators=(",", ":"))``.
 
-``state``, ``dirty`` and ``pages`` members may be mixed; each kind is numbered from 0000 without gaps. After the
+``state``, ``dirty``, ``pages`` and ``zero`` members may be mixed; each kind is numbered from 0000 without gaps. Where a
+page comes again in a later member, ``pages`` or ``zero``, the later one counts. After the
 manifest come tar's two zero blocks and nothing else. An archive without a manifest is incomplete and is refused.
 """
 
@@ -49,7 +52,9 @@ ADDRESS_END: Final = 1 << 64
 _SPOOL_IN_MEMORY: Final = 64 << 20
 _COUNT: Final = struct.Struct("<Q")
 _PAIR: Final = struct.Struct("<QQ")
-_KINDS: Final = ("state", "dirty", "pages")
+_KINDS: Final = ("state", "dirty", "pages", "zero")
+ZERO_RANGES: Final = CHUNK // _PAIR.size
+"""Ranges in one zero member, at most."""
 
 
 class Member(NamedTuple):
@@ -67,7 +72,7 @@ class Member(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """``state``, ``dirty``, ``pages``, or the name of the header."""
+        """``state``, ``dirty``, ``pages``, ``zero``, or the name of the header."""
         return self.name.partition("/")[0]
 
 
@@ -148,6 +153,25 @@ class ArchiveWriter:
                     ranges, content = [], bytearray()
         if ranges:
             self._add("pages", [_index(ranges), content])
+        return total
+
+    def add_zero(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Append guest memory that is all zero: (guest-physical address, bytes), whole pages. Returns the bytes."""
+        total = 0
+        merged: list[list[int]] = []
+        for gpa, size in ranges:
+            if gpa % PAGE or size % PAGE or size <= 0 or not 0 <= gpa <= ADDRESS_END - size:
+                raise ValueError(f"no whole pages: {size} bytes at {gpa:#x}")
+            total += size
+            if merged and sum(merged[-1]) == gpa:
+                merged[-1][1] += size
+                continue
+            if len(merged) == ZERO_RANGES:
+                self._add("zero", [_index(merged)])
+                merged = []
+            merged.append([gpa, size])
+        if merged:
+            self._add("zero", [_index(merged)])
         return total
 
     def finish(self, statistics: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -248,9 +272,20 @@ class Archive:
             yield DirtyBitmap(member.extra["start_page"], member.extra["nr_pages"], self._content(member))
 
     def pages(self) -> Iterator[tuple[int, memoryview]]:
-        """Yield guest memory: (guest-physical address, content); where a page comes again, the later counts."""
-        for member in self._of("pages"):
-            yield from _split_pages(member.name, memoryview(self._content(member)))
+        """Yield guest memory with content: (guest-physical address, content)."""
+        for gpa, _, content in self.memory():
+            if content is not None:
+                yield gpa, content
+
+    def memory(self) -> Iterator[tuple[int, int, memoryview | None]]:
+        """Yield guest memory: (guest-physical address, bytes, content, or None for zeros); the later one counts."""
+        for member in self.members:
+            if member.kind == "pages":
+                for gpa, content in _split_pages(member.name, memoryview(self._content(member))):
+                    yield gpa, len(content), content
+            elif member.kind == "zero":
+                for gpa, size in _split_index(member.name, memoryview(self._content(member)))[0]:
+                    yield gpa, size, None
 
     def _of(self, kind: str) -> Iterator[Member]:
         return (member for member in self.members if member.kind == kind)
@@ -331,9 +366,7 @@ class _Reader:
             if name == "manifest.json":
                 break
             self._check_name(name)
-            if member.kind == "pages":
-                for _ in _split_pages(name, memoryview(content)):
-                    pass
+            _check_memory(member.kind, name, memoryview(content))
             members.append(member)
         manifest = _load_manifest(content)
         archive = Archive(self.file, header, _match(members, manifest["members"]), manifest, self.spool)
@@ -461,8 +494,17 @@ def _index(ranges: list[list[int]]) -> bytes:
     return _COUNT.pack(len(ranges)) + b"".join(_PAIR.pack(*pair) for pair in ranges)
 
 
-def _split_pages(name: str, member: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield the ranges of a pages member, every bound checked first."""
+def _check_memory(kind: str, name: str, member: memoryview) -> None:
+    """Check the index of a member with guest memory."""
+    if kind == "pages":
+        for _ in _split_pages(name, member):
+            pass
+    elif kind == "zero" and _split_index(name, member)[1] != len(member):
+        raise ImageError(f"{name}: bytes behind its ranges")
+
+
+def _split_index(name: str, member: memoryview) -> tuple[list[tuple[int, int]], int]:
+    """Return the ranges at the beginning of a member and where they end, every bound checked."""
     if len(member) < _COUNT.size:
         raise ImageError(f"{name}: too short")
     (count,) = _COUNT.unpack_from(member)
@@ -473,6 +515,12 @@ def _split_pages(name: str, member: memoryview) -> Iterator[tuple[int, memoryvie
     for gpa, size in ranges:
         if gpa % PAGE or size % PAGE or not size or gpa + size > ADDRESS_END:
             raise ImageError(f"{name}: impossible range: {size} bytes at {gpa:#x}")
+    return ranges, content_at
+
+
+def _split_pages(name: str, member: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield the ranges of a pages member, every bound checked first."""
+    ranges, content_at = _split_index(name, member)
     if sum(size for _, size in ranges) != len(member) - content_at:
         raise ImageError(f"{name}: its ranges do not add up to its size")
     for gpa, size in ranges:

@@ -216,6 +216,6 @@ def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> 
             header["time"] if type(header.get("time")) is int else None,
             0 if archive is None else len(archive.members),
             len(image.state),
-            0 if archive is None else sum(len(content) // PAGE for _, content in archive.pages()),
+            0 if archive is None else sum(size // PAGE for _, size, _ in archive.memory()),
             [] if parsed is None else list(parsed.warnings),
         )

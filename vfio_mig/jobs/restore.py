@@ -13,7 +13,6 @@ from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import findings, require_fit
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.save import metered
 from vfio_mig.jobs.session import Settings, open_session
 from vfio_mig.jobs.source import open_input, read_image
 
@@ -59,17 +58,22 @@ def _reserve_pages(archive: Archive, guest: Memory) -> None:
     :raises HostError: there is no room in its file.
     """
     known = guest.ranges
-    for gpa, content in archive.pages():
-        first, end = gpa // 4096, (gpa + len(content)) // 4096
+    for gpa, size, content in archive.memory():
+        first, end = gpa // 4096, (gpa + size) // 4096
         if not any(range_.start <= first and end <= range_.end for range_ in known):
-            raise MismatchError(f"the image has {len(content)} bytes of memory at {gpa:#x}, which --memory does not")
-        guest.reserve(gpa, len(content))
+            raise MismatchError(f"the image has {size} bytes of memory at {gpa:#x}, which --memory does not")
+        if content is not None:
+            guest.reserve(gpa, size)
 
 
 @protected  # a signal in the middle would leave memory of which nobody could say what it is
 def _write_pages(archive: Archive, guest: Memory, progress: Callable[[int], object]) -> int:
     """Write the image's pages into guest memory; returns how many."""
-    return sum(guest.write(gpa, content) for gpa, content in metered(archive.pages(), progress))
+    pages = 0
+    for gpa, size, content in archive.memory():
+        pages += guest.clear(gpa, size) if content is None else guest.write(gpa, content)
+        progress(size)
+    return pages
 
 
 def _require_own(session: Session) -> None:
@@ -187,8 +191,6 @@ def restore(
         read_image(stream, session.protocol.state_size_max, raw=raw) as image,
     ):
         point(JOB, "opened")
-        if not force:
-            _require_own(session)
         found = findings(session, image.state, image.archive, verify_state=verify_state)
         warnings = require_fit(session.device.name, found, force=force)
         if not verify_state:
@@ -197,6 +199,8 @@ def restore(
             _reserve_pages(image.archive, guest)
         if not session.device.borrowed:
             warnings.append(NOT_HELD)
+        if not force:
+            _require_own(session)
         point(JOB, "verified")
         with Rollback() as rollback:
             job = _Job(session, image, rollback, force=force)

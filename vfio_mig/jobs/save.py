@@ -19,7 +19,7 @@ from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import Settings, open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.memory import Memory, MemoryMap
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 JOB = "save"
 STDOUT = "-"
+PAGE = 4096
 
 
 class SaveReport(NamedTuple):
@@ -41,6 +42,7 @@ class SaveReport(NamedTuple):
     :param stopped_time: from the STOP request until the device was started again, or until all of it was read.
     :param start_time: from the START request to its answer, 0 when the device stays stopped.
     :param state: what the device is now: ``stop``, ``running``, or ``closed`` when nobody else has it open.
+    :param pages_zero: dirty pages that are all zero: a range in the image, no content.
     """
 
     device: str
@@ -54,6 +56,7 @@ class SaveReport(NamedTuple):
     state_bytes: int
     pages_dirty: int
     pages_written: int
+    pages_zero: int
 
     def statistics(self) -> dict[str, Any]:
         """Return the part that the manifest keeps."""
@@ -109,15 +112,6 @@ def default_ranges(memory: Memory, ranges: Sequence[PageRange]) -> list[PageRang
     return merge(ranges) or memory.ranges or [PageRange(0, 1 << 20)]
 
 
-def metered(
-    pages: Iterable[tuple[int, memoryview]], progress: Callable[[int], object]
-) -> Iterator[tuple[int, memoryview]]:
-    """Pass pages on and report their sizes."""
-    for gpa, content in pages:
-        yield gpa, content
-        progress(len(content))
-
-
 class _Window:
     """The stopped window: from the STOP request on, what must be done before the device may go on."""
 
@@ -127,9 +121,11 @@ class _Window:
         # Imported here, before the device is stopped
         from vfio_mig.dirty.bitmap import preload
         from vfio_mig.dirty.fetch import fetch
+        from vfio_mig.dirty.sync import zero_runs
 
         if guest.maps:
             preload()
+        self._zero_runs = zero_runs
         self._fetch = fetch
         self._progress = progress
         self._session = session
@@ -140,6 +136,7 @@ class _Window:
         self.state = b""
         self.pages_dirty = 0
         self.bytes_written = 0
+        self.bytes_zero = 0
 
     def run(self, writer: ArchiveWriter | None, *, leave_running: bool) -> None:
         """Stop, fetch, copy, read and, if asked to, start."""
@@ -171,7 +168,19 @@ class _Window:
             return
         for chunk in self.dirty:
             if chunk.total():
-                self.bytes_written += writer.add_pages(metered(self._guest.read(chunk.ranges()), self._progress))
+                zero: list[tuple[int, int]] = []
+                self.bytes_written += writer.add_pages(self._contents(chunk, zero))
+                self.bytes_zero += writer.add_zero(zero)
+
+    def _contents(self, chunk: Dirty, zero: list[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
+        """Yield the dirty pages that have content, and list the others."""
+        for gpa, view in self._guest.read(chunk.ranges()):
+            for start, count, is_zero in self._zero_runs(view):
+                if is_zero:
+                    zero.append((gpa + start * PAGE, count * PAGE))
+                else:
+                    yield gpa + start * PAGE, view[start * PAGE : (start + count) * PAGE]
+            self._progress(len(view))
 
 
 def _finish(writer: ArchiveWriter, window: _Window, statistics: dict[str, Any]) -> None:
@@ -190,7 +199,8 @@ def _report(session: Session, file: str, window: _Window, *, started: bool) -> S
         **window.clock.times,
         state_bytes=len(window.state),
         pages_dirty=sum(chunk.total() for chunk in window.dirty),
-        pages_written=window.bytes_written // 4096,
+        pages_written=window.bytes_written // PAGE,
+        pages_zero=window.bytes_zero // PAGE,
     )
 
 
