@@ -308,23 +308,43 @@ def test_a_size_is_refused_before_memory_is_taken_for_it() -> None:
     assert Counting.largest <= 512
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "state/0000"])
+@pytest.mark.parametrize("name", ["header.json", "manifest.json", "state/0000"])
 def test_no_more_memory_is_taken_than_one_member_needs_however_large_it_says_it_is(tmp_path: Path, name: str) -> None:
-    size = module.MANIFEST_MAX if name == "manifest.json" else MEMBER_MAX
-    (tmp_path / "short").write_bytes(rebuilt([GOOD_HEADER], b"") + tar.header(name, size, 7))
+    before = [] if name == "header.json" else [GOOD_HEADER]
+    for size in (MEMBER_MAX, 64 << 20, tar.SIZE_MAX):
+        (tmp_path / "short").write_bytes(rebuilt(before, b"") + tar.header(name, size, 7))
+        tracemalloc.start()
+        try:
+            with (tmp_path / "short").open("rb") as file, pytest.raises(ImageError, match=r"cut off|too many"):
+                read_archive(file)
+            assert tracemalloc.get_traced_memory()[1] < MEMBER_MAX + (1 << 20)
+        finally:
+            tracemalloc.stop()
+
+
+def test_a_small_file_of_hostile_json_does_not_fill_the_memory() -> None:
+    hostile = manifest_for([GOOD_HEADER], {"statistics": {"x": [[[[]]]] * (1 << 20)}})
     tracemalloc.start()
     try:
-        with (tmp_path / "short").open("rb") as file, pytest.raises(ImageError, match="cut off"):
-            read_archive(file)
-        assert tracemalloc.get_traced_memory()[1] < MEMBER_MAX + (1 << 20)
+        with pytest.raises(ImageError, match="too many"):
+            read_archive(as_file(rebuilt([GOOD_HEADER, hostile])))
+        assert tracemalloc.get_traced_memory()[1] < MEMBER_MAX
     finally:
         tracemalloc.stop()
 
 
-def test_a_manifest_larger_than_a_member_is_read_whole() -> None:
-    body = manifest_for([GOOD_HEADER], {"statistics": {"filling": "x" * (MEMBER_MAX + 1)}})
-    with read_archive(as_file(rebuilt([GOOD_HEADER, body]))) as archive:
-        assert len(archive.statistics["filling"]) == MEMBER_MAX + 1
+def test_a_manifest_may_be_long_when_it_lists_many_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MANIFEST_MAX", 1024)
+    members = [GOOD_HEADER, *((f"state/{number:04d}", b"") for number in range(10_001))]
+    manifest = manifest_for(members)
+    assert len(manifest[1]) > 1 << 20
+    with read_archive(as_file(rebuilt([*members, manifest]))) as archive:
+        assert len(archive.members) == 10_002
+
+
+def test_an_entry_of_a_manifest_is_never_longer_than_the_reader_allows() -> None:
+    member = module.Member("dirty/" + "9" * 20, MEMBER_MAX, "f" * 64, 0, {"start_page": 1 << 64, "nr_pages": 1 << 64})
+    assert len(module._canonical(member.entry())) < module.ENTRY_MAX
 
 
 @pytest.mark.parametrize("value", ["x" * 100_000, [[[[[[[[[0]]]]]]]]] * 1000, 10**4000], ids=type)

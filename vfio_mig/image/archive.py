@@ -46,7 +46,10 @@ CHUNK: Final = 8 << 20
 MEMBER_MAX: Final = 16 << 20
 """What the reader takes for one member, bytes; nothing larger is ever allocated for a size it has read."""
 HEADER_MAX: Final = 1 << 20
-MANIFEST_MAX: Final = 64 << 20
+MANIFEST_MAX: Final = 1 << 20
+ENTRY_MAX: Final = 256
+"""What the reader takes for a manifest is MANIFEST_MAX and this for each member it lists: parsed JSON is up to 40 times
+as large, and so nobody makes us fill the memory with a small file."""
 PAGE: Final = 4096
 ADDRESS_END: Final = 1 << 64
 _SPOOL_IN_MEMORY: Final = 64 << 20
@@ -332,8 +335,7 @@ def _read(file: BinaryIO, size: int) -> bytes:
     parts: list[bytes] = []
     while size:
         try:
-            # The file may be shorter than it says, and a buffered reader takes all the memory it is asked for at once
-            part = file.read(min(size, MEMBER_MAX))
+            part = file.read(size)
         except OSError as error:
             raise host_error("cannot read", _name_of(file), error) from error
         if not part:
@@ -386,7 +388,8 @@ class _Reader:
         if self.mtime not in (None, mtime):
             raise ImageError(f"member header at {at:#x} has another time than the first")
         self.mtime = mtime
-        limit = {"header.json": HEADER_MAX, "manifest.json": MANIFEST_MAX}.get(name, MEMBER_MAX)
+        manifest_max = MANIFEST_MAX + ENTRY_MAX * (1 + sum(self.counts.values()))
+        limit = {"header.json": HEADER_MAX, "manifest.json": manifest_max}.get(name, MEMBER_MAX)
         if size > limit:
             raise ImageError(f"{name}: {size} bytes are too many, at most {limit} are allowed")
         offset = self.base + self.offset
