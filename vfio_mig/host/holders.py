@@ -18,6 +18,8 @@ SYS_PIDFD_GETFD: Final = 438
 """The same on every architecture; since Linux 5.6."""
 HOLD: Final = "hold"
 PROGRAM: Final = "vfio-mig"
+RIGHTS: Final = "CAP_SYS_PTRACE and, for another user's process, CAP_DAC_READ_SEARCH"
+"""What it takes to borrow from a process: the first to get its fd and to see what it is, the second to list its fds."""
 _OPTIONS_WITH_VALUE: Final = ("--abi", "--uapi-header")
 
 
@@ -86,6 +88,19 @@ def _fds(pid: int) -> Iterator[tuple[int, str]]:
             continue
 
 
+def may_look_into(pid: int) -> bool:
+    """Tell whether a process's fds can be seen; also if it is gone."""
+    directory = f"/proc/{pid}/fd"
+    try:
+        for name in os.listdir(directory):
+            os.readlink(f"{directory}/{name}")
+    except PermissionError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def _nodes(device: HostDevice) -> dict[str, int]:
     """Return the device's nodes with their device numbers, 0 for one that is not there."""
     nodes = {}
@@ -114,7 +129,7 @@ def _which(nodes: dict[str, int], path: str, target: str) -> str | None:
 def find_holders(device: HostDevice, pid: int | None = None) -> Iterator[Holder]:
     """Yield the processes that have the device's group or node open, one by one.
 
-    Needs the right to look into them: root, or CAP_SYS_PTRACE.
+    Needs the right to look into them, see :data:`RIGHTS`; others are passed over.
 
     :param pid: look at this process only.
     """
@@ -176,7 +191,7 @@ def duplicate_fd(device: HostDevice, holder: Holder) -> int:
 
 def _refused(device: HostDevice, holder: Holder, number: int) -> DeviceBusyError:
     hint = {
-        errno.EPERM: "run as root or with CAP_SYS_PTRACE; kernel.yama.ptrace_scope=3 forbids it to everybody, "
+        errno.EPERM: f"run as root or with {RIGHTS}; kernel.yama.ptrace_scope=3 forbids it to everybody, "
         "a container's seccomp profile to those inside; the owner can pass its group's fd: --fd N",
         errno.ESRCH: "it has ended meanwhile; try again",
         errno.EBADF: "it has closed the device meanwhile; try again",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from vfio_mig import uapi
 from vfio_mig.device import Device
 from vfio_mig.errors import DeviceBusyError, DeviceNotFoundError, OpenError, errno_text
-from vfio_mig.host.holders import duplicate_fd, find_holder
+from vfio_mig.host.holders import RIGHTS, duplicate_fd, find_holder, may_look_into
 from vfio_mig.uapi import IoctlError, ffi
 
 if TYPE_CHECKING:
@@ -64,6 +64,12 @@ def open_device(
     if fd is not None:
         return _open_inherited(device, fd)
     holder = find_holder(device, pid)
+    if pid is not None and holder is None and not may_look_into(pid):
+        raise DeviceBusyError(
+            f"PID {pid} cannot be looked into: {errno_text(errno.EACCES)}",
+            device=device.name,
+            hint=f"run as root or with {RIGHTS}",
+        )
     if pid is not None and holder is None:
         raise DeviceBusyError(f"PID {pid} does not have it open", device=device.name, hint="leave out --pid")
     if holder is not None:
@@ -90,7 +96,7 @@ def _busy(device: HostDevice) -> DeviceBusyError:
     return DeviceBusyError(
         f"{device.node} is open in another process: EBUSY (Device or resource busy)",
         device=device.name,
-        hint="run as root to see which and to borrow it there",
+        hint=f"run as root to see which and to borrow it there, or with {RIGHTS}",
     )
 
 
