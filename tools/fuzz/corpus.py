@@ -107,6 +107,7 @@ def good_archive() -> bytes:
     writer = ArchiveWriter(file, {"protocol": "other", "device": {"type": "x"}})
     writer.add_dirty(16, 11, b"\x05\x04")
     writer.add_pages([(0x10000, b"\x11" * PAGE)])
+    writer.add_zero([(0x11000, 1 << 20)])
     writer.add_state(b"state of a device")
     writer.finish({"stop_time": 0.25})
     return file.getvalue()
@@ -179,7 +180,11 @@ def manifest_seeds() -> list[bytes]:
         *(b"\4" + member(2, one) for one in pages),
         b"\4" + member(1, b"\5\4", bitmap) + member(0, b"state") + member(0, b"more") + member(2, GOOD_PAGES),
         b"\4" + member(1, b"", struct.pack("<QQ", 0, 0)) + member(1, b"\xff", struct.pack("<QQ", (1 << 52) - 8, 8)),
-        b"\4" + member(3, b"x", b"\x0astate/0001") + member(0, b"y"),
+        b"\4" + member(2, GOOD_PAGES) + member(3, struct.pack("<5Q", 2, 0, 1 << 63, 0x11000, PAGE)),
+        b"\4" + member(3, struct.pack("<QQQ", 1, 0x10000, 1 << 40)) + member(2, GOOD_PAGES),
+        b"\4" + member(3, struct.pack("<QQQ", 1, 0x10000, 0)),
+        b"\4" + member(3, struct.pack("<QQQB", 1, 0x10000, PAGE, 0)),
+        b"\4" + member(4, b"x", b"\x0astate/0001") + member(0, b"y"),
     ]
 
 

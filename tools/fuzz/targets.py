@@ -22,7 +22,7 @@ from tools.fuzz.corpus import Choices, entries_for, manifest_of, signed, tar_of
 from tools.fuzz.limits import bounded, require, require_line
 from vfio_mig.cli import image as _image  # noqa: F401 -- for the command line, which imports it late
 from vfio_mig.cli.main import cli
-from vfio_mig.dirty.memory import MemoryMap
+from vfio_mig.dirty.memory import Memory, MemoryMap
 from vfio_mig.dirty.ranges import ADDRESS_END, PAGE, parse_number, parse_range
 from vfio_mig.errors import VfioMigError
 from vfio_mig.host import lock
@@ -36,6 +36,7 @@ from vfio_mig.uapi.profile import load_profile, parse_header
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from vfio_mig.image.archive import Archive
     from vfio_mig.jobs.session import Session
 
 
@@ -69,6 +70,10 @@ class _File:
         os.pwrite(self._fd, data, 0)
         return f"/proc/self/fd/{self._fd}"
 
+    def content(self) -> bytes:
+        """Return what it holds."""
+        return os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+
     def fd_with(self, data: bytes) -> int:
         """Give it this content; returns its fd."""
         self.fill(data)
@@ -76,6 +81,7 @@ class _File:
 
 
 _FILE: Final = _File()
+_GUEST: Final = _File()
 
 
 class _Pipe(io.RawIOBase):
@@ -97,6 +103,29 @@ class _Pipe(io.RawIOBase):
 # Archives ------------------------------------------------------------------------------------------------------------
 
 
+_GUEST_AT: Final = 0x10000
+_GUEST_PAGES: Final = 4
+
+
+def _take_memory(archive: Archive) -> None:
+    """Store an archive's memory where a small guest has its own."""
+    path = _GUEST.fill(bytes(_GUEST_PAGES * PAGE))
+    expected: dict[int, bytes] = {}
+    with Memory([MemoryMap(path, _GUEST_AT)], writable=True) as guest:
+        for gpa, size, content in archive.memory():
+            require(gpa % PAGE == 0 and size % PAGE == 0 and size > 0, "pages are whole")
+            require(gpa + size <= ADDRESS_END, "pages have addresses of 64 bits")
+            require(content is None or len(content) == size, "content has its size")
+            stored = guest.clear(gpa, size) if content is None else guest.write(gpa, content)
+            inside = range(max(gpa, _GUEST_AT), min(gpa + size, _GUEST_AT + _GUEST_PAGES * PAGE), PAGE)
+            require(stored == len(inside), "what is the guest's is stored")
+            for page in inside:
+                expected[page] = bytes(PAGE) if content is None else bytes(content[page - gpa : page - gpa + PAGE])
+    places = range(_GUEST_AT, _GUEST_AT + _GUEST_PAGES * PAGE, PAGE)
+    wanted = b"".join(expected.get(page, bytes(PAGE)) for page in places)
+    require(_GUEST.content() == wanted, "where a page comes again, the later one counts")
+
+
 _SESSION: Final = SimpleNamespace(
     protocol=SimpleNamespace(name="other", state_size_max=16),
     found=SimpleNamespace(type="x", driver="x"),
@@ -112,9 +141,7 @@ def _read_all(file: BinaryIO, size: int) -> bool:
         for bitmap in archive.dirty():
             require(len(bitmap.bitmap) == (bitmap.nr_pages + 7) // 8, "a bitmap has its size")
             require(0 <= bitmap.start_page <= bitmap.start_page + bitmap.nr_pages <= ADDRESS_END // PAGE, "64 bits")
-        for gpa, content in archive.pages():
-            require(gpa % PAGE == 0 and len(content) % PAGE == 0 and len(content) > 0, "pages are whole")
-            require(gpa + len(content) <= ADDRESS_END, "pages have addresses of 64 bits")
+        _take_memory(archive)
         require(isinstance(archive.statistics, dict), "statistics are an object")
         for finding in check.header_findings(cast("Session", _SESSION), archive):
             require_line(finding.text)
@@ -159,16 +186,19 @@ def _patched(patch: Any) -> dict[str, Any]:
     return manifest
 
 
+_KINDS: Final = ("state", "dirty", "pages", "zero")
+
+
 def _members(choices: Choices) -> bytes:
     """Return an archive of made-up members: kind, content, and what its manifest says of it."""
     members: corpus.Members = [("header.json", corpus.GOOD_HEADER)]
     extras: list[dict[str, int]] = [{}]
-    counts = [0, 0, 0]
+    counts = [0] * len(_KINDS)
     while choices and len(members) < 16:  # noqa: PLR2004 -- enough
-        kind = choices.number() % 4
+        kind = choices.number() % (len(_KINDS) + 1)
         content = choices.take(choices.number(2))
         if kind < len(counts):
-            name = f"{('state', 'dirty', 'pages')[kind]}/{counts[kind]:04d}"
+            name = f"{_KINDS[kind]}/{counts[kind]:04d}"
             counts[kind] += 1
         else:
             name = bytes(byte & 0x7F for byte in choices.text()[:100]).decode("ascii")
@@ -385,7 +415,8 @@ def sysfs(data: bytes) -> None:
     with bounded(len(data)):
         for device in host.devices():
             require(device.group is None or device.group >= 0, "a group has a number")
-            names += [device.name.upper(), device.name.removeprefix("0000:"), device.sysfs, device.node or ""]
+            names += [device.name.upper(), device.name.removeprefix("0000:"), device.sysfs]
+            names += [node for node in (device.node, device.cdev) if node is not None]
             names += [f"/dev/vfio/devices/{node}" for node in host.names(device.sysfs, "vfio-dev")]
     for name in names:
         with bounded(len(data), quoted=len(data) + len(name)):
