@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -105,10 +106,19 @@ def test_chance_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
 def test_an_input_that_takes_too_much_memory_is_a_crash() -> None:
     def greedy(data: bytes) -> None:
         with bounded(len(data)):
-            bytes(limits.INPUT_CONSTANT + limits.INPUT_FACTOR * len(data) + 1)
+            bytes(limits.INPUT_CONSTANT + (1 << 20))
 
+    def greedier(data: bytes) -> None:
+        with bounded(len(data)):
+            bytes(limits.INPUT_CONSTANT + limits.ADDRESS_SLACK + (1 << 20))
+
+    watch = Watch()
     with pytest.raises(BrokenPromiseError, match="allocated"):
-        Watch().run(greedy, b"x")
+        watch.run(greedy, b"x")
+    watch.runs = limits.TRACED_FIRST
+    with pytest.raises(MemoryError):
+        watch.run(greedier, b"x")
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 def test_a_process_that_grows_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,10 +98,8 @@ def _write_status(path: Path, watch: Watch) -> None:
 
 def work_plainly(name: str, seconds: float, crashes: Path, status: Path, seed: int) -> int:
     """Be the process that runs one target without atheris."""
-    from tools.fuzz.limits import limit_address_space
     from tools.fuzz.targets import TARGETS
 
-    limit_address_space()
     watch, crash = run_plainly(TARGETS[name], seconds, crashes, seed)
     _write_status(status, watch)
     return 0 if crash is None else 1
@@ -116,7 +114,7 @@ def work_with_atheris(name: str, status: Path, arguments: Sequence[str]) -> None
 
     with atheris.instrument_imports(include=["vfio_mig"]):
         from tools.fuzz.targets import TARGETS
-    from tools.fuzz.limits import Watch, limit_address_space
+    from tools.fuzz.limits import Watch
 
     target = TARGETS[name]
     watch = Watch()
@@ -129,7 +127,6 @@ def work_with_atheris(name: str, status: Path, arguments: Sequence[str]) -> None
             written = watch.seconds
             _write_status(status, watch)
 
-    limit_address_space()
     atheris.Setup([sys.argv[0], *arguments], one)
     atheris.Fuzz()
 

@@ -7,7 +7,7 @@ import os
 import resource
 import time
 import tracemalloc
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig.errors import VfioMigError
@@ -24,11 +24,11 @@ MESSAGE_FACTOR: Final = 12
 """Characters of a message for each byte that it may quote: one character can become `\\U0001f600`."""
 GROWTH_MAX: Final = 64 << 20
 """Bytes by which a process may grow after its warm-up, however many inputs it is given."""
-ADDRESS_ROOM: Final = 512 << 20
-"""Bytes of address space that a process may take on top of what it starts with: any larger allocation fails."""
+ADDRESS_SLACK: Final = 16 << 20
+"""Bytes of address space that a run may take beside, as allocators take more than they are asked for."""
 TRACED_FIRST: Final = 100
-TRACE_EVERY: Final = 8
-"""The first runs, the seeds among them, and every eighth later are traced by tracemalloc, which makes them slow."""
+TRACE_EVERY: Final = 1000
+"""Runs that tracemalloc looks at: slow, and CPython 3.11 loses 500 bytes whenever it is started and stopped."""
 WARM_UP_RUNS: Final = 1000
 WARM_UP_SECONDS: Final = 2.0
 LOOK_EVERY: Final = 64
@@ -54,26 +54,41 @@ def require_line(text: str, quoted: int = 0) -> None:
     require(len(text) <= MESSAGE_CONSTANT + MESSAGE_FACTOR * quoted, f"{len(text)} characters are no message")
 
 
+def _allowed(size: int) -> int:
+    return INPUT_CONSTANT + INPUT_FACTOR * size
+
+
+@contextmanager
+def _measured(size: int) -> Iterator[None]:
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    yield
+    used = tracemalloc.get_traced_memory()[1] - before
+    require(used <= _allowed(size), f"{used} bytes allocated for {size} bytes of input")
+
+
+@contextmanager
+def _narrow(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_pages(0) + _allowed(size) + ADDRESS_SLACK, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 @contextmanager
 def bounded(size: int, *, quoted: int = 0) -> Iterator[None]:
     """Take an input of *size* bytes: let our own errors pass, and bound what is allocated on the way.
 
-    Memory is measured when tracemalloc is on.
-
     :param quoted: bytes of input that a message may repeat.
+    :raises MemoryError: it took too much, and tracemalloc is off; where it is on, a BrokenPromiseError says how much.
     """
-    traced = tracemalloc.is_tracing()
-    before = 0
-    if traced:
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
-    try:
-        yield
-    except VfioMigError as error:
-        require_line(str(error), quoted)
-    if traced:
-        used = tracemalloc.get_traced_memory()[1] - before
-        require(used <= INPUT_CONSTANT + INPUT_FACTOR * size, f"{used} bytes allocated for {size} bytes of input")
+    with _measured(size) if tracemalloc.is_tracing() else _narrow(size):
+        try:
+            yield
+        except VfioMigError as error:
+            require_line(str(error), quoted)
 
 
 def _pages(column: int) -> int:
@@ -86,10 +101,13 @@ def resident() -> int:
     return _pages(1)
 
 
-def limit_address_space() -> None:
-    """Make allocations beyond ADDRESS_ROOM fail in this process."""
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_pages(0) + ADDRESS_ROOM, hard))
+@contextmanager
+def _traced() -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        tracemalloc.stop()
 
 
 class Watch:
@@ -105,13 +123,8 @@ class Watch:
         """Run a target on one input, and look from time to time."""
         self.runs += 1
         traced = self.runs <= TRACED_FIRST or self.runs % TRACE_EVERY == 0
-        if traced:
-            tracemalloc.start()
-        try:
+        with _traced() if traced else nullcontext():
             function(data)
-        finally:
-            if traced:
-                tracemalloc.stop()
         if self.runs % LOOK_EVERY == 0:
             self._look()
 
