@@ -110,7 +110,8 @@ def _warm_up() -> None:
     """Import all of the program once, for every fork."""
     importlib.import_module("numpy")
     for module in pkgutil.walk_packages(vfio_mig.__path__, "vfio_mig."):
-        importlib.import_module(module.name)
+        if not module.name.endswith(".__main__"):  # which would run
+            importlib.import_module(module.name)
 
 
 def _forked(words: list[str], user: int | None, env: Mapping[str, str] | None, stdout: str | None) -> Done:
