@@ -23,6 +23,7 @@ It is a POSIX tar, so ``tar tvf`` lists it and ``tar xf`` unpacks it. Members, i
 ``state``, ``dirty``, ``pages`` and ``zero`` members may be mixed; each kind is numbered from 0000 without gaps. Where a
 page comes again in a later member, ``pages`` or ``zero``, the later one counts. After the
 manifest come tar's two zero blocks and nothing else. An archive without a manifest is incomplete and is refused.
+``header.json`` has at most 1 MiB, ``manifest.json`` 1 MiB and 256 bytes for each member before it, any other 16 MiB.
 """
 
 import hashlib
