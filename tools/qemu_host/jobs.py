@@ -10,7 +10,7 @@ from tools.qemu_host.memory import find_memory
 from vfio_mig import Settings, check_image, device_status, interrupts, restore, save
 from vfio_mig.dirty.bitmap import preload
 from vfio_mig.dirty.memory import MemoryMap
-from vfio_mig.errors import DeviceBusyError, DeviceNotFoundError, MismatchError, UsageError
+from vfio_mig.errors import DeviceBusyError, DeviceNotFoundError, HostError, MismatchError, UsageError
 from vfio_mig.jobs.rollback import Rollback
 
 if TYPE_CHECKING:
@@ -107,9 +107,8 @@ def save_vgpu(
         tell(_command("save", device, file, pid, maps))
         report = save(device, file, Settings(pid=pid), memory=maps, leave_running=cont, force=force)
         rollback.forget()
-        if cont:
-            _go_on(qmp)
-    return _summary(report._asdict(), pid, maps, cont=cont)
+        vm = _finish(qmp, cont=cont, done=f"{file} is whole")
+    return _summary(report._asdict(), pid, vm, maps)
 
 
 def restore_vgpu(
@@ -139,14 +138,27 @@ def restore_vgpu(
         raise MismatchError(f"{file}: {misfits[0]}", device=device, hint=f"see 'vfio-mig check {file} {device}'")
     tell(_command("restore --force", device, file, pid, maps))
     report = restore(device, file, settings, memory=maps, start=cont, force=True)
-    if cont:
-        _go_on(qmp)
-    return _summary(report._asdict(), pid, maps, cont=cont)
+    vm = _finish(qmp, cont=cont, done="what was restored ends with QEMU")
+    return _summary(report._asdict(), pid, vm, maps)
 
 
 def _command(words: str, device: str, file: str, pid: int, maps: Sequence[MemoryMap]) -> str:
     return f"vfio-mig {words} {device} {file} --pid {pid}{''.join(f' --memory {one}' for one in maps)}"
 
 
-def _summary(report: dict[str, Any], pid: int, maps: Sequence[MemoryMap], *, cont: bool) -> dict[str, Any]:
-    return {**report, "pid": pid, "vm": RUNNING if cont else "paused", "memory": [str(one) for one in maps]}
+def _finish(qmp: Qmp, *, cont: bool, done: str) -> str:
+    """Continue the VM if asked to; returns its state.
+
+    :param done: what to tell of the work before when this fails.
+    """
+    try:
+        if cont:
+            _go_on(qmp)
+        return str(qmp.execute("query-status")["status"])
+    except HostError as error:
+        error.hint = done
+        raise
+
+
+def _summary(report: dict[str, Any], pid: int, vm: str, maps: Sequence[MemoryMap]) -> dict[str, Any]:
+    return {**report, "pid": pid, "vm": vm, "memory": [str(one) for one in maps]}

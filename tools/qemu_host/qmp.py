@@ -98,7 +98,7 @@ class Qmp:
 
         :raises HostError: QEMU refuses it, or is gone.
         """
-        answer = self._execute(command.replace("_", "-"), arguments)
+        answer = self._execute(command, arguments)
         interrupts.check()
         return answer
 

@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: MIT
+"""What scripts/qemu-save and scripts/qemu-restore make of QEMU's answers and of /proc, and do in which order."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from tools.qemu_host import jobs
+from tools.qemu_host.memory import GuestRange, Mapping, Piece, locate, parse_flat_view, parse_hva, parse_maps, path_of
+from tools.qemu_host.qmp import Qmp
+from vfio_mig.errors import (
+    DeviceBusyError,
+    DeviceError,
+    DeviceNotFoundError,
+    HostError,
+    MismatchError,
+    OpenError,
+    UnsupportedError,
+    UsageError,
+)
+from vfio_mig.jobs.check import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+ROOT = Path(__file__).parents[2]
+UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+GIB = 1 << 30
+MIB = 1 << 20
+
+# `info mtree -f` of QEMU 7.2, q35 with 5000 MiB behind the PCI hole, after its firmware; shortened
+FLAT_VIEW = """\
+FlatView #0
+ AS "I/O", root: io
+ Root memory region: io
+  0000000000000000-0000000000000007 (prio 0, i/o): dma-chan
+  0000000000000cf8-0000000000000cf8 (prio 0, i/o): pci-conf-idx
+
+FlatView #1
+ AS "memory", root: system
+ AS "cpu-memory-0", root: system
+ AS "ich9-ahci", root: bus master container
+ Root memory region: system
+  0000000000000000-000000000009ffff (prio 0, ram): ram
+  00000000000a0000-00000000000bffff (prio 1, i/o): vga-lowmem
+  00000000000c0000-00000000000c9fff (prio 0, rom): ram @00000000000c0000
+  00000000000ca000-00000000000fffff (prio 0, ram): ram @00000000000ca000 KVM
+  0000000000100000-000000007fffffff (prio 0, ram): ram @0000000000100000
+  00000000b0000000-00000000bfffffff (prio 0, i/o): pcie-mmcfg-mmio
+  00000000c0000000-00000000c3ffffff (prio 0, ramd): 37bdd784-2cf7-4149-9257-4ac13d5fa192 BAR 2 mmaps[0]
+  00000000fd000000-00000000fdffffff (prio 1, ram): vga.vram
+  00000000fffc0000-00000000ffffffff (prio 0, rom): pc.bios
+  0000000100000000-00000001b87fffff (prio 0, ram): ram @0000000080000000
+  0000000200000000-000000023fffffff (prio 0, nv-ram): /objects/dimm
+
+FlatView #2
+  No rendered FlatView
+"""
+
+MAPS = """\
+5646c4b30000-5646c4b63000 rw-p 00000000 00:00 0 
+5646f4721000-5646f56d8000 rw-p 00000000 00:00 0                          [heap]
+7fd12f7ff000-7fd1af7ff000 rw-s 00000000 00:01 592                        /memfd:memory-backend-memfd (deleted)
+7fd1af7ff000-7fd267fff000 rw-s 80000000 00:01 592                        /memfd:memory-backend-memfd (deleted)
+7fd2ac400000-7fd2ac401000 r--p 00001000 fe:01 1234                       /usr/lib/with a space.so
+7fd300000000-7fd340000000 rw-s 00000000 00:1b 7                          /dev/shm/dimm
+"""  # noqa: W291
+
+
+def test_ram_is_found_on_both_sides_of_the_pci_hole() -> None:
+    assert parse_flat_view(FLAT_VIEW, ["ram", "dimm", "unused"]) == [
+        GuestRange(0, 0xA0000, "ram"),
+        GuestRange(0xC0000, 0xA000, "ram"),
+        GuestRange(0xCA000, 0x36000, "ram"),
+        GuestRange(MIB, 2 * GIB - MIB, "ram"),
+        GuestRange(4 * GIB, 5000 * MIB - 2 * GIB, "ram"),
+        GuestRange(8 * GIB, GIB, "dimm"),
+    ]
+    assert parse_flat_view(FLAT_VIEW, ["elsewhere"]) == []
+    with pytest.raises(HostError, match="no address space called memory"):
+        parse_flat_view("FlatView #0\n  No rendered FlatView\n", ["ram"])
+
+
+def test_the_host_s_address_is_taken_from_the_monitor_s_answer() -> None:
+    assert parse_hva("Host virtual address for 0x100000 (ram) is 0x7fd12f8ff000\r\n") == 0x7FD12F8FF000
+    for text in ("No memory is mapped at address 0x100000\n", "Memory at address 0xc0000000 is not RAM\n", ""):
+        with pytest.raises(HostError, match="does not tell where"):
+            parse_hva(text)
+
+
+def test_every_line_of_maps_is_understood() -> None:
+    maps = parse_maps(MAPS)
+    assert len(maps) == 6
+    assert maps[2] == Mapping(
+        0x7FD12F7FF000,
+        0x7FD1AF7FF000,
+        shared=True,
+        offset=0,
+        device=os.makedev(0, 1),
+        inode=592,
+        path="/memfd:memory-backend-memfd (deleted)",
+    )
+    assert (maps[4].shared, maps[4].offset, maps[4].path) == (False, 0x1000, "/usr/lib/with a space.so")
+    assert (maps[4].device, maps[0].inode, maps[0].path) == (os.makedev(0xFE, 1), 0, "")
+
+
+def placed() -> list[tuple[GuestRange, int]]:
+    ram = 0x7FD12F7FF000
+    offsets = {0: 0, 0xC0000: 0xC0000, 0xCA000: 0xCA000, MIB: MIB, 4 * GIB: 2 * GIB}
+    return [
+        (range_, 0x7FD300000000 if range_.name == "dimm" else ram + offsets[range_.gpa])
+        for range_ in parse_flat_view(FLAT_VIEW, ["ram", "dimm"])
+    ]
+
+
+def test_neighbours_in_guest_and_file_become_one_piece() -> None:
+    pieces = locate(placed(), parse_maps(MAPS))
+    assert [(piece.gpa, piece.size, piece.offset, piece.mapping.path) for piece in pieces] == [
+        (0, 0xA0000, 0, "/memfd:memory-backend-memfd (deleted)"),
+        (0xC0000, 2 * GIB - 0xC0000, 0xC0000, "/memfd:memory-backend-memfd (deleted)"),
+        (4 * GIB, 5000 * MIB - 2 * GIB, 2 * GIB, "/memfd:memory-backend-memfd (deleted)"),
+        (8 * GIB, GIB, 0, "/dev/shm/dimm"),
+    ]
+
+
+def test_a_range_may_lie_in_several_mappings_of_one_file() -> None:
+    whole = GuestRange(0, 5000 * MIB, "ram")
+    (piece,) = locate([(whole, 0x7FD12F7FF000)], parse_maps(MAPS))
+    assert (piece.gpa, piece.size, piece.offset) == (0, 5000 * MIB, 0)
+    # the same neighbourhood in memory, but not in the file
+    moved = parse_maps(MAPS.replace("80000000 00:01 592", "00000000 00:01 593"))
+    assert [(one.gpa, one.size, one.offset) for one in locate([(whole, 0x7FD12F7FF000)], moved)] == [
+        (0, 2 * GIB, 0),
+        (2 * GIB, 5000 * MIB - 2 * GIB, 0),
+    ]
+
+
+@pytest.mark.parametrize("maps", [MAPS.replace("rw-s", "rw-p"), MAPS.replace("00:01 592", "00:00 0")])
+def test_private_ram_is_refused_with_what_to_do(maps: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"'ram' is private to it \(share=off\); start QEMU with .*share=on"):
+        locate(placed(), parse_maps(maps))
+
+
+def test_ram_that_is_not_mapped_is_no_memory() -> None:
+    with pytest.raises(HostError, match="'ram' at 0x0 is not mapped"):
+        locate(placed(), [])
+
+
+def test_the_file_of_a_mapping_is_the_process_s_fd_of_it(tmp_path: Path) -> None:
+    with (tmp_path / "ram").open("w+b") as file:
+        status = os.fstat(file.fileno())
+        mapping = Mapping(0x1000, 0x2000, True, 0, status.st_dev, status.st_ino, "ram")
+        found = path_of(os.getpid(), mapping)
+        assert Path(found).parent == Path(f"/proc/{os.getpid()}/fd")
+        assert os.path.samestat(Path(found).stat(), status)
+        (tmp_path / "ram").unlink()
+    assert path_of(os.getpid(), mapping) == f"/proc/{os.getpid()}/map_files/1000-2000"
+
+
+class FakeQmp:
+    """A monitor that plays QEMU and writes down what it is asked."""
+
+    pid = 4711
+
+    def __init__(self, status: str = "running", *, devices: Sequence[str] = (UUID,), fails: str = "") -> None:
+        self.status = status
+        self.devices = devices
+        self.fails = fails
+        self.asked: list[str] = []
+
+    def execute(self, command: str, **arguments: str) -> Any:
+        self.asked.append(command)
+        if command == self.fails:
+            raise HostError(f"QEMU has gone while it was asked for {command!r}")
+        if command == "qom-list":
+            if not arguments["path"].endswith("-anon"):
+                return [{"name": "type", "type": "string"}, {"name": "net0", "type": "child<e1000>"}]
+            return [{"name": f"device[{one}]", "type": "child<vfio-pci-nohotplug>"} for one in self.devices]
+        if command == "qom-get":
+            return f"/sys/bus/mdev/devices/{arguments['path'].partition('[')[2].rstrip(']')}"
+        self.status = {"stop": "paused", "cont": "running"}.get(command, self.status)
+        return {"status": self.status, "running": self.status == "running"}
+
+    @property
+    def changes(self) -> list[str]:
+        return [command for command in self.asked if command in ("stop", "cont")]
+
+
+class Report(NamedTuple):
+    state: str
+
+
+class Played:
+    """The library: what it is asked to do, and how it fails."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.fails: BaseException | None = None
+        self.checks: list[Finding] = []
+        self.holder_pid: int | None = FakeQmp.pid
+
+    def save(self, name: str, file: str, settings: Any, *, memory: Any, leave_running: bool, force: bool) -> Report:
+        self.calls.append(("save", name, file, settings.pid, [str(one) for one in memory], leave_running, force))
+        return self._end(running=leave_running)
+
+    def restore(self, name: str, file: str, settings: Any, *, memory: Any, start: bool, force: bool) -> Report:
+        self.calls.append(("restore", name, file, settings.pid, [str(one) for one in memory], start, force))
+        return self._end(running=start)
+
+    def _end(self, *, running: bool) -> Report:
+        if self.fails is not None:
+            raise self.fails
+        return Report("running" if running else "stop")
+
+    def device_status(self, name: str) -> Any:
+        return type("Status", (), {"device": name.lower(), "holder_pid": self.holder_pid})
+
+    def check_image(self, device: str, file: str, settings: Any) -> Any:
+        del device, file, settings
+        return type("Check", (), {"checks": self.checks})
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Played:
+    played = Played()
+    for name in ("save", "restore", "device_status", "check_image"):
+        monkeypatch.setattr(jobs, name, getattr(played, name))
+    monkeypatch.setattr(jobs, "find_memory", lambda _qmp, _pid: ["/proc/4711/fd/9@0x0:0x1000+0x0"])
+    return played
+
+
+PIECE = "/proc/4711/fd/9@0x0:0x1000"
+
+
+def test_save_pauses_the_vm_first_and_leaves_it_paused(played: Played) -> None:
+    qmp: Any = FakeQmp()
+    said: list[str] = []
+    summary = jobs.save_vgpu(qmp, UUID.upper(), "gpu.vfm", tell=said.append)
+    assert played.calls == [("save", UUID, "gpu.vfm", 4711, [PIECE], False, False)]
+    assert qmp.changes == ["stop"]
+    assert summary == {"state": "stop", "pid": 4711, "vm": "paused", "memory": [PIECE]}
+    assert said == [
+        "pausing the VM of PID 4711",
+        f"vfio-mig save {UUID} gpu.vfm --pid 4711 --memory {PIECE}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "cont", "changes"),
+    [
+        ("running", True, ["stop", "cont"]),
+        ("paused", True, ["cont"]),
+        ("prelaunch", False, []),
+    ],
+)
+def test_save_changes_only_what_is_needed(played: Played, status: str, cont: bool, changes: list[str]) -> None:
+    qmp: Any = FakeQmp(status)
+    summary = jobs.save_vgpu(qmp, UUID, "gpu.vfm", cont=cont, force=True, memory=["none"])
+    assert qmp.changes == changes
+    assert summary["vm"] == ("running" if cont else status)
+    assert played.calls == [("save", UUID, "gpu.vfm", 4711, [], cont, True)]
+
+
+@pytest.mark.parametrize("error", [DeviceError("EIO"), HostError("ENOSPC"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("cont", [True, False])
+def test_a_failed_save_leaves_the_vm_as_it_was(played: Played, error: BaseException, cont: bool) -> None:
+    played.fails = error
+    for status, changes in (("running", ["stop", "cont"]), ("paused", [])):
+        qmp: Any = FakeQmp(status)
+        with pytest.raises(type(error)):
+            jobs.save_vgpu(qmp, UUID, "gpu.vfm", cont=cont)
+        assert (qmp.changes, qmp.status) == (changes, status)
+
+
+def test_a_signal_after_the_save_lets_no_vm_run_on_a_stopped_device(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played.fails = KeyboardInterrupt()
+    monkeypatch.setattr("vfio_mig.interrupts._finished", [True])
+    for cont, changes in ((False, ["stop"]), (True, ["stop", "cont"])):
+        qmp: Any = FakeQmp()
+        with pytest.raises(KeyboardInterrupt):
+            jobs.save_vgpu(qmp, UUID, "gpu.vfm", cont=cont)
+        assert qmp.changes == changes
+
+
+def test_a_vm_that_goes_after_the_save_is_told_with_the_image(played: Played) -> None:
+    qmp: Any = FakeQmp("paused", fails="cont")
+    with pytest.raises(HostError, match=r"asked for 'cont'; gpu\.vfm is whole"):
+        jobs.save_vgpu(qmp, UUID, "gpu.vfm", cont=True)
+    assert played.calls
+    assert qmp.changes == ["cont"]
+
+
+def test_restore_wants_a_paused_vm_and_the_right_image(played: Played) -> None:
+    running: Any = FakeQmp()
+    with pytest.raises(UsageError, match="state 'running'; pause it first"):
+        jobs.restore_vgpu(running, UUID, "gpu.vfm")
+    qmp: Any = FakeQmp("prelaunch")
+    played.checks = [Finding("type", "mismatch", "image A, device B", forcible=True), Finding("kernel", "note", "x")]
+    with pytest.raises(MismatchError, match=r"gpu\.vfm: image A, device B; see 'vfio-mig check gpu\.vfm"):
+        jobs.restore_vgpu(qmp, UUID, "gpu.vfm")
+    with pytest.raises(UsageError, match="must be a file"):
+        jobs.restore_vgpu(qmp, UUID, "-")
+    assert played.calls == []
+    summary = jobs.restore_vgpu(qmp, UUID, "gpu.vfm", force=True)
+    assert summary == {"state": "stop", "pid": 4711, "vm": "prelaunch", "memory": [PIECE]}
+    jobs.restore_vgpu(qmp, UUID, "gpu.vfm", force=True, cont=True)
+    assert played.calls == [("restore", UUID, "gpu.vfm", 4711, [PIECE], start, True) for start in (False, True)]
+    assert qmp.changes == ["cont"]
+
+
+def test_a_device_of_another_vm_or_process_is_refused(played: Played) -> None:
+    for devices, words in (((), "it has no VFIO device"), (("other", "third"), "it has other, third")):
+        qmp: Any = FakeQmp(devices=devices)
+        with pytest.raises(DeviceNotFoundError, match=f"the VM does not have it; {words}"):
+            jobs.save_vgpu(qmp, UUID, "gpu.vfm")
+    qmp = FakeQmp()
+    played.holder_pid = 12
+    with pytest.raises(DeviceBusyError, match="open in PID 12, and the monitor is PID 4711's"):
+        jobs.save_vgpu(qmp, UUID, "gpu.vfm")
+    assert played.calls == []
+    assert qmp.changes == []
+
+
+@pytest.mark.parametrize("status", ["inmigrate", "shutdown", "guest-panicked", "finish-migrate"])
+def test_a_vm_in_another_state_is_left_alone(played: Played, status: str) -> None:
+    qmp: Any = FakeQmp(status)
+    with pytest.raises(UsageError, match=f"the VM is in state '{status}'"):
+        jobs.save_vgpu(qmp, UUID, "gpu.vfm")
+    assert (played.calls, qmp.changes) == ([], [])
+
+
+def test_memory_is_found_or_named(played: Played) -> None:
+    del played
+    qmp: Any = FakeQmp()
+    assert [str(one) for one in jobs.memory_maps(qmp, 1, ["auto"])] == [PIECE]
+    assert [str(one) for one in jobs.memory_maps(qmp, 1, ["/a@0:4K", "/b@4G:8K"])] == [
+        "/a@0x0:0x1000",
+        "/b@0x100000000:0x2000",
+    ]
+    assert jobs.memory_maps(qmp, 1, ["none"]) == []
+    with pytest.raises(UsageError, match="stand alone"):
+        jobs.memory_maps(qmp, 1, ["auto", "/a@0"])
+
+
+GREETING = '{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}'
+
+
+@contextmanager
+def monitor(path: Path, greeting: str, *answers: dict[str, Any]) -> Iterator[None]:
+    """Greet, agree on nothing, give one answer to each command that comes, and hang up."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            connected, _ = listener.accept()
+            with connected:
+                connected.sendall(greeting.encode() + b"\n")
+                for answer in ({"return": {}}, *answers) if answers else ():
+                    asked = json.loads(connected.recv(4096))  # requests have no ends of line
+                    told = {**answer, "id": asked["id"]} if "id" in asked else answer
+                    connected.sendall(json.dumps(told).encode() + b"\n")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        thread.join()
+
+
+def test_qmp_answers_errors_and_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "qmp"
+    answers: list[dict[str, Any]] = [
+        {"return": {"status": "paused"}},
+        {"return": "one\r\ntwo\r\n"},
+        {"error": {"class": "GenericError", "desc": "no such thing"}},
+    ]
+    with monitor(path, GREETING, *answers), Qmp(str(path)) as qmp:
+        assert qmp.pid == os.getpid()
+        assert qmp.execute("query-status") == {"status": "paused"}
+        assert qmp.monitor("info version") == "one\ntwo\n"
+        with pytest.raises(HostError, match="QEMU refuses 'device_del': no such thing"):
+            qmp.execute("device_del", id="x")
+        with pytest.raises(HostError, match="QEMU has gone while it was asked for 'cont'"):
+            qmp.execute("cont")
+
+
+def test_a_socket_without_qemu_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OpenError, match=r"cannot connect to QMP: ENOENT .*-qmp unix:PATH"):
+        Qmp(str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="too long"):
+        Qmp("/" + "x" * 200)
+    monkeypatch.setattr("tools.qemu_host.qmp.GREETING_SECONDS", 0.05)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "silent"))
+        listener.listen()
+        with pytest.raises(OpenError, match=r"no QMP greeting: none within .*a second -qmp socket"):
+            Qmp(str(tmp_path / "silent"))
+    with monitor(tmp_path / "other", "220 mail.example.org ESMTP"), pytest.raises(OpenError, match="no QMP greeting"):
+        Qmp(str(tmp_path / "other"))
+
+
+def test_without_the_qemu_package_the_scripts_say_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['qemu'] = None; "
+        "import runpy; runpy.run_module('tools.qemu_host', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", code, "save", "a", "b", "c"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == "qemu-save: the Python package qemu.qmp is missing; pip install 'vfio_mig[qemu]'\n"
+    assert done.returncode == 7
+
+
+@pytest.mark.parametrize("name", ["save", "restore"])
+def test_the_scripts_speak_as_vfio_mig_does(name: str) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [ROOT / f"scripts/qemu-{name}", *arguments], cwd="/", capture_output=True, text=True, check=False
+        )
+
+    shown = run("--help")
+    assert shown.returncode == 0
+    assert f"Usage: qemu-{name} [OPTIONS] QMP-SOCKET DEVICE FILE" in shown.stdout
+    wrong = run("one")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert wrong.stderr.startswith(f"qemu-{name}: Missing argument")
+    gone = run("/nowhere/qmp", UUID, "gpu.vfm")
+    assert (gone.returncode, gone.stderr.count("\n")) == (3, 1)
+
+
+def test_a_piece_follows_in_guest_and_file_only() -> None:
+    mapping = parse_maps(MAPS)[2]
+    one = Piece(0, 0x1000, 0, mapping)
+    assert Piece(0x1000, 0x1000, 0x1000, mapping).follows(one)
+    assert not Piece(0x2000, 0x1000, 0x1000, mapping).follows(one)
+    assert not Piece(0x1000, 0x1000, 0x2000, mapping).follows(one)
