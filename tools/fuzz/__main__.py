@@ -21,7 +21,7 @@ STORE: Final = ROOT / ".fuzz"
 """Corpora, logs and inputs that crash, kept between runs; git ignores it."""
 AT_ONCE: Final = 2
 _GRACE: Final = 60
-_MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+_MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(8 << 20)}
 """Otherwise the C library keeps free what an input was given, and the address space does not tell of the next."""
 _COVERAGE: Final = re.compile(r" cov: ([0-9]+) ")
 _RUNS: Final = re.compile(r"^stat::number_of_executed_units: ([0-9]+)$", re.MULTILINE)
