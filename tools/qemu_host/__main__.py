@@ -50,7 +50,7 @@ def save_command(qmp_socket: str, device: str, file: str, *, verbose: bool, **op
     """Pause the VM behind QMP-SOCKET and save its vGPU DEVICE to FILE, with the guest's pages that it may have written.
 
     Both stay stopped, unless --cont. After a failure the VM and the vGPU are as they were found, and there is no FILE.
-    Run it as root.
+    Prints a summary as JSON; to stderr when FILE is -, standard output. Run it as root.
 
     Example: scripts/qemu-save --cont /run/vm.qmp 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 gpu.vfm
     """
@@ -59,7 +59,7 @@ def save_command(qmp_socket: str, device: str, file: str, *, verbose: bool, **op
 
     with Qmp(qmp_socket) as qmp:
         summary = save_vgpu(qmp, device, file, tell=_say if verbose else lambda _: None, **options)
-    click.echo(json.dumps(summary, indent=2))
+    click.echo(json.dumps(summary, indent=2), err=file == "-")
 
 
 @click.command("qemu-restore", context_settings=CONTEXT)
