@@ -32,14 +32,23 @@ if TYPE_CHECKING:
         VfioMigError,
     )
     from vfio_mig.jobs.check import check_image, verify_image
-    from vfio_mig.jobs.control import device_status, reset_device, start_device, stop_device
+    from vfio_mig.jobs.control import (
+        device_status,
+        reset_device,
+        start_device,
+        start_devices,
+        stop_device,
+        stop_devices,
+    )
     from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
     from vfio_mig.jobs.hold import hold_device
     from vfio_mig.jobs.inform import device_info, list_devices
-    from vfio_mig.jobs.restore import restore
-    from vfio_mig.jobs.save import save
+    from vfio_mig.jobs.migrate import migrate
+    from vfio_mig.jobs.restore import restore, restore_all
+    from vfio_mig.jobs.save import save, save_all
     from vfio_mig.jobs.session import Session, Settings
     from vfio_mig.jobs.session import open_session as open_device
+    from vfio_mig.jobs.window import Live
 
 __version__ = "0.1.0.dev0"
 
@@ -60,13 +69,22 @@ _MODULES = {
         "VfioMigError",
     ),
     "jobs.check": ("check_image", "verify_image"),
-    "jobs.control": ("device_status", "reset_device", "start_device", "stop_device"),
+    "jobs.control": (
+        "device_status",
+        "reset_device",
+        "start_device",
+        "start_devices",
+        "stop_device",
+        "stop_devices",
+    ),
     "jobs.dirty": ("fetch_dirty", "sync_dirty"),
     "jobs.hold": ("hold_device",),
     "jobs.inform": ("device_info", "list_devices"),
-    "jobs.restore": ("restore",),
-    "jobs.save": ("save",),
+    "jobs.migrate": ("migrate",),
+    "jobs.restore": ("restore", "restore_all"),
+    "jobs.save": ("save", "save_all"),
     "jobs.session": ("Session", "Settings", "open_device"),
+    "jobs.window": ("Live",),
 }
 _RENAMED = {"open_device": "open_session"}
 
@@ -77,6 +95,7 @@ __all__ = [
     "HostError",
     "ImageError",
     "InterruptedJobError",
+    "Live",
     "MemoryMap",
     "MismatchError",
     "OpenError",
@@ -92,12 +111,17 @@ __all__ = [
     "fetch_dirty",
     "hold_device",
     "list_devices",
+    "migrate",
     "open_device",
     "reset_device",
     "restore",
+    "restore_all",
     "save",
+    "save_all",
     "start_device",
+    "start_devices",
     "stop_device",
+    "stop_devices",
     "sync_dirty",
     "verify_image",
 ]

@@ -128,7 +128,7 @@ def test_the_installed_program_refuses_it_without_a_traceback(arguments: list[st
 
 
 def test_every_command_on_a_device_is_tried_here() -> None:
-    assert set(ON_DEVICES) | {"list", "mdev", "verify", "check"} == set(COMMANDS)
+    assert set(ON_DEVICES) | {"list", "mdev", "migrate", "verify", "check"} == set(COMMANDS)
 
 
 def refused(*arguments: str) -> VfioMigError:
@@ -296,7 +296,7 @@ def test_verify_prints_one_clean_line_whatever_stands_in_the_image(tmp_path: Pat
 
 
 def test_verify_names_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
-    with open(os.fsencode(tmp_path / "image") + b"\xff", "wb") as file:
+    with Path(os.fsdecode(os.fsencode(tmp_path / "image") + b"\xff")).open("wb") as file:
         ArchiveWriter(file, {}).finish()
     done = run("verify", os.fsdecode(b"image\xff"))
     assert (done.returncode, done.stderr) == (0, "")

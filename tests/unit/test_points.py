@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -252,7 +253,11 @@ def points_of(text: str) -> set[tuple[str, str]]:
 
 
 def test_the_table_names_the_points_that_the_jobs_have_and_no_other() -> None:
-    called = set.union(*(points_of(path.read_text()) for path in sorted((ROOT / "vfio_mig/jobs").glob("*.py"))))
+    jobs = ROOT / "vfio_mig/jobs"
+    called = set.union(*(points_of(path.read_text()) for path in sorted(jobs.glob("*.py")) if path.stem != "window"))
+    # The window of a job that stops one device: in a migration the source is not started again
+    names = set(re.findall(r'self\._point\("([a-z-]+)"\)', (jobs / "window.py").read_text()))
+    called |= {(job, name) for job in ("save", "migrate") for name in names} - {("migrate", "after-start")}
     assert called == {(job, name) for job, names in POINTS.items() for name in names}
     assert [len(set(names)) for names in POINTS.values()] == [len(names) for names in POINTS.values()]
 

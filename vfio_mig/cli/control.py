@@ -16,19 +16,20 @@ if TYPE_CHECKING:
 PAST = {"stop": "stopped", "start": "started", "reset": "reset"}
 
 
-def _report(options: Options, done: Done) -> None:
+def _report(options: Options, reports: list[Done]) -> None:
     if options.as_json:
-        print_json(done._asdict())
+        print_json(reports[0]._asdict() if len(reports) == 1 else [done._asdict() for done in reports])
     elif not options.quiet:
-        click.echo(f"{done.device}: {PAST[done.action]} in {done.seconds * 1e3:.1f} ms")
+        for done in reports:
+            click.echo(f"{done.device}: {PAST[done.action]} in {done.seconds * 1e3:.1f} ms")
 
 
 @click.command("stop", short_help="Pause DEVICE and leave it stopped.")
-@click.argument("device")
+@click.argument("devices", nargs=-1, required=True, metavar="DEVICE...")
 @borrow_options
 @click.pass_obj
-def stop_command(options: Options, device: str) -> None:
-    """Stop DEVICE and leave it stopped; running work finishes, queued work stays queued.
+def stop_command(options: Options, devices: tuple[str, ...]) -> None:
+    """Stop DEVICE and leave it stopped; running work finishes, queued work stays queued. Several are one job.
 
     The device must be open in some process, as a stop ends with the last close: see `vfio-mig hold`.
     (In mdevctl, `stop` removes the mdev; here it pauses the device.)
@@ -36,24 +37,24 @@ def stop_command(options: Options, device: str) -> None:
     \b
     Example: vfio-mig stop 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
     """
-    from vfio_mig.jobs.control import stop_device
+    from vfio_mig.jobs.control import stop_devices
 
-    _report(options, stop_device(device, settings_of(options)))
+    _report(options, stop_devices(devices, settings_of(options)))
 
 
 @click.command("start")
-@click.argument("device")
+@click.argument("devices", nargs=-1, required=True, metavar="DEVICE...")
 @borrow_options
 @click.pass_obj
-def start_command(options: Options, device: str) -> None:
+def start_command(options: Options, devices: tuple[str, ...]) -> None:
     """Let a stopped DEVICE go on; its queued work runs.
 
     \b
     Example: vfio-mig start 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
     """
-    from vfio_mig.jobs.control import start_device
+    from vfio_mig.jobs.control import start_devices
 
-    _report(options, start_device(device, settings_of(options)))
+    _report(options, start_devices(devices, settings_of(options)))
 
 
 @click.command("reset")
@@ -69,7 +70,7 @@ def reset_command(options: Options, device: str, *, force: bool) -> None:
     """
     from vfio_mig.jobs.control import reset_device
 
-    _report(options, reset_device(device, settings_of(options), force=force))
+    _report(options, [reset_device(device, settings_of(options), force=force)])
 
 
 @click.command("status", short_help="Tell who has DEVICE open.")

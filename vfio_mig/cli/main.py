@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from vfio_mig import __version__, interrupts
 from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text
+
+if TYPE_CHECKING:
+    from vfio_mig.jobs.steps import Events, Hooks
 
 PROGRAM = "vfio-mig"
 COMPLETION = "_VFIO_MIG_COMPLETE"
@@ -22,6 +25,7 @@ COMMANDS = {  # command: module below vfio_mig.cli
     "info": "devices",
     "list": "devices",
     "mdev": "mdev",
+    "migrate": "migrate",
     "reset": "control",
     "restore": "transfer",
     "save": "transfer",
@@ -58,9 +62,11 @@ class Lazy(click.Group):
 class Options:
     """The global options, as every command finds them in its context."""
 
-    __slots__ = ("abi", "as_json", "fd", "pid", "quiet", "uapi_header", "verbose")
+    __slots__ = ("abi", "as_json", "events", "fd", "hooks", "pid", "quiet", "uapi_header", "verbose")
 
     def __init__(self, *, as_json: bool, verbose: bool, quiet: bool, abi: str, uapi_header: str | None) -> None:
+        self.events: Events | None = None
+        self.hooks: Hooks | None = None
         self.as_json = as_json
         self.verbose = verbose
         self.quiet = quiet
@@ -82,8 +88,28 @@ class Options:
     envvar="VFIO_MIG_UAPI_HEADER",
     help="Take the RFC's numbers from this linux/vfio.h of a patched kernel.",
 )
+@click.option("--events", metavar="FILE", help="Append one JSON object per step of a job to FILE.")
+@click.option("--status-fd", type=click.IntRange(min=0), metavar="N", help="Write the same to this inherited fd.")
+@click.option(
+    "--hook",
+    "hooks",
+    multiple=True,
+    metavar="STEP=COMMAND",
+    help="Run COMMAND (no shell) at pre-stop, post-stop, pre-start, post-start or any step of --events (repeatable).",
+)
 @click.pass_context
-def cli(ctx: click.Context, *, as_json: bool, verbose: bool, quiet: bool, abi: str, uapi_header: str | None) -> None:
+def cli(
+    ctx: click.Context,
+    *,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    abi: str,
+    uapi_header: str | None,
+    events: str | None,
+    status_fd: int | None,
+    hooks: tuple[str, ...],
+) -> None:
     """Stop, save and restore VFIO devices without a VMM in the way.
 
     DEVICE is an mdev's UUID, a PCI address, a path in /sys, or /dev/vfio/N for a group of one device.
@@ -98,7 +124,18 @@ def cli(ctx: click.Context, *, as_json: bool, verbose: bool, quiet: bool, abi: s
     Exit codes: 0 done, 2 wrong usage, 3 no such device or it cannot be opened, 4 not supported by the device,
     5 the device or kernel failed, 6 the image is invalid or does not fit, 7 the host failed, 130 interrupted.
     """
-    ctx.obj = Options(as_json=as_json, verbose=verbose, quiet=quiet, abi=abi, uapi_header=uapi_header)
+    options = Options(as_json=as_json, verbose=verbose, quiet=quiet, abi=abi, uapi_header=uapi_header)
+    ctx.obj = options
+    if events is not None or status_fd is not None or hooks:
+        _listen(options, events if status_fd is None else status_fd, hooks)
+
+
+def _listen(options: Options, target: str | int | None, hooks: tuple[str, ...]) -> None:
+    from vfio_mig.jobs.steps import Events, Hooks
+
+    options.hooks = Hooks(hooks)
+    if target is not None:
+        options.events = Events(target)
 
 
 def _run() -> int:
@@ -107,10 +144,29 @@ def _run() -> int:
         cli.main(prog_name=PROGRAM, complete_var=COMPLETION)
     try:
         with cli.make_context(PROGRAM, sys.argv[1:]) as context:
-            cli.invoke(context)
+            _invoke(context)
     except click.exceptions.Exit as done:  # --help, --version
         return done.exit_code
     return 0
+
+
+def _invoke(context: click.Context) -> None:
+    """Run the command; whoever listens hears how it ended."""
+    try:
+        cli.invoke(context)
+    except VfioMigError as error:
+        _emit(context, "failed", code=error.exit_code, error=str(error))
+        raise
+    except KeyboardInterrupt:
+        _emit(context, "failed", code=InterruptedJobError.exit_code, error="interrupted")
+        raise
+    _emit(context, "done", code=0)
+
+
+def _emit(context: click.Context, step: str, **more: object) -> None:
+    options = context.obj
+    if isinstance(options, Options) and options.events is not None:
+        options.events.emit(step, **more)
 
 
 def _fail(error: VfioMigError) -> NoReturn:

@@ -25,8 +25,41 @@ def settings_of(options: Options) -> Settings:
 
     tell = (lambda text: say(options, text)) if options.verbose else None
     return Settings(
-        abi=options.abi, uapi_header=options.uapi_header, pid=options.pid, fd=options.fd, tell=tell, warn=warn
+        abi=options.abi,
+        uapi_header=options.uapi_header,
+        pid=options.pid,
+        fd=options.fd,
+        tell=tell,
+        warn=warn,
+        on_step=_listener(options),
     )
+
+
+def _listener(options: Options) -> Callable[[str, str, str], None] | None:
+    """Pass the steps of a job on to events and hooks."""
+    if options.events is None and options.hooks is None:
+        return None
+
+    def on_step(job: str, step: str, device: str) -> None:
+        if options.events is not None:
+            options.events.emit(step, job=job, device=device)
+        if options.hooks is not None:
+            options.hooks.run(job, step, device)
+
+    return on_step
+
+
+def parse_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Take DEVICE FILE, or DEVICE=FILE as often as there are devices, apart.
+
+    :raises click.UsageError: it is neither.
+    """
+    if len(words) == 2 and "=" not in words[0]:  # noqa: PLR2004 -- DEVICE and FILE
+        return [(words[0], words[1])]
+    pairs = [word.partition("=") for word in words]
+    if not pairs or not all(device and file for device, _, file in pairs):
+        raise click.UsageError("takes DEVICE FILE, or DEVICE=FILE for each of several devices")
+    return [(device, file) for device, _, file in pairs]
 
 
 def warn(text: str) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -13,6 +13,7 @@ from vfio_mig.cli.output import (
     borrow_options,
     memory_option,
     parse_memory,
+    parse_pairs,
     parse_ranges,
     print_json,
     range_option,
@@ -22,17 +23,60 @@ from vfio_mig.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from vfio_mig.cli.main import Options
     from vfio_mig.dirty.sync import Round
+    from vfio_mig.jobs.window import Live
 
+rounds_option = click.option(
+    "--rounds", type=click.IntRange(min=0), help="Copy rounds before the stop, at most; 30 with --max-downtime."
+)
+max_downtime_option = click.option(
+    "--max-downtime",
+    type=click.FloatRange(min=0),
+    metavar="MS",
+    help="Stop as soon as the last round is expected to take no longer.",
+)
 NOW: Final = {"running": "it runs", "stop": "left stopped", "closed": "closed, as nobody else has it open"}
 
 
+def tell_round(options: Options) -> Callable[[Round], None]:
+    """Say what each round did, to a terminal or with -v."""
+
+    def tell(one: Round) -> None:
+        if sys.stderr.isatty() or options.verbose:
+            state = "stopped" if one.stopped else "running"
+            say(
+                options,
+                f"round ({state}): {one.pages_dirty} pages dirty, {one.pages_written} written, "
+                f"{one.pages_unchanged} unchanged, {one.rate / 1e6:.0f} MB/s; "
+                f"a stop now: {one.estimated_downtime * 1e3:.1f} ms",
+            )
+
+    return tell
+
+
+def live_of(options: Options, rounds: int | None, max_downtime: float | None, meter: Meter) -> Live:
+    """Turn the options of a live save into what the job takes: no rounds unless one of them is given."""
+    from vfio_mig.jobs.window import ROUNDS_LIVE, Live
+
+    if rounds is None:
+        rounds = 0 if max_downtime is None else ROUNDS_LIVE
+    return Live(rounds, None if max_downtime is None else max_downtime / 1e3, meter, tell_round(options))
+
+
+def print_reports(targets: Sequence[str], reports: list[dict[str, Any]]) -> None:
+    """Print one report as such, those of DEVICE=FILE as a list."""
+    print_json(reports if "=" in targets[0] else reports[0])
+
+
 @click.command("save", short_help="Save DEVICE to a file.")
-@click.argument("device")
-@click.argument("file")
+@click.argument("targets", nargs=-1, required=True, metavar="DEVICE FILE | DEVICE=FILE...")
 @memory_option
 @range_option
+@rounds_option
+@max_downtime_option
 @click.option("--leave-running", is_flag=True, help="Start the device again once everything is read.")
 @click.option("--raw", is_flag=True, help="Write the bare device state: no bitmap, no pages, no integrity.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
@@ -40,54 +84,57 @@ NOW: Final = {"running": "it runs", "stop": "left stopped", "closed": "closed, a
 @click.pass_obj
 def save_command(
     options: Options,
-    device: str,
-    file: str,
+    targets: tuple[str, ...],
     memory: tuple[str, ...],
     ranges: tuple[str, ...],
     *,
+    rounds: int | None,
+    max_downtime: float | None,
     leave_running: bool,
     raw: bool,
     force: bool,
 ) -> None:
     """Stop DEVICE and save dirty bitmap, with --memory the dirty pages, and state to FILE (- is stdout).
 
-    DEVICE is left stopped unless --leave-running. After a failure it runs and there is no FILE.
+    DEVICE is left stopped unless --leave-running. After a failure it runs and there is no FILE. With --rounds or
+    --max-downtime pages are copied while it still runs. Several DEVICE=FILE are one job: all stop before any is read.
 
     \b
     Examples:
       vfio-mig save $UUID gpu.vfm
       vfio-mig save $UUID gpu.vfm --memory /dev/shm/guest@0 --leave-running
       vfio-mig save $UUID - | ssh HOST vfio-mig restore $UUID -
+      vfio-mig save $GPU=gpu.vfm $NIC=nic.vfm
     """
-    from vfio_mig.jobs.save import save
+    from vfio_mig.jobs.save import save_all
 
+    pairs = parse_pairs(targets)
     with Meter(options) as meter:
-        report = save(
-            device,
-            file,
+        reports = save_all(
+            pairs,
             settings_of(options),
             memory=parse_memory(memory),
             ranges=parse_ranges(ranges),
             leave_running=leave_running,
             raw=raw,
             force=force,
-            progress=meter,
+            live=live_of(options, rounds, max_downtime, meter),
         )
-    if options.as_json and file != "-":
-        print_json(report._asdict())
+    if options.as_json and all(file != "-" for _, file in pairs):
+        print_reports(targets, [report.as_dict() for report in reports])
         return
-    say(
-        options,
-        f"{report.device}: saved {report.state_bytes} bytes of state, {report.pages_dirty} dirty pages, "
-        f"{report.pages_written} pages of memory to {file}; stopped for {report.stopped_time * 1e3:.1f} ms "
-        f"(stop {report.stop_time * 1e3:.1f}, bitmap {report.bitmap_time * 1e3:.1f}, "
-        f"state {report.state_read_time * 1e3:.1f}); {NOW[report.state]}",
-    )
+    for report in reports:
+        say(
+            options,
+            f"{report.device}: saved {report.state_bytes} bytes of state, {report.pages_dirty} dirty pages, "
+            f"{report.pages_written} pages of memory to {report.file}; stopped for {report.stopped_time * 1e3:.1f} ms "
+            f"(stop {report.stop_time * 1e3:.1f}, bitmap {report.bitmap_time * 1e3:.1f}, "
+            f"state {report.state_read_time * 1e3:.1f}); {NOW[report.state]}",
+        )
 
 
 @click.command("restore", short_help="Load a file into DEVICE.")
-@click.argument("device")
-@click.argument("file")
+@click.argument("targets", nargs=-1, required=True, metavar="DEVICE FILE | DEVICE=FILE...")
 @memory_option
 @click.option("--start", is_flag=True, help="Start the device once the state is loaded.")
 @click.option("--raw", is_flag=True, help="FILE is a bare device state.")
@@ -97,52 +144,60 @@ def save_command(
     is_flag=True,
     help="DANGEROUS: load a state of unknown layout; the kernel may believe whatever it says.",
 )
+@click.option(
+    "--await-word",
+    is_flag=True,
+    help="Once loaded, wait for a line `start` or `stay` behind the image; `migrate` uses this.",
+)
 @borrow_options
 @click.pass_obj
 def restore_command(
     options: Options,
-    device: str,
-    file: str,
+    targets: tuple[str, ...],
     memory: tuple[str, ...],
     *,
     start: bool,
     raw: bool,
     force: bool,
     no_verify_state: bool,
+    await_word: bool,
 ) -> None:
     """Load FILE (- is stdin) into DEVICE, a fresh one of the same type; left stopped unless --start.
 
     All of FILE is verified before the first byte reaches DEVICE. With --memory the saved pages are written there.
+    Several DEVICE=FILE are one job: all are loaded before any is started.
 
     \b
     Examples:
       vfio-mig restore $UUID gpu.vfm --start
       vfio-mig restore $UUID - <gpu.vfm
     """
-    from vfio_mig.jobs.restore import restore
+    from vfio_mig.jobs.restore import restore_all
 
     with Meter(options) as meter:
-        report = restore(
-            device,
-            file,
+        reports = restore_all(
+            parse_pairs(targets),
             settings_of(options),
             memory=parse_memory(memory),
             start=start,
             raw=raw,
             force=force,
             verify_state=not no_verify_state,
+            await_word=await_word,
             progress=meter,
         )
-    for warning in report.warnings:
-        warn(f"{report.device}: {warning}")
+    for report in reports:
+        for warning in report.warnings:
+            warn(f"{report.device}: {warning}")
     if options.as_json:
-        print_json(report._asdict())
+        print_reports(targets, [report._asdict() for report in reports])
         return
-    say(
-        options,
-        f"{report.device}: restored {report.state_bytes} bytes of state and {report.pages_written} pages from {file} "
-        f"in {report.state_write_time * 1e3:.1f} ms; {NOW[report.state]}",
-    )
+    for report in reports:
+        say(
+            options,
+            f"{report.device}: restored {report.state_bytes} bytes of state and {report.pages_written} pages "
+            f"from {report.file} in {report.state_write_time * 1e3:.1f} ms; {NOW[report.state]}",
+        )
 
 
 @click.command("dirty", short_help="Tell which guest pages DEVICE may have written.")
@@ -193,15 +248,8 @@ def dirty_command(
 @click.argument("file")
 @memory_option
 @range_option
-@click.option(
-    "--rounds", type=click.IntRange(min=0), help="Rounds before the stop, at most: 3, or 30 with --max-downtime."
-)
-@click.option(
-    "--max-downtime",
-    type=click.FloatRange(min=0),
-    metavar="MS",
-    help="Stop as soon as the last round is expected to take no longer.",
-)
+@rounds_option
+@max_downtime_option
 @click.option("--leave-running", is_flag=True, help="Start the device again after the last round.")
 @borrow_options
 @click.pass_obj
@@ -229,16 +277,6 @@ def sync_command(
     """
     from vfio_mig.jobs.dirty import sync_dirty
 
-    def progress(one: Round) -> None:
-        if sys.stderr.isatty() or options.verbose:
-            state = "stopped" if one.stopped else "running"
-            say(
-                options,
-                f"round ({state}): {one.pages_dirty} pages dirty, {one.pages_written} written, "
-                f"{one.pages_unchanged} unchanged, {one.rate / 1e6:.0f} MB/s; "
-                f"a stop now: {one.estimated_downtime * 1e3:.1f} ms",
-            )
-
     report = sync_dirty(
         device,
         file,
@@ -248,7 +286,7 @@ def sync_command(
         rounds=rounds,
         max_downtime=None if max_downtime is None else max_downtime / 1e3,
         leave_running=leave_running,
-        progress=progress,
+        progress=tell_round(options),
     )
     if options.as_json:
         print_json({**report._asdict(), "rounds": [one.as_dict() for one in report.rounds]})

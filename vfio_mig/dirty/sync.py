@@ -72,6 +72,9 @@ class Sink(Protocol):
         *view* is valid during the call only.
         """
 
+    def end_round(self) -> None:
+        """Take note that no page of this round comes any more; the same page may come again in the next."""
+
 
 class SparseFile:
     """A file in which the guest's page at address *a* is at offset *a*; pages of zeros are holes where they can be.
@@ -98,6 +101,9 @@ class SparseFile:
                 self._write(at, view[start * PAGE : (start + count) * PAGE])
                 written += count
         return written
+
+    def end_round(self) -> None:
+        """Nothing waits here."""
 
     def finish(self, end: int) -> None:
         """Make the file *end* bytes long if it is shorter, and sync it to disk."""
@@ -177,42 +183,65 @@ class Copy:
         return iter([(0, len(view) // PAGE)]) if self._known is None else self._known.changed(gpa, view)
 
 
-def run_round(
-    memory: Memory,
-    fetch: Callable[[], Iterable[Dirty]],
-    sink: Sink,
-    known: Fingerprints | None = None,
-    *,
-    stopped: bool,
-) -> Round:
-    """Fetch the bitmap, then copy: one round.
-
-    :param known: what the pages were like before; without it every dirty page is written.
-    """
-    began = time.monotonic()
-    dirty = list(fetch())
-    fetched = time.monotonic()
-    copy = Copy(memory, sink, known)
-    copy.run(dirty)
-    done = time.monotonic()
-    return Round(
-        stopped,
-        pages_dirty=copy.dirty,
-        pages_written=copy.written,
-        pages_zero=copy.changed - copy.written,
-        pages_unchanged=copy.inside - copy.changed,
-        pages_outside=copy.dirty - copy.inside,
-        bytes_written=copy.written * PAGE,
-        bitmap_time=fetched - began,
-        copy_time=done - fetched,
-    )
-
-
 def _is_enough(done: list[Round], max_downtime: float | None) -> bool:
     """Tell whether another round with the device running would bring nothing."""
     if max_downtime is not None and done[-1].estimated_downtime <= max_downtime:
         return True
     return not done[-1].pages_changed or (len(done) > 1 and done[-1].pages_changed >= done[-2].pages_changed)
+
+
+class LiveCopy:
+    """Copies dirty pages in rounds while the device runs, and once more when it is stopped.
+
+    :param fetch: the dirty bits of now, all of them.
+    :param remember: write a page again only if its content has changed; False for a single round.
+    """
+
+    def __init__(
+        self, memory: Memory, fetch: Callable[[], Iterable[Dirty]], sink: Sink, *, remember: bool = True
+    ) -> None:
+        self._memory = memory
+        self._fetch = fetch
+        self._sink = sink
+        self._known = Fingerprints(memory.ranges) if remember else None
+
+    def run(self, rounds: int, max_downtime: float | None, progress: Callable[[Round], object]) -> list[Round]:
+        """Copy until a round brings nothing, the last one is expected to fit, or *rounds* are done."""
+        done: list[Round] = []
+        while len(done) < rounds:
+            done.append(self._round(stopped=False))
+            progress(done[-1])
+            if _is_enough(done, max_downtime):
+                break
+        return done
+
+    def last_round(self, fetched: Callable[[], object] = lambda: None) -> Round:
+        """Copy what is left; the device is stopped.
+
+        :param fetched: called when the bitmap is there.
+        """
+        return self._round(stopped=True, fetched=fetched)
+
+    def _round(self, *, stopped: bool, fetched: Callable[[], object] = lambda: None) -> Round:
+        began = time.monotonic()
+        dirty = list(self._fetch())
+        middle = time.monotonic()
+        fetched()
+        copy = Copy(self._memory, self._sink, self._known)
+        copy.run(dirty)
+        self._sink.end_round()
+        done = time.monotonic()
+        return Round(
+            stopped,
+            pages_dirty=copy.dirty,
+            pages_written=copy.written,
+            pages_zero=copy.changed - copy.written,
+            pages_unchanged=copy.inside - copy.changed,
+            pages_outside=copy.dirty - copy.inside,
+            bytes_written=copy.written * PAGE,
+            bitmap_time=middle - began,
+            copy_time=done - middle,
+        )
 
 
 def sync(
@@ -235,14 +264,9 @@ def sync(
     :param progress: called after each round.
     :returns: the rounds; the last one ran with the device stopped.
     """
-    known = Fingerprints(memory.ranges) if rounds else None
-    done: list[Round] = []
-    while len(done) < rounds:
-        done.append(run_round(memory, fetch, sink, known, stopped=False))
-        progress(done[-1])
-        if _is_enough(done, max_downtime):
-            break
+    copy = LiveCopy(memory, fetch, sink, remember=rounds > 0)
+    done = copy.run(rounds, max_downtime, progress)
     stop()
-    done.append(run_round(memory, fetch, sink, known, stopped=True))
+    done.append(copy.last_round())
     progress(done[-1])
     return done

@@ -106,6 +106,8 @@ class ArchiveWriter:
         self._members: list[Member] = []
         self._counts = dict.fromkeys(_KINDS, 0)
         self._finished = False
+        self._ranges: list[list[int]] = []
+        self._content = bytearray()
         self._put("header.json", [_canonical({**header, "format": FORMAT, "version": VERSION})])
 
     def add_state(self, chunks: Buffer | Iterable[Buffer]) -> int:
@@ -136,28 +138,33 @@ class ArchiveWriter:
 
         A buffer is copied before the next one is asked for, so it may be used again.
         """
-        total = 0
-        ranges: list[list[int]] = []
-        content = bytearray()
-        for start, buffer in pages:
-            gpa, view = start, memoryview(buffer).cast("B")
-            if gpa % PAGE or len(view) % PAGE or not 0 <= gpa <= ADDRESS_END - len(view):
-                raise ValueError(f"no whole pages: {len(view)} bytes at {gpa:#x}")
-            total += len(view)
-            while view:
-                piece = view[: CHUNK - len(content)]
-                if ranges and sum(ranges[-1]) == gpa:
-                    ranges[-1][1] += len(piece)
-                else:
-                    ranges.append([gpa, len(piece)])
-                content += piece
-                gpa, view = gpa + len(piece), view[len(piece) :]
-                if len(content) == CHUNK:
-                    self._add("pages", [_index(ranges), content])
-                    ranges, content = [], bytearray()
-        if ranges:
-            self._add("pages", [_index(ranges), content])
+        total = sum(self.put_pages(gpa, buffer) for gpa, buffer in pages)
+        self.flush_pages()
         return total
+
+    def put_pages(self, gpa: int, buffer: Buffer) -> int:
+        """Append one piece of guest memory; it may wait for more until :meth:`flush_pages`. Returns its bytes."""
+        view = memoryview(buffer).cast("B")
+        size = len(view)
+        if gpa % PAGE or size % PAGE or not 0 <= gpa <= ADDRESS_END - size:
+            raise ValueError(f"no whole pages: {size} bytes at {gpa:#x}")
+        while view:
+            piece = view[: CHUNK - len(self._content)]
+            if self._ranges and sum(self._ranges[-1]) == gpa:
+                self._ranges[-1][1] += len(piece)
+            else:
+                self._ranges.append([gpa, len(piece)])
+            self._content += piece
+            gpa, view = gpa + len(piece), view[len(piece) :]
+            if len(self._content) == CHUNK:
+                self.flush_pages()
+        return size
+
+    def flush_pages(self) -> None:
+        """Write the guest memory that waits."""
+        if self._ranges:
+            self._add("pages", [_index(self._ranges), self._content])
+            self._ranges, self._content = [], bytearray()
 
     def add_zero(self, ranges: Iterable[tuple[int, int]]) -> int:
         """Append guest memory that is all zero: (guest-physical address, bytes), whole pages. Returns the bytes."""
@@ -180,6 +187,7 @@ class ArchiveWriter:
 
     def finish(self, statistics: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write manifest and end, and return the manifest. After this the archive is whole (flush is the caller's)."""
+        self.flush_pages()
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -305,10 +313,11 @@ class Archive:
         return content
 
 
-def read_archive(file: BinaryIO) -> Archive:
+def read_archive(file: BinaryIO, *, alone: bool = True) -> Archive:
     """Read a whole archive and verify it: format, order, names, sizes, every member's SHA-256, nothing behind it.
 
     :param file: a file, read from where it stands, or a pipe, which is copied to an unnamed temporary file.
+    :param alone: whether the file must end behind the archive; otherwise it is read exactly so far.
     :raises ImageError: anything is wrong; the message names the member or the byte offset.
     :raises HostError: reading failed, or there is no room for the copy of a pipe.
     """
@@ -318,7 +327,7 @@ def read_archive(file: BinaryIO) -> Archive:
 
         spool = cast("BinaryIO", tempfile.SpooledTemporaryFile(_SPOOL_IN_MEMORY))  # noqa: SIM115 -- Archive closes it
     try:
-        return _Reader(file, spool).read()
+        return _Reader(file, spool, alone=alone).read()
     except BaseException:
         if spool is not None:
             with suppress(OSError):  # what it could not write is not wanted any more
@@ -349,8 +358,9 @@ def _read(file: BinaryIO, size: int) -> bytes:
 class _Reader:
     """One pass over an archive."""
 
-    def __init__(self, file: BinaryIO, spool: BinaryIO | None) -> None:
+    def __init__(self, file: BinaryIO, spool: BinaryIO | None, *, alone: bool) -> None:
         self.file = file
+        self.alone = alone
         self.spool = spool
         self.base = file.tell() if spool is None else 0
         self.offset = 0
@@ -426,7 +436,7 @@ class _Reader:
     def _check_end(self) -> None:
         if any(self._take(len(tar.END), "end of the archive")):
             raise ImageError(f"bytes behind manifest.json, before {self.offset:#x}")
-        if _read(self.file, 1):
+        if self.alone and _read(self.file, 1):
             raise ImageError(f"bytes behind the end of the archive, at {self.offset:#x}")
 
 

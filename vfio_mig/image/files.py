@@ -73,6 +73,9 @@ class Output(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
 
+    def prepare(self) -> None:
+        """Do what may take long or fail before :meth:`commit`."""
+
     def commit(self) -> None:
         """Make sure of it that everything has arrived; what fails from now on undoes nothing of it."""
 
@@ -86,6 +89,7 @@ class NewFile:
         self._directory = os.path.dirname(target) or "."
         self._temporary: str | None = None
         self._file: BinaryIO | None = None
+        self._is_durable = False
 
     @protected
     def __enter__(self) -> BinaryIO:
@@ -109,6 +113,21 @@ class NewFile:
             self._discard()
 
     @protected
+    def prepare(self) -> None:
+        """Make it durable; it has no name yet.
+
+        :raises HostError: the disk is full, as a rule.
+        """
+        if self._file is None or self._is_durable:
+            return
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())  # ENOSPC may come as late as here
+        except OSError as error:
+            raise host_error("cannot commit it", self._target, error) from error
+        self._is_durable = True
+
+    @protected
     def commit(self) -> None:
         """Make it durable and give it its name, before the end of the block; after this nothing can be undone.
 
@@ -116,9 +135,8 @@ class NewFile:
         """
         if self._file is None:
             return
+        self.prepare()
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())  # ENOSPC may come as late as here
             self._name(self._file.fileno())
         except OSError as error:
             raise host_error("cannot commit it", self._target, error) from error
@@ -159,6 +177,10 @@ class Stream:
 
     def __enter__(self) -> BinaryIO:
         return self._file
+
+    def prepare(self) -> None:
+        """Write what is still in the buffer."""
+        self._file.flush()
 
     def commit(self) -> None:
         """Write what is still in the buffer."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig import interrupts
@@ -15,6 +16,8 @@ from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import Settings, find, holder_of, open_session, require_holder
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vfio_mig.jobs.session import Session
 
 
@@ -51,32 +54,32 @@ class Status(NamedTuple):
     repair: str | None
 
 
-def _timed(name: str, action: str, settings: Settings | None) -> Done:
-    """Do one thing; an interrupted stop is undone, the others leave nothing half-done."""
-    with open_session(name, settings, job=action) as session, Rollback() as rollback:
-        point(action, "opened")
+def _at_once(name: str, action: str, settings: Settings | None) -> Done:
+    """Start or reset one device."""
+    with open_session(name, settings, job=action) as session:
+        point(action, "opened", session)
         began = time.perf_counter()
-        if action == "stop":
-            _stop(session, rollback)
-        else:
-            _do_at_once(session, action)
+        _do_at_once(session, action)
         return Done(session.device.name, action, time.perf_counter() - began)
 
 
-def _stop(session: Session, rollback: Rollback) -> None:
+def _stop(session: Session, rollback: Rollback) -> Done:
     if not session.is_half_loaded:
         session.note(STOPPED)
         rollback.push(session.go_on)
+    began = time.perf_counter()
     session.protocol.stop()
-    point("stop", "after-stop")
-    _commit_stop(session, rollback)
+    seconds = time.perf_counter() - began
+    point("stop", "after-stop", session)
+    return Done(session.device.name, "stop", seconds)
 
 
 @protected
-def _commit_stop(session: Session, rollback: Rollback) -> None:
+def _commit_stop(sessions: list[Session], rollback: Rollback) -> None:
     rollback.forget()
-    if not session.is_half_loaded:
-        session.note("")
+    for session in sessions:
+        if not session.is_half_loaded:
+            session.note("")
     interrupts.finish()
 
 
@@ -99,8 +102,24 @@ def stop_device(name: str, settings: Settings | None = None) -> Done:
     :raises DeviceBusyError: nobody has it open, so the stop would not outlive this call.
     :raises DeviceError: the kernel refused; the device still runs.
     """
-    require_holder(find(name), "stop")
-    return _timed(name, "stop", settings)
+    return stop_devices([name], settings)[0]
+
+
+def stop_devices(names: Sequence[str], settings: Settings | None = None) -> list[Done]:
+    """Stop several devices as one job: after a failure all of them run.
+
+    :raises DeviceBusyError, DeviceError: as :func:`stop_device`.
+    """
+    for name in names:
+        require_holder(find(name), "stop")
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(open_session(name, settings, job="stop")) for name in names]
+        for session in sessions:
+            point("stop", "opened", session)
+        rollback = stack.enter_context(Rollback())
+        done = [_stop(session, rollback) for session in sessions]
+        _commit_stop(sessions, rollback)
+    return done
 
 
 def start_device(name: str, settings: Settings | None = None) -> Done:
@@ -108,8 +127,17 @@ def start_device(name: str, settings: Settings | None = None) -> Done:
 
     :raises DeviceBusyError: nobody has it open; a device starts by itself when it is opened.
     """
-    require_holder(find(name), "start")
-    return _timed(name, "start", settings)
+    return start_devices([name], settings)[0]
+
+
+def start_devices(names: Sequence[str], settings: Settings | None = None) -> list[Done]:
+    """Let several devices go on, one after the other; a failure leaves those before it running.
+
+    :raises DeviceBusyError: as :func:`start_device`, before any is started.
+    """
+    for name in names:
+        require_holder(find(name), "start")
+    return [_at_once(name, "start", settings) for name in names]
 
 
 def reset_device(name: str, settings: Settings | None = None, *, force: bool = False) -> Done:
@@ -126,7 +154,7 @@ def reset_device(name: str, settings: Settings | None = None, *, force: bool = F
             device=found.name,
             hint="use --force if that is what you want",
         )
-    return _timed(name, "reset", settings)
+    return _at_once(name, "reset", settings)
 
 
 def device_status(name: str, settings: Settings | None = None) -> Status:

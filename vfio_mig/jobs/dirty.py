@@ -82,11 +82,11 @@ def fetch_dirty(
     from vfio_mig.dirty.memory import Memory
 
     with Memory(memory, writable=True) as guest, open_session(name, settings, memory=guest.maps) as session:
-        point("dirty", "opened")
+        point("dirty", "opened", session)
         began = time.perf_counter()
         chunks = list(fetch(session.protocol.dirty, default_ranges(guest, ranges)))
         seconds = time.perf_counter() - began
-        point("dirty", "fetched")
+        point("dirty", "fetched", session)
         device = session.device.name
     return DirtyReport(
         device,
@@ -205,21 +205,21 @@ def sync_dirty(
         _refuse_same_file(guest, destination.fd, file)
         wanted = default_ranges(guest, ranges)
         sink = SparseFile(destination.fd, file)
-        point(SYNC, "opened")
+        point(SYNC, "opened", session)
 
         def stop() -> None:
-            point(SYNC, "before-stop")
+            point(SYNC, "before-stop", session)
             session.note(STOPPED)
             stopped.append(time.perf_counter())
             rollback.push(session.go_on)
             session.protocol.stop()
             stopped.append(time.perf_counter())
-            point(SYNC, "after-stop")
+            point(SYNC, "after-stop", session)
 
         def after_round(one: Round) -> None:
             progress(one)
             if not one.stopped:
-                point(SYNC, "after-round")
+                point(SYNC, "after-round", session)
 
         done = sync(
             guest,
@@ -231,10 +231,10 @@ def sync_dirty(
             progress=after_round,
         )
         end = time.perf_counter()
-        point(SYNC, "copied")
+        point(SYNC, "copied", session)
         if leave_running:
             session.go_on()
-            point(SYNC, "after-start")
+            point(SYNC, "after-start", session)
         sink.finish(guest.end)
         _commit(session, destination, rollback)
         device, state = session.device.name, session.state_after(started=leave_running)

@@ -14,16 +14,20 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vfio_mig import interrupts
 from vfio_mig.errors import DeviceError, HostError, UsageError, errno_text
 
+if TYPE_CHECKING:
+    from vfio_mig.jobs.session import Session
+
 VARIABLE: Final = "VFIO_MIG_FAULT"
 POINTS: Final[dict[str, tuple[str, ...]]] = {
     "dirty": ("opened", "fetched"),
+    "migrate": ("opened", "after-stop", "after-dirty", "after-pages", "after-state", "sent", "restored"),
     "reset": ("opened",),
-    "restore": ("opened", "verified", "after-stop", "after-pages", "after-state", "after-start"),
+    "restore": ("waiting", "opened", "verified", "after-stop", "after-pages", "after-state", "after-start"),
     "save": ("opened", "after-stop", "after-dirty", "after-pages", "after-state", "after-start", "written"),
     "start": ("opened",),
     "stop": ("opened", "after-stop"),
@@ -33,14 +37,18 @@ SIGNALS: Final = {"sigint": signal.SIGINT, "sigterm": signal.SIGTERM, "sighup": 
 _HOST: Final = ("ENOSPC", "EDQUOT", "EROFS", "EACCES")
 
 
-def point(job: str, name: str) -> None:
-    """Do what the variable says for this point of a job, and end the job if a signal came at a bad time.
+def point(job: str, name: str, session: Session | None = None) -> None:
+    """Tell who listens, do what the variable says for this point of a job, and end it if a signal came at a bad time.
+
+    :param session: whose device has come to this point.
 
     :raises KeyboardInterrupt: a signal came before.
     :raises DeviceError, HostError: by order.
     :raises UsageError: the variable makes no sense.
     """
     interrupts.check()
+    if session is not None:
+        session.step(job, name)
     orders = os.environ.get(VARIABLE)
     if not orders:
         return

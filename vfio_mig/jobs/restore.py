@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig import interrupts
@@ -14,7 +15,7 @@ from vfio_mig.jobs.check import findings, require_fit
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import Settings, open_session
-from vfio_mig.jobs.source import open_input, read_image
+from vfio_mig.jobs.source import STDIN, open_input, read_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.image.archive import Archive
     from vfio_mig.jobs.session import Session
-    from vfio_mig.jobs.source import Image
 
 JOB = "restore"
+START = "start"
+LOADED = "loaded"
 UNVERIFIED = "--no-verify-state: the device state was NOT checked; the kernel may believe whatever it says"
 NOT_HELD = (
     "nobody else has the device open, so its queued work is dropped now and it starts by itself at the next open; "
@@ -106,16 +108,43 @@ def _abandon(session: Session, *, force: bool) -> None:
     session.go_on()
 
 
-class _Job:
-    """The part of a restore that changes the device; each step says how it is undone."""
+class _Target:
+    """One device of a restore and where its image comes from; each step says how it is undone."""
 
-    def __init__(self, session: Session, image: Image, rollback: Rollback, *, force: bool) -> None:
+    def __init__(self, name: str, file: str, *, force: bool, await_word: bool) -> None:
+        self._await_word = await_word
+        self.name = name
+        self.file = file
         self._force = force
-        self._session = session
-        self._image = image
-        self._rollback = rollback
         self.times = {"start_time": 0.0}
         self.pages = 0
+        self.warnings: list[str] = []
+
+    def open(
+        self, stack: ExitStack, settings: Settings | None, guest: Memory, *, raw: bool, verify_state: bool
+    ) -> None:
+        """Open device and image and verify all of it; nothing is changed yet."""
+        stream = stack.enter_context(open_input(self.file))
+        self._stream = stream
+        session = stack.enter_context(open_session(self.name, settings, memory=guest.maps, job=JOB))
+        self._session = session
+        point(JOB, "waiting", session)
+        limit = session.protocol.state_size_max
+        image = stack.enter_context(read_image(stream, limit, raw=raw, alone=not self._await_word))
+        self._image = image
+        point(JOB, "opened", session)
+        found = findings(session, image.state, image.archive, verify_state=verify_state)
+        self.warnings = require_fit(session.device.name, found, force=self._force)
+        if not verify_state:
+            self.warnings.insert(0, UNVERIFIED)
+        if image.archive is not None and guest.maps:
+            _reserve_pages(image.archive, guest)
+        if not session.device.borrowed:
+            self.warnings.append(NOT_HELD)
+        if not self._force:
+            _require_own(session)
+        self._rollback = stack.enter_context(Rollback())
+        point(JOB, "verified", session)
 
     def stop(self) -> None:
         session = self._session
@@ -125,12 +154,12 @@ class _Job:
         began = time.perf_counter()
         session.protocol.stop()
         self.times["stop_time"] = time.perf_counter() - began
-        point(JOB, "after-stop")
+        point(JOB, "after-stop", session)
 
     def write_pages(self, guest: Memory, progress: Callable[[int], object]) -> None:
         if self._image.archive is not None and guest.maps:
             self.pages = _write_pages(self._image.archive, guest, progress)
-        point(JOB, "after-pages")
+        point(JOB, "after-pages", self._session)
 
     def write_state(self) -> None:
         session = self._session
@@ -140,20 +169,46 @@ class _Job:
         began = time.perf_counter()
         session.protocol.write_state(memoryview(self._image.state))
         self.times["state_write_time"] = time.perf_counter() - began
-        point(JOB, "after-state")
+        point(JOB, "after-state", session)
 
     def start(self) -> None:
         began = time.perf_counter()
         self._session.protocol.start()
         self.times["start_time"] = time.perf_counter() - began
-        point(JOB, "after-start")
+        point(JOB, "after-start", self._session)
 
-    @protected
-    def commit(self) -> None:
-        """Take it that the device is restored; from here on nothing is undone."""
+    def read_word(self) -> str:
+        """Wait for what the sender of the image wants: ``start``, ``stay``, or nothing when it has gone."""
+        self._session.step(JOB, LOADED)
+        try:
+            return self._stream.readline(16).decode("ascii", "replace").strip()
+        except OSError:
+            return ""
+
+    def forget(self) -> None:
+        """Take it that the device is restored."""
         self._rollback.forget()
         self._session.note("")
-        interrupts.finish()
+
+    def report(self, *, started: bool) -> RestoreReport:
+        """Say what was done."""
+        return RestoreReport(
+            device=self._session.device.name,
+            file=self.file,
+            state=self._session.state_after(started=started),
+            **self.times,
+            state_bytes=len(self._image.state),
+            pages_written=self.pages,
+            warnings=self.warnings,
+        )
+
+
+@protected
+def _commit(targets: list[_Target]) -> None:
+    """Take it that all devices are restored; from here on nothing is undone."""
+    for target in targets:
+        target.forget()
+    interrupts.finish()
 
 
 def restore(
@@ -181,41 +236,59 @@ def restore(
     :raises ImageError: the image is broken or does not fit; the device is untouched.
     :raises DeviceError: the device refused the state; it was reset if that is ours to do.
     """
+    return restore_all(
+        [(name, file)],
+        settings,
+        memory=memory,
+        start=start,
+        raw=raw,
+        force=force,
+        verify_state=verify_state,
+        progress=progress,
+    )[0]
+
+
+def restore_all(
+    pairs: Sequence[tuple[str, str]],
+    settings: Settings | None = None,
+    *,
+    memory: Sequence[MemoryMap] = (),
+    start: bool = False,
+    raw: bool = False,
+    force: bool = False,
+    verify_state: bool = True,
+    await_word: bool = False,
+    progress: Callable[[int], object] = lambda _: None,
+) -> list[RestoreReport]:
+    """Restore several devices as one job: all images are verified before any device is touched, and all loaded before
+    any is started; a failure undoes all.
+
+    :param pairs: (device, file) each; the other parameters are those of :func:`restore`.
+    :param await_word: one device and standard input: once it is loaded, wait for a line behind the image, ``start`` or
+        ``stay``; without one it stays stopped.
+    """
     from vfio_mig.dirty.memory import Memory
 
-    settings = settings or Settings()
-    with (
-        Memory(memory, writable=True) as guest,
-        open_input(file) as stream,
-        open_session(name, settings, memory=guest.maps, job=JOB) as session,
-        read_image(stream, session.protocol.state_size_max, raw=raw) as image,
-    ):
-        point(JOB, "opened")
-        found = findings(session, image.state, image.archive, verify_state=verify_state)
-        warnings = require_fit(session.device.name, found, force=force)
-        if not verify_state:
-            warnings.insert(0, UNVERIFIED)
-        if image.archive is not None and guest.maps:
-            _reserve_pages(image.archive, guest)
-        if not session.device.borrowed:
-            warnings.append(NOT_HELD)
-        if not force:
-            _require_own(session)
-        point(JOB, "verified")
-        with Rollback() as rollback:
-            job = _Job(session, image, rollback, force=force)
-            job.stop()
-            job.write_pages(guest, progress)
-            job.write_state()
-            if start:
-                job.start()
-            job.commit()
-        return RestoreReport(
-            device=session.device.name,
-            file=file,
-            state=session.state_after(started=start),
-            **job.times,
-            state_bytes=len(image.state),
-            pages_written=job.pages,
-            warnings=warnings,
-        )
+    if await_word and (raw or start or [file for _, file in pairs] != [STDIN]):
+        raise UsageError("to wait for a word is for one image from standard input", hint="leave out the other options")
+    if [file for _, file in pairs].count(STDIN) > 1:
+        raise UsageError("two devices cannot be restored from standard input", hint="name a file for each: DEVICE=FILE")
+    targets = [_Target(name, file, force=force, await_word=await_word) for name, file in pairs]
+    with Memory(memory, writable=True) as guest, ExitStack() as stack:
+        for target in targets:
+            target.open(stack, settings, guest, raw=raw, verify_state=verify_state)
+        for target in targets:
+            target.stop()
+        for target in targets:
+            target.write_pages(guest, progress)
+        for target in targets:
+            target.write_state()
+        if await_word:
+            # From here on the state is ours: who sent it may have given the device up
+            _commit(targets)
+            start = targets[0].read_word() == START
+        if start:
+            for target in targets:
+                target.start()
+        _commit(targets)
+        return [target.report(started=start) for target in targets]

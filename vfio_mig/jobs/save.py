@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vfio_mig import interrupts
 from vfio_mig.errors import UsageError
@@ -17,20 +17,20 @@ from vfio_mig.jobs.check import parse_state
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import Settings, open_session
+from vfio_mig.jobs.window import PAGE, Live, Window
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
-    from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
+    from vfio_mig.dirty.sync import Round
     from vfio_mig.image.archive import ArchiveWriter
     from vfio_mig.image.files import Output
     from vfio_mig.jobs.session import Session
 
 JOB = "save"
 STDOUT = "-"
-PAGE = 4096
 
 
 class SaveReport(NamedTuple):
@@ -43,6 +43,7 @@ class SaveReport(NamedTuple):
     :param start_time: from the START request to its answer, 0 when the device stays stopped.
     :param state: what the device is now: ``stop``, ``running``, or ``closed`` when nobody else has it open.
     :param pages_zero: dirty pages that are all zero: a range in the image, no content.
+    :param rounds: of copying guest memory; the last one with the device stopped.
     """
 
     device: str
@@ -57,25 +58,15 @@ class SaveReport(NamedTuple):
     pages_dirty: int
     pages_written: int
     pages_zero: int
+    rounds: list[Round]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {**self._asdict(), "rounds": [one.as_dict() for one in self.rounds]}
 
     def statistics(self) -> dict[str, Any]:
         """Return the part that the manifest keeps."""
-        return {key: value for key, value in self._asdict().items() if key not in ("device", "file", "state")}
-
-
-class _Clock:
-    """Seconds of each phase, by its name in the report."""
-
-    def __init__(self) -> None:
-        self.times: dict[str, float] = {"start_time": 0.0, "bitmap_time": 0.0}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.times[name] = time.perf_counter() - began
+        return {key: value for key, value in self.as_dict().items() if key not in ("device", "file", "state")}
 
 
 def _output(file: str, *, force: bool) -> Output:
@@ -112,123 +103,85 @@ def default_ranges(memory: Memory, ranges: Sequence[PageRange]) -> list[PageRang
     return merge(ranges) or memory.ranges or [PageRange(0, 1 << 20)]
 
 
-class _Window:
-    """The stopped window: from the STOP request on, what must be done before the device may go on."""
+class _Target:
+    """One device of a save and where its image goes."""
 
-    def __init__(
-        self, session: Session, ranges: list[PageRange], guest: Memory, progress: Callable[[int], object]
+    def __init__(self, name: str, file: str, *, raw: bool, force: bool) -> None:
+        self.name = name
+        self.file = file
+        self._raw = raw
+        self.output = _output(file, force=force)
+        self._writer: ArchiveWriter | None = None
+
+    def open(
+        self, stack: ExitStack, settings: Settings | None, guest: Memory, ranges: list[PageRange], live: Live
     ) -> None:
-        # Imported here, before the device is stopped
-        from vfio_mig.dirty.bitmap import preload
-        from vfio_mig.dirty.fetch import fetch
-        from vfio_mig.dirty.sync import zero_runs
+        """Open device and file; nothing is changed yet."""
+        from vfio_mig.image.archive import ArchiveWriter
 
-        if guest.maps:
-            preload()
-        self._zero_runs = zero_runs
-        self._fetch = fetch
-        self._progress = progress
-        self._session = session
-        self._ranges = ranges
-        self._guest = guest
-        self.clock = _Clock()
-        self.dirty: list[Dirty] = []
-        self.state = b""
-        self.pages_dirty = 0
-        self.bytes_written = 0
-        self.bytes_zero = 0
+        self.session = stack.enter_context(open_session(self.name, settings, memory=guest.maps, job=JOB))
+        # Inside the rollback: a commit that fails starts the device again
+        self.rollback = stack.enter_context(Rollback())
+        self._stream = stack.enter_context(self.output)
+        if not self._raw:
+            self._writer = ArchiveWriter(self._stream, describe_device(self.session))
+        self.window = Window(JOB, self.session, ranges, guest, writer=self._writer, live=live)
+        point(JOB, "opened", self.session)
 
-    def run(self, writer: ArchiveWriter | None, *, leave_running: bool) -> None:
-        """Stop, fetch, copy, read and, if asked to, start."""
-        began = time.perf_counter()
-        with self.clock.phase("stop_time"):
-            self._session.protocol.stop()
-        point(JOB, "after-stop")
-        if writer is not None:
-            self._fetch_dirty()
-            point(JOB, "after-dirty")
-            self._copy_pages(writer)
-            point(JOB, "after-pages")
-        with self.clock.phase("state_read_time"):
-            self.state = bytes(self._session.protocol.read_state())
-        point(JOB, "after-state")
-        if leave_running:
-            with self.clock.phase("start_time"):
-                self._session.go_on()
-            point(JOB, "after-start")
-        self.clock.times["stopped_time"] = time.perf_counter() - began
+    def stop(self) -> None:
+        """Stop the device; from now on an error starts it again."""
+        self.session.note(STOPPED)
+        self.rollback.push(self.session.go_on)
+        self.window.stop()
 
-    def _fetch_dirty(self) -> None:
-        with self.clock.phase("bitmap_time"):
-            self.dirty = list(self._fetch(self._session.protocol.dirty, self._ranges))
+    def write(self, *, started: bool) -> SaveReport:
+        """Write what is left to the file, which is whole then."""
+        window = self.window
+        parse_state(self.session.protocol.name, window.state)  # refused now rather than at the restore
+        window.write_rest()
+        report = self._report(started=started)
+        if self._writer is None:
+            self._stream.write(window.state)
+        else:
+            self._writer.finish(report.statistics())
+        point(JOB, "written", self.session)
+        return report
 
-    def _copy_pages(self, writer: ArchiveWriter) -> None:
-        """Guest memory changes as soon as the device runs, so its pages are copied now."""
-        if not self._guest.maps:
-            return
-        for chunk in self.dirty:
-            if chunk.total():
-                zero: list[tuple[int, int]] = []
-                self.bytes_written += writer.add_pages(self._contents(chunk, zero))
-                self.bytes_zero += writer.add_zero(zero)
-
-    def _contents(self, chunk: Dirty, zero: list[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
-        """Yield the dirty pages that have content, and list the others."""
-        for gpa, view in self._guest.read(chunk.ranges()):
-            for start, count, is_zero in self._zero_runs(view):
-                if is_zero:
-                    zero.append((gpa + start * PAGE, count * PAGE))
-                else:
-                    yield gpa + start * PAGE, view[start * PAGE : (start + count) * PAGE]
-            self._progress(len(view))
-
-
-def _finish(writer: ArchiveWriter, window: _Window, statistics: dict[str, Any]) -> None:
-    """Write what can be written while the device already runs again."""
-    writer.add_state(window.state)
-    for chunk in window.dirty:
-        writer.add_dirty(chunk.start_page, chunk.nr_pages, chunk.bitmap)
-    writer.finish(statistics)
-
-
-def _report(session: Session, file: str, window: _Window, *, started: bool) -> SaveReport:
-    return SaveReport(
-        device=session.device.name,
-        file=file,
-        state=session.state_after(started=started),
-        **window.clock.times,
-        state_bytes=len(window.state),
-        pages_dirty=sum(chunk.total() for chunk in window.dirty),
-        pages_written=window.bytes_written // PAGE,
-        pages_zero=window.bytes_zero // PAGE,
-    )
-
-
-def _save_open(
-    session: Session, output: BinaryIO, file: str, window: _Window, *, raw: bool, leave_running: bool
-) -> SaveReport:
-    """Save an open device to an open file; what fails is the caller's to roll back."""
-    from vfio_mig.image.archive import ArchiveWriter
-
-    writer = None if raw else ArchiveWriter(output, describe_device(session))
-    window.run(writer, leave_running=leave_running)
-    parse_state(session.protocol.name, window.state)  # refused now rather than at the restore
-    report = _report(session, file, window, started=leave_running)
-    if writer is None:
-        output.write(window.state)
-    else:
-        _finish(writer, window, report.statistics())
-    point(JOB, "written")
-    return report
+    def _report(self, *, started: bool) -> SaveReport:
+        window = self.window
+        sink = window.sink
+        return SaveReport(
+            device=self.session.device.name,
+            file=self.file,
+            state=self.session.state_after(started=started),
+            **window.times,
+            state_bytes=len(window.state),
+            pages_dirty=window.pages_dirty,
+            pages_written=0 if sink is None else sink.bytes_written // PAGE,
+            pages_zero=0 if sink is None else sink.bytes_zero // PAGE,
+            rounds=window.rounds,
+        )
 
 
 @protected
-def _commit(session: Session, output: Output, rollback: Rollback) -> None:
-    """Make the image final; from here on nothing is undone."""
-    output.commit()
-    rollback.forget()
-    session.note("")
+def _commit(targets: list[_Target]) -> None:
+    """Make all images final; from here on nothing is undone."""
+    for target in targets:
+        target.output.prepare()
+    for target in targets:
+        target.output.commit()
+    for target in targets:
+        target.rollback.forget()
+        target.session.note("")
     interrupts.finish()
+
+
+def _check_targets(pairs: Sequence[tuple[str, str]], *, raw: bool, memory: Sequence[MemoryMap]) -> None:
+    if raw and memory:
+        raise UsageError("a raw state has no place for memory pages", hint="leave out --raw or --memory")
+    files = [file for _, file in pairs]
+    if len(set(files)) < len(files) or (STDOUT in files and len(files) > 1):
+        raise UsageError("two devices cannot be saved to one file", hint="name one for each: DEVICE=FILE")
 
 
 def save(
@@ -241,7 +194,7 @@ def save(
     leave_running: bool = False,
     raw: bool = False,
     force: bool = False,
-    progress: Callable[[int], object] = lambda _: None,
+    live: Live | None = None,
 ) -> SaveReport:
     """Save a device to a file or, as ``-``, to standard output.
 
@@ -251,28 +204,58 @@ def save(
     :param ranges: guest pages to fetch the dirty bitmap of; by default those of *memory*, else the first 4 GiB.
     :param raw: write the bare state, without bitmap, pages and integrity.
     :param force: replace an existing file.
-    :param progress: called with the bytes of each piece of guest memory that was copied.
+    :param live: copy pages while the device runs, before the stop.
     :raises OpenError, UnsupportedError: nothing was done.
     :raises DeviceError: the device failed; it was started again.
     :raises HostError: the file could not be written; the device was started again.
     """
+    return save_all(
+        [(name, file)],
+        settings,
+        memory=memory,
+        ranges=ranges,
+        leave_running=leave_running,
+        raw=raw,
+        force=force,
+        live=live,
+    )[0]
+
+
+def save_all(
+    pairs: Sequence[tuple[str, str]],
+    settings: Settings | None = None,
+    *,
+    memory: Sequence[MemoryMap] = (),
+    ranges: Sequence[PageRange] = (),
+    leave_running: bool = False,
+    raw: bool = False,
+    force: bool = False,
+    live: Live | None = None,
+) -> list[SaveReport]:
+    """Save several devices as one job: all are stopped before any is read, and after any failure all run.
+
+    :param pairs: (device, file) each; the other parameters are those of :func:`save`.
+    """
     from vfio_mig.dirty.memory import Memory
 
-    if raw and memory:
-        raise UsageError("a raw state has no place for memory pages", hint="leave out --raw or --memory")
-    with (
-        Memory(memory, writable=True) as guest,
-        open_session(name, settings, memory=guest.maps, job=JOB) as session,
-        Rollback() as rollback,
-        # inside the rollback: a commit that fails starts the device again
-        ExitStack() as stack,
-    ):
-        output = _output(file, force=force)
-        stream = stack.enter_context(output)
-        window = _Window(session, default_ranges(guest, ranges), guest, progress)
-        point(JOB, "opened")
-        session.note(STOPPED)
-        rollback.push(session.go_on)
-        report = _save_open(session, stream, file, window, raw=raw, leave_running=leave_running)
-        _commit(session, output, rollback)
-        return report
+    _check_targets(pairs, raw=raw, memory=memory)
+    targets = [_Target(name, file, raw=raw, force=force) for name, file in pairs]
+    with Memory(memory, writable=True) as guest, ExitStack() as stack:
+        wanted = default_ranges(guest, ranges)
+        for target in targets:
+            target.open(stack, settings, guest, wanted, live or Live())
+        for target in targets:
+            target.window.copy_live()
+        for target in targets:
+            target.stop()
+        for target in targets:
+            target.window.copy_memory()
+        for target in targets:
+            target.window.read_state()
+        for target in targets:
+            target.window.end()
+            if leave_running:
+                target.window.start()
+        reports = [target.write(started=leave_running) for target in targets]
+        _commit(targets)
+    return reports

@@ -36,6 +36,7 @@ class Settings(NamedTuple):
     :param fd: a group's fd that this process has inherited, instead.
     :param tell: takes one sentence at a time on how a device was reached.
     :param warn: takes one sentence at a time that the user must read.
+    :param on_step: called with job, step and device at each point of a job; an exception ends the job.
     """
 
     abi: str = "auto"
@@ -44,13 +45,19 @@ class Settings(NamedTuple):
     fd: int | None = None
     tell: Callable[[str], object] | None = None
     warn: Callable[[str], object] | None = None
+    on_step: Callable[[str, str, str], object] | None = None
 
 
 class Session:
     """An open device, its protocol, and the lock if it is a job's; closes all at the end of the block."""
 
     def __init__(
-        self, found: HostDevice, device: Device, protocol: MigrationProtocol, lock: DeviceLock | None = None
+        self,
+        found: HostDevice,
+        device: Device,
+        protocol: MigrationProtocol,
+        lock: DeviceLock | None = None,
+        settings: Settings | None = None,
     ) -> None:
         self.found = found
         self.device = device
@@ -58,6 +65,7 @@ class Session:
         self._lock = lock
         self.was_left = False
         """Whether an earlier job has left it stopped, or, in addition, half-loaded."""
+        self._settings = settings or Settings()
         self.is_half_loaded = False
 
     def __enter__(self) -> Self:
@@ -78,6 +86,11 @@ class Session:
         """Write down what is about to be done to the device, in case this process does not live to undo it."""
         if self._lock is not None:
             self._lock.note(effect)
+
+    def step(self, job: str, name: str) -> None:
+        """Tell who listens that a job has come to one of its points."""
+        if self._settings.on_step is not None:
+            self._settings.on_step(job, name, self.device.name)
 
     def go_on(self) -> None:
         """Undo a stop."""
@@ -197,7 +210,7 @@ def _open_found(
 
     device = open_device(found, memory=memory, pid=settings.pid, fd=settings.fd)
     try:
-        session = Session(found, device, detect(device, profile), lock)
+        session = Session(found, device, detect(device, profile), lock, settings)
         if settings.tell is not None:
             settings.tell(session.describe())
     except BaseException:

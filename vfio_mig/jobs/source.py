@@ -61,10 +61,11 @@ def _read_raw(stream: BinaryIO, limit: int) -> bytes:
 
 
 @contextmanager
-def read_image(stream: BinaryIO, limit: int, *, raw: bool = False) -> Iterator[Image]:
+def read_image(stream: BinaryIO, limit: int, *, raw: bool = False, alone: bool = True) -> Iterator[Image]:
     """Read and verify an image.
 
     :param limit: bytes of the largest state that is taken into memory; a larger one is left empty.
+    :param alone: whether the stream must end behind the image.
     :raises ImageError: it is not whole, or a raw state is longer than *limit*.
     """
     from vfio_mig.image.archive import read_archive
@@ -72,5 +73,5 @@ def read_image(stream: BinaryIO, limit: int, *, raw: bool = False) -> Iterator[I
     if raw:
         yield Image(_read_raw(stream, limit), None)
         return
-    with read_archive(stream) as archive:
+    with read_archive(stream, alone=alone) as archive:
         yield Image(archive.state() if archive.state_size <= limit else b"", archive)

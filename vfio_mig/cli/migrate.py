@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""``migrate``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from vfio_mig.cli.output import (
+    Meter,
+    borrow_options,
+    memory_option,
+    parse_memory,
+    parse_ranges,
+    print_json,
+    range_option,
+    say,
+    settings_of,
+)
+from vfio_mig.cli.transfer import live_of, max_downtime_option, rounds_option
+
+if TYPE_CHECKING:
+    from vfio_mig.cli.main import Options
+
+
+@click.command("migrate", short_help="Move DEVICE's state to another device.")
+@click.argument("device")
+@click.argument("target", metavar="DEVICE|ssh://HOST/DEVICE")
+@memory_option
+@click.option(
+    "--target-memory",
+    multiple=True,
+    metavar="FILE@GPA[:SIZE]",
+    help="Memory of the target's guest, as its host knows it (repeatable).",
+)
+@range_option
+@rounds_option
+@max_downtime_option
+@click.option("--no-start", is_flag=True, help="Leave the target stopped.")
+@click.option("--rsh", default="ssh", show_default=True, metavar="COMMAND", help="What reaches another host.")
+@borrow_options
+@click.pass_obj
+def migrate_command(
+    options: Options,
+    device: str,
+    target: str,
+    *,
+    memory: tuple[str, ...],
+    target_memory: tuple[str, ...],
+    ranges: tuple[str, ...],
+    rounds: int | None,
+    max_downtime: float | None,
+    no_start: bool,
+    rsh: str,
+) -> None:
+    """Move DEVICE's state, with --memory its dirty pages too, to a device of the same type, and start that.
+
+    Some process must hold the target open (`vfio-mig hold`). DEVICE is left stopped; it runs on if anything fails
+    before the target has the whole, verified state. Never do both run.
+
+    \b
+    Examples:
+      vfio-mig migrate $A $B
+      vfio-mig migrate $A ssh://root@other/$B --memory /dev/shm/guest@0 --target-memory /dev/shm/guest@0
+    """
+    import shlex
+
+    from vfio_mig.jobs.migrate import migrate
+
+    with Meter(options) as meter:
+        report = migrate(
+            device,
+            target,
+            settings_of(options),
+            memory=parse_memory(memory),
+            target_memory=target_memory,
+            ranges=parse_ranges(ranges),
+            start=not no_start,
+            live=live_of(options, rounds, max_downtime, meter),
+            rsh=shlex.split(rsh),
+        )
+    if options.as_json:
+        print_json(report.as_dict())
+        return
+    say(
+        options,
+        f"{report.device}: moved {report.state_bytes} bytes of state, {report.pages_written} pages of memory to "
+        f"{report.target}, which is {'running' if report.target_state == 'running' else 'left stopped'}; "
+        f"down for {report.downtime * 1e3:.1f} ms "
+        f"(stop {report.stop_time * 1e3:.1f}, bitmap {report.bitmap_time * 1e3:.1f}, "
+        f"read {report.state_read_time * 1e3:.1f}, transfer {report.transfer_time * 1e3:.1f}, "
+        f"start {report.start_time * 1e3:.1f})",
+    )

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Tell orchestrators of each step of a job, and run their commands at it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from vfio_mig.errors import HostError, UsageError, errno_text
+from vfio_mig.jobs.points import POINTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ALIASES: Final[dict[str, dict[str, str]]] = {
+    "pre-stop": {"save": "opened", "migrate": "opened", "sync": "before-stop", "stop": "opened", "restore": "verified"},
+    "post-stop": dict.fromkeys(("save", "sync", "stop", "restore"), "after-stop"),
+    "pre-start": {
+        "save": "after-state",
+        "sync": "copied",
+        "restore": "after-state",
+        "migrate": "restored",
+        "start": "opened",
+    },
+    "post-start": dict.fromkeys(("save", "sync", "restore"), "after-start"),
+}
+"""Names of a hook that mean the same in every job, and the point each is there."""
+STEPS: Final = frozenset(ALIASES) | {name for names in POINTS.values() for name in names}
+
+
+class Events:
+    """Writes one JSON object per line and step: ``time``, ``job``, ``step``, ``device``, and what belongs to it.
+
+    :param target: path of a file to append to (made with mode 0600; a FIFO must have a reader), or an inherited fd.
+    :raises UsageError: a link, a directory, or no such fd.
+    :raises HostError: it cannot be opened.
+    """
+
+    def __init__(self, target: str | int) -> None:
+        self._name = f"fd {target}" if isinstance(target, int) else target
+        try:
+            self._fd = os.dup(target) if isinstance(target, int) else self._open(target)
+        except OSError as error:
+            raise HostError(f"{self._name}: cannot write events: {errno_text(error.errno or 0)}") from error
+
+    @staticmethod
+    def _open(path: str) -> int:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        fd = os.open(path, flags, 0o600)
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+            os.close(fd)
+            raise UsageError(f"{path} is neither a file nor a FIFO: events go to one of these")
+        os.set_blocking(fd, True)
+        return fd
+
+    def emit(self, step: str, **more: Any) -> None:
+        """Write one object; a failure to do so is the job's.
+
+        :raises HostError: the disk is full, or the reader has gone.
+        """
+        line = json.dumps({"time": time.time(), "step": step, **more}) + "\n"
+        try:
+            os.write(self._fd, line.encode())
+        except OSError as error:
+            raise HostError(f"{self._name}: cannot write events: {errno_text(error.errno or 0)}") from error
+
+
+class Hooks:
+    """Commands to run at the steps of a job, given as ``STEP=COMMAND``.
+
+    COMMAND is split as a shell would, and run without one. It gets VFIO_MIG_JOB, VFIO_MIG_STEP and VFIO_MIG_DEVICE in
+    its environment, our stderr as its stdout, and nothing to read. The job waits for it: what it does between stop and
+    start is downtime.
+
+    :raises UsageError: no such step, or no command.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._hooks = [self._parse(text) for text in texts]
+
+    @staticmethod
+    def _parse(text: str) -> tuple[str, list[str]]:
+        import shlex
+
+        step, _, command = text.partition("=")
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise UsageError(f"hook {text!r}: {error}") from None
+        if step not in STEPS or not words:
+            raise UsageError(f"hook {text!r} is not STEP=COMMAND", hint=f"steps are {', '.join(sorted(STEPS))}")
+        return step, words
+
+    def run(self, job: str, step: str, device: str) -> None:
+        """Run what belongs to a step.
+
+        :raises HostError: a command cannot be started, or ends with another status than 0; the job rolls back.
+        """
+        for wanted, words in self._hooks:
+            if step in (wanted, ALIASES.get(wanted, {}).get(job)):
+                self._run(words, {"VFIO_MIG_JOB": job, "VFIO_MIG_STEP": wanted, "VFIO_MIG_DEVICE": device})
+
+    @staticmethod
+    def _run(words: list[str], environment: dict[str, str]) -> None:
+        step = environment["VFIO_MIG_STEP"]
+        try:
+            done = subprocess.run(
+                words, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=2, check=False
+            )
+        except OSError as error:
+            raise HostError(f"hook {step}: cannot run {words[0]}: {errno_text(error.errno or 0)}") from error
+        if done.returncode:
+            how = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
+            raise HostError(f"hook {step}: {words[0]} ended with {how}")
