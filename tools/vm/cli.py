@@ -24,7 +24,7 @@ _EPILOG: Final = f"""\
 Exit status: COMMAND's own; {EXIT_KERNEL_FAULT} the kernel printed a WARN, BUG or Oops (shown on stderr); \
 {EXIT_TIMEOUT} the time ran out; {EXIT_RUNNER} the runner failed; 128+N ended by signal N. \
 Everything is kept in $VFIO_MIG_CACHE (default: $XDG_CACHE_HOME/vfio_mig, ~/.cache/vfio_mig). \
-COMMAND's stdin is /dev/null; its writes are lost, except those below $VFIO_MIG_VM_OUT."""
+COMMAND's stdin is /dev/null unless --stdin; its writes are lost, except those below $VFIO_MIG_VM_OUT."""
 
 
 def say(message: str) -> None:
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--no-module", action="store_true", help="do not build or load the sample driver")
     result.add_argument("--module-args", default="", metavar="'a=1 b=2'", help="parameters of the sample driver")
     result.add_argument("--build-all", action="store_true", help="build all mutations first; alone: do only that")
+    result.add_argument("--stdin", action="store_true", help="pass standard input to COMMAND, instead of /dev/null")
     result.add_argument("--memory", default="1G", help="default: %(default)s")
     result.add_argument("--cpus", type=int, default=2, help="default: %(default)s")
     result.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS", help="default: %(default)s")
@@ -63,6 +64,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser().parse_args(arguments)
     if options.command[:1] == ["--"]:
         del options.command[0]
+    if options.stdin and not options.command:
+        parser().error("--stdin needs a COMMAND")
     return options
 
 
@@ -102,7 +105,7 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     environment = guest.environment(os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release)
     what = guest.Guest(
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,
-        cwd=Path.cwd(), environment=environment, command=options.command,
+        cwd=Path.cwd(), environment=environment, command=options.command, stdin=options.stdin,
     )  # fmt: skip
     log(machine.environment_note(machine_options))
     return machine_options, what

@@ -14,6 +14,7 @@ from typing import BinaryIO, Final
 
 from tools.vm import guest
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT
+from tools.vm.feed import Feeder
 from tools.vm.guest import Guest
 from tools.vm.kernels import Kernel
 from tools.vm.kernlog import faults
@@ -35,6 +36,8 @@ _KERNEL_OPTIONS: Final = (
     "log_buf_len=8M",  # a long run must not push a WARN out of the buffer
     # An Oops leaves locks held and threads dead: end at once (virtme adds panic=-1) and not by time-out.
     "oops=panic",
+    # Under emulation on a busy host the timer's interrupts may come too late for the boot's check, which then panics.
+    "no_timer_check",
 )
 
 
@@ -78,8 +81,27 @@ def _share(path: Path, tag: str, *, readonly: bool) -> list[str]:
     ]  # fmt: skip
 
 
-def virtme_command(options: Options, run: Path, out: Path, *, interactive: bool) -> list[str]:
+def _port(name: str, chardev: str) -> list[str]:
+    return [
+        "-chardev", f"{chardev},id=vm_{name}",
+        "-device", f"virtserialport,bus=vm_ports.0,name=vm.{name},chardev=vm_{name}",
+    ]  # fmt: skip
+
+
+def _ports(run: Path, stdin: int | None) -> list[str]:
+    escaped = str(run).replace(",", ",,")
+    return [
+        "-device", "virtio-serial-pci,id=vm_ports",
+        *_port(guest.STDOUT, f"file,path={escaped}/{guest.STDOUT}"),
+        *_port(guest.STDERR, f"file,path={escaped}/{guest.STDERR}"),
+        *([] if stdin is None else _port(guest.STDIN, f"socket,fd={stdin}")),
+    ]  # fmt: skip
+
+
+def virtme_command(options: Options, run: Path, out: Path, *, interactive: bool, stdin: int | None = None) -> list[str]:
     """Return the command line of virtme-ng's runner.
+
+    :param stdin: a socket for COMMAND's input, which the new process is to inherit.
 
     The lower-level ``virtme-run`` is used and not ``vng``, which puts a shell in between that would survive us.
     """
@@ -99,6 +121,7 @@ def virtme_command(options: Options, run: Path, out: Path, *, interactive: bool)
         *_share(Path("/"), guest.ROOT_TAG, readonly=True),
         *_share(run, guest.RUN_TAG, readonly=False),
         *_share(out, guest.OUT_TAG, readonly=False),
+        *([] if interactive else _ports(run, stdin)),
     ]  # fmt: skip
 
 
@@ -141,14 +164,19 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _watch(process: subprocess.Popen[bytes], followers: Sequence[_Follower], deadline: float) -> bool:
-    """Pass output on until QEMU ends; return whether the time ran out first."""
+def _watch(
+    process: subprocess.Popen[bytes], followers: Sequence[_Follower], feeder: Feeder | None, deadline: float
+) -> bool:
+    """Pass output, and input if any, on until QEMU ends; return whether the time ran out first."""
     while process.poll() is None:
         for follower in followers:
             follower.pump()
         if time.monotonic() > deadline:
             return True
-        time.sleep(_POLL_SECONDS)
+        if feeder is None:
+            time.sleep(_POLL_SECONDS)
+        else:
+            feeder.pump(_POLL_SECONDS)
     return False
 
 
@@ -177,7 +205,9 @@ def run(options: Options, what: Guest, directory: Path) -> Outcome:
     :raises Interrupted: a signal came; the VM has been ended.
     """
     write_scripts(directory, what)
-    command = virtme_command(options, directory, what.out, interactive=False)
+    feeder = Feeder(directory / guest.STDIN_CLOSED) if what.stdin else None
+    sockets = () if feeder is None else (feeder.guests.fileno(),)
+    command = virtme_command(options, directory, what.out, interactive=False, stdin=sockets[0] if sockets else None)
     (directory / "virtme-command").write_text(shlex.join(command) + "\n")
     followers = [
         _Follower(directory / guest.STDOUT, sys.stdout.buffer),
@@ -188,9 +218,10 @@ def run(options: Options, what: Guest, directory: Path) -> Outcome:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=console,
             start_new_session=True,  # the terminal's Ctrl-C is for us, and we end QEMU
+            pass_fds=sockets,
         )  # fmt: skip
         try:
-            timed_out = _watch(process, followers, deadline)
+            timed_out = _watch(process, followers, feeder, deadline)
         finally:
             _end(process)
     try:
