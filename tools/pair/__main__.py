@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""The host's part of ``scripts/pair``: starts both VMs, carries the stream from one to the other, sums up."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final, NamedTuple, NoReturn
+
+from tools.pair.sides import CUT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+SECONDS: Final = 300
+HOSTS: Final = {
+    "6.12": "",
+    "6.1": "aperture_mb=512 host_low_mb=64 host_high_mb=256 top_reserved_mb=128 host_fences=8",
+}
+"""Kernels, and the driver's parameters: each host has another pool of graphics memory."""
+FORWARD: Final = ("6.12", "6.1")
+BACK: Final = ("6.1", "6.12")
+
+
+class Stream(NamedTuple):
+    """What has gone through the pipe: bytes, and seconds from the first to the last."""
+
+    size: int
+    seconds: float
+
+
+@contextlib.contextmanager
+def vm(kernel: str, side: str, out: str, **pipes: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run one side in a VM, which ends with the block."""
+    command = [str(ROOT / "scripts/vm"), "--kernel", kernel, "--timeout", str(SECONDS), "--module-args", HOSTS[kernel]]
+    if "stdin" in pipes:
+        command.append("--stdin")
+    command += ["--", "python", "-m", "tools.pair.sides", side]
+    # Our own terminal's Ctrl-C comes to both; what is left to do then is to wait for them.
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "VFIO_MIG_VM_OUT": out}, **pipes)  # type: ignore[call-overload]
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+
+
+def carry(source: IO[bytes], target: IO[bytes], cut: int | None) -> Stream:
+    """Carry the stream to its end, or cut it after *cut* bytes; the source is read to its end anyway."""
+    size, began, ended = 0, 0.0, 0.0
+    while data := source.read1(1 << 16):  # type: ignore[attr-defined]
+        ended = time.monotonic()
+        began = began or ended
+        part = data if cut is None else data[: max(0, cut - size)]
+        size += len(data)
+        with contextlib.suppress(BrokenPipeError):  # the target's exit code says why
+            target.write(part)
+    with contextlib.suppress(BrokenPipeError):
+        target.close()
+    return Stream(size, ended - began)
+
+
+def migrate(kernels: tuple[str, str], cut: int | None) -> bool:
+    """Migrate once between two VMs; says whether all checks hold."""
+    source_kernel, target_kernel = kernels
+    print(f"\nFrom a host with {source_kernel} to one with {target_kernel}", flush=True)
+    print("  $ vfio-mig save DEV - --memory … | vfio-mig restore DEV - --memory …", flush=True)
+    began = time.monotonic()
+    os.environ.pop(CUT, None)
+    if cut is not None:
+        os.environ[CUT] = "1"
+    with (
+        tempfile.TemporaryDirectory(prefix="vfio-mig-pair-") as out,
+        vm(source_kernel, "source", out, stdout=subprocess.PIPE) as source,
+        vm(target_kernel, "target", out, stdin=subprocess.PIPE) as target,
+    ):
+        assert source.stdout is not None  # noqa: S101 -- for the type checker
+        assert target.stdin is not None  # noqa: S101 -- for the type checker
+        stream = carry(source.stdout, target.stdin, cut)
+        codes = source.wait(), target.wait()
+    good = codes == (0, 0)
+    print(f"  {'ok  ' if codes[0] == 0 else 'FAIL'}  the source's exit code is {codes[0]}")
+    if codes[1] not in (0, 1):
+        print(f"  FAIL  the target's exit code is {codes[1]}")
+    print(
+        f"  {stream.size} bytes in {stream.seconds:.1f} s{'' if cut is None else f', cut after {cut}'}; "
+        f"with the start of both VMs {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    return good
+
+
+def _end(signum: int, _frame: object) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; 1 if a check fails."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/pair", description="Migrate a vGPU between two VMs with different kernels and memory pools."
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--forward", action="store_true", help="only from 6.12 to 6.1")
+    which.add_argument("--back", action="store_true", help="only from 6.1 to 6.12")
+    parser.add_argument("--cut", type=int, metavar="N", help="cut the stream after N bytes; it must be refused")
+    options = parser.parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, _end)
+    directions = [FORWARD] if options.forward else [BACK] if options.back else [FORWARD, BACK]
+    good = [migrate(direction, options.cut) for direction in directions]
+    print("\nAll checks hold." if all(good) else "\nChecks FAILED.")
+    return int(not all(good))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
