@@ -126,20 +126,45 @@ def _forked(words: list[str], user: int | None, env: Mapping[str, str] | None, s
         return Done(words, os.waitstatus_to_exitcode(status), _all_of(out), _all_of(err))
 
 
+class Forked:
+    """The program between pipes, in a fork of this process; its stdout, if it has no *stdout*, goes to the result."""
+
+    def __init__(self, *args: str | Path, stdin: int | None = None, stdout: int | None = None) -> None:
+        _warm_up()
+        self._words: Final = [_program(), *map(str, args)]
+        self._out: Final = tempfile.TemporaryFile()  # noqa: SIM115  # wait() closes it
+        self._err: Final = tempfile.TemporaryFile()  # noqa: SIM115
+        self._pid: Final = os.fork()
+        if not self._pid:
+            out = self._out.fileno() if stdout is None else stdout
+            _be_the_program(self._words, None, out, self._err.fileno(), stdin=stdin, alone=True)
+
+    def wait(self) -> Done:
+        """Wait for its end."""
+        status = os.waitpid(self._pid, 0)[1]
+        with self._out, self._err:
+            return Done(self._words, os.waitstatus_to_exitcode(status), _all_of(self._out), _all_of(self._err))
+
+
 def _all_of(file: IO[bytes]) -> bytes:
     file.seek(0)
     return file.read()
 
 
-def _be_the_program(words: list[str], user: int | None, out: str | int, err: int) -> NoReturn:
+def _be_the_program(
+    words: list[str], user: int | None, out: str | int, err: int, *, stdin: int | None = None, alone: bool = False
+) -> NoReturn:
+    """End this fork as the program; *alone*: without any other fd, as an end of a pipe would keep it open."""
     code = 70
     try:
         signal.alarm(SECONDS)
         warnings.simplefilter("ignore")  # pytest has made them errors
-        null = os.open(os.devnull, os.O_RDONLY)
+        from_ = os.open(os.devnull, os.O_RDONLY) if stdin is None else stdin
         into = out if isinstance(out, int) else os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        for number, fd in enumerate((null, into, err)):
+        for number, fd in enumerate((from_, into, err)):
             os.dup2(fd, number)
+        if alone:
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
         if user is not None:
             os.setgroups([])
