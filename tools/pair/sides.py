@@ -131,14 +131,19 @@ def restore(target: Side) -> int:
     return int(report.failures > 0)
 
 
+def _counters(target: Side) -> dict[str, int]:
+    """Return what the driver has counted, without the ioctls that only ask."""
+    return {key: value for key, value in target.instance.counters().items() if key != "other_ioctl"}
+
+
 def refuse(target: Side) -> int:
     """Check that a part of a stream is refused and leaves no trace; 1 if a check fails."""
     report = Report()
-    device, counters = target.guest.device, target.instance.counters()
+    device, counters = target.guest.device, _counters(target)
     view = _digest(guest_view(device))
     code, _ = _restore(target)
     report.check(f"a stream that is cut is refused with exit code {code}", code == INVALID_IMAGE)
-    untouched = _digest(guest_view(device)) == view and target.instance.counters() == counters
+    untouched = _digest(guest_view(device)) == view and _counters(target) == counters
     report.check("the device is untouched", untouched)
     report.check("and runs", target.instance.run_state() == "running")
     memory = target.memory

@@ -101,7 +101,6 @@ find_port() {{
 	fail "there is no port for COMMAND's $1"
 }}
 
-# Not busybox cat: it tries sendfile(), which keeps the pipe locked while it waits for input.
 feed() {{
 	local greeting
 	until read -r -N {len(STDIN_GREETING)} -u 7 greeting; do
