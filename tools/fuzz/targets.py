@@ -233,16 +233,21 @@ def manifest(data: bytes) -> None:
         _verify(path, len(archive), as_json=len(data) % 2 == 0)
 
 
+_PRINTED: Final = io.BytesIO()
+_OUTPUT: Final = io.TextIOWrapper(_PRINTED, "utf-8")
+"""One for all runs: click keeps every standard output that it has seen."""
+
+
 def _verify(path: str, size: int, *, as_json: bool) -> None:
     """Run `vfio-mig verify` and look at what it would print to a terminal."""
     arguments = [*(["--json"] if as_json else []), "verify", path]
-    printed = io.BytesIO()
-    output = io.TextIOWrapper(printed, "utf-8")
-    with redirect_stdout(output), bounded(size):
+    _PRINTED.seek(0)
+    _PRINTED.truncate()
+    with redirect_stdout(_OUTPUT), bounded(size):
         with cli.make_context("vfio-mig", arguments, color=True) as context:
             cli.invoke(context)
-        output.flush()
-        text = printed.getvalue().decode()
+        _OUTPUT.flush()
+        text = _PRINTED.getvalue().decode()
         require(text.endswith("\n"), "there is a report")
         for line in text.splitlines() if as_json else [text[:-1]]:
             require_line(line, size)
