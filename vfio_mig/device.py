@@ -82,17 +82,26 @@ class Device:
     :param fd: the device's fd; this object closes it.
     :param how: how it was reached: ``group``, ``borrowed`` from its holder, or ``inherited`` as a group's fd.
     :param holder: whose it is, if it is borrowed.
+    :param pidfd: of the holder, -1 when it has ended; this object closes it. None: its end is not seen.
     :param owned: other fds to close after it: its group and container.
     """
 
     def __init__(
-        self, name: str, fd: int, *, how: str = "group", holder: Holder | None = None, owned: Sequence[int] = ()
+        self,
+        name: str,
+        fd: int,
+        *,
+        how: str = "group",
+        holder: Holder | None = None,
+        pidfd: int | None = None,
+        owned: Sequence[int] = (),
     ) -> None:
         self.name: Final = name
         self.how: Final = how
         self.holder: Final = holder
         self._fd = fd
-        self._owned = list(owned)
+        self._pidfd = pidfd
+        self._owned = [*owned, -1 if pidfd is None else pidfd]
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +116,17 @@ class Device:
         """Whether another process has the device open, too."""
         return self.how != "group"
 
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody else keeps the device open when this object is closed; an inherited fd says so."""
+        if self.holder is None or self._pidfd is None:
+            return self.borrowed
+        if self._pidfd < 0:
+            return False
+        import select
+
+        return not select.select([self._pidfd], [], [], 0)[0]  # readable: it has ended
+
     def fileno(self) -> int:
         """Return the open fd.
 
@@ -118,7 +138,7 @@ class Device:
 
     def close(self) -> None:
         """Close the fd and what came with it; a second call does nothing."""
-        fds, self._fd, self._owned = [self._fd, *self._owned], -1, []
+        fds, self._fd, self._pidfd, self._owned = [self._fd, *self._owned], -1, -1, []
         for fd in fds:
             if fd >= 0:
                 os.close(fd)

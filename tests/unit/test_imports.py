@@ -89,7 +89,7 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
     return found
 
 
-MODULES: Final = sorted((ROOT / PACKAGE).rglob("*.py"))
+MODULES: Final = [path for path in sorted((ROOT / PACKAGE).rglob("*.py")) if path.name != "__main__.py"]
 
 
 def name_of(path: Path) -> str:
@@ -105,6 +105,13 @@ def test_a_module_imports_downwards_only(path: Path) -> None:
 
 def test_every_module_stands_in_a_room() -> None:
     assert [path for path in MODULES if name_of(path) != PACKAGE and not room_of(name_of(path))] == []
+
+
+def test_the_program_s_entry_is_nothing_but_the_command_line() -> None:
+    source = (ROOT / PACKAGE / "__main__.py").read_text("utf-8")
+    assert {name for node in ast.walk(ast.parse(source)) for name in imported(PACKAGE, node, is_package=False)} == {
+        f"{PACKAGE}.cli.main"
+    }
 
 
 @pytest.mark.parametrize(

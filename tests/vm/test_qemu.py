@@ -270,7 +270,6 @@ def test_a_save_of_a_vm_that_dies_says_so_in_one_line(directory: Path, image: Pa
         assert js("status", vm.name)["state"] == "closed"
 
 
-@pytest.mark.xfail(strict=True, reason="Session.state_after takes it that a holder lives as long as the job")
 def test_a_restore_into_a_vm_that_dies_fails_in_one_line(source: Qemu, directory: Path, image: Path) -> None:
     script("save", source, image, "--cont")
     with host.instance() as vgpu, Qemu.started(vgpu, directory / "dies-too") as vm:

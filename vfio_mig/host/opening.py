@@ -100,6 +100,14 @@ def _busy(device: HostDevice) -> DeviceBusyError:
     )
 
 
+def _watch(holder: Holder) -> int:
+    """Return a pidfd by which the end of the holder is seen; -1 when it has ended already."""
+    try:
+        return os.pidfd_open(holder.pid)
+    except OSError:
+        return -1
+
+
 def _borrow(device: HostDevice, holder: Holder) -> Device:
     """Have the holder's own group give us a second fd of the device, so the kernel vouches for what it is.
 
@@ -107,9 +115,9 @@ def _borrow(device: HostDevice, holder: Holder) -> Device:
     """
     fd = duplicate_fd(device, holder)
     if holder.node != device.node:
-        return Device(device.name, fd, how="borrowed", holder=holder)
+        return Device(device.name, fd, how="borrowed", holder=holder, pidfd=_watch(holder))
     try:
-        return Device(device.name, _get_device_fd(device, fd), how="borrowed", holder=holder)
+        return Device(device.name, _get_device_fd(device, fd), how="borrowed", holder=holder, pidfd=_watch(holder))
     except OpenError as error:
         error.problem = f"{holder} has its group open: {error.problem}"
         error.hint = error.hint or "wait until that process has set it up, or end it"

@@ -76,6 +76,8 @@ def _stop(session: Session, rollback: Rollback) -> Done:
 
 @protected
 def _commit_stop(sessions: list[Session], rollback: Rollback) -> None:
+    for session in sessions:
+        session.require_holder_alive()
     rollback.forget()
     for session in sessions:
         if not session.is_half_loaded:

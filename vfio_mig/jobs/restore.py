@@ -177,6 +177,13 @@ class _Target:
         self.times["start_time"] = time.perf_counter() - began
         point(JOB, "after-start", self._session)
 
+    def require_holder(self) -> None:
+        """Make sure that the device does not go with this job.
+
+        :raises DeviceError: its holder has ended meanwhile.
+        """
+        self._session.require_holder_alive()
+
     def read_word(self) -> str:
         """Wait for what the sender of the image wants: ``start``, ``stay``, or nothing when it has gone."""
         self._session.step(JOB, LOADED)
@@ -206,6 +213,8 @@ class _Target:
 @protected
 def _commit(targets: list[_Target]) -> None:
     """Take it that all devices are restored; from here on nothing is undone."""
+    for target in targets:
+        target.require_holder()
     for target in targets:
         target.forget()
     interrupts.finish()

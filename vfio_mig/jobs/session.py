@@ -82,6 +82,18 @@ class Session:
         if self._lock is not None:
             self._lock.close()
 
+    def require_holder_alive(self) -> None:
+        """Make sure that what was done to a borrowed device does not end with this job.
+
+        :raises DeviceError: its holder has ended meanwhile.
+        """
+        if self.device.borrowed and not self.device.is_held:
+            raise DeviceError(
+                f"{self.device.holder} has ended meanwhile, and with it the device's state",
+                device=self.device.name,
+                hint="open it again, and repeat",
+            )
+
     def note(self, effect: str) -> None:
         """Write down what is about to be done to the device, in case this process does not live to undo it."""
         if self._lock is not None:
@@ -102,7 +114,7 @@ class Session:
 
         :returns: ``running``, ``stop``, or ``closed`` when nobody but this job has it open.
         """
-        if not self.device.borrowed:
+        if not self.device.is_held:
             return CLOSED
         return RUNNING if started else STOP
 
