@@ -51,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("new", metavar="NEW.h")
     parser.add_argument("--all", action="store_true", help="show every name, not only VFIO's and the RFC's")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as any filter: `| head` ends us quietly
     try:
         old, new = (parse_header(read_header(path)) for path in (options.old, options.new))
     except VfioMigError as error:
@@ -68,4 +67,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as any filter: `| head` ends us quietly
     sys.exit(main())
