@@ -116,6 +116,7 @@ def start_again(source: Side) -> None:
     assert source.instance.run_state() == "running"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raw", [False, True], ids=["image", "raw"])
 def test_wherever_a_reader_goes_away_the_target_is_untouched_and_the_source_runs_if_save_can_know(
     source: Side, target: Side, raw: bool
