@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.hold import hold_device
     from vfio_mig.jobs.inform import device_info, list_devices
     from vfio_mig.jobs.migrate import migrate
+    from vfio_mig.jobs.pages import load_pages
     from vfio_mig.jobs.restore import restore, restore_all
     from vfio_mig.jobs.save import save, save_all
     from vfio_mig.jobs.session import Session, Settings
@@ -81,6 +82,7 @@ _MODULES = {
     "jobs.hold": ("hold_device",),
     "jobs.inform": ("device_info", "list_devices"),
     "jobs.migrate": ("migrate",),
+    "jobs.pages": ("load_pages",),
     "jobs.restore": ("restore", "restore_all"),
     "jobs.save": ("save", "save_all"),
     "jobs.session": ("Session", "Settings", "open_device"),
@@ -111,6 +113,7 @@ __all__ = [
     "fetch_dirty",
     "hold_device",
     "list_devices",
+    "load_pages",
     "migrate",
     "open_device",
     "reset_device",

@@ -128,7 +128,7 @@ def test_the_installed_program_refuses_it_without_a_traceback(arguments: list[st
 
 
 def test_every_command_on_a_device_is_tried_here() -> None:
-    assert set(ON_DEVICES) | {"list", "mdev", "migrate", "verify", "check"} == set(COMMANDS)
+    assert set(ON_DEVICES) | {"list", "mdev", "migrate", "pages", "verify", "check"} == set(COMMANDS)
 
 
 def refused(*arguments: str) -> VfioMigError:

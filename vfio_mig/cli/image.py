@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vfio_mig.cli.output import borrow_options, print_json, settings_of
+from vfio_mig.cli.output import Meter, borrow_options, memory_option, parse_memory, print_json, say, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -70,3 +70,24 @@ def check_command(options: Options, file: str, device: str, *, raw: bool) -> Non
             click.echo(f"{one.result:<8} {one.name}: {one.text}{forcible}")
     if not report.fits:
         sys.exit(MISFIT)
+
+
+@click.command("pages", short_help="Write an image's guest memory, without a device.")
+@click.argument("file")
+@memory_option
+@click.pass_obj
+def pages_command(options: Options, file: str, memory: tuple[str, ...]) -> None:
+    """Verify FILE (- is stdin) and write its pages to --memory. No device is needed.
+
+    \b
+    Example: follow a running device's pages to another host
+      vfio-mig sync $UUID - --memory /dev/shm/guest@0 --max-downtime 50 | ssh HOST vfio-mig pages - --memory copy@0
+    """
+    from vfio_mig.jobs.pages import load_pages
+
+    with Meter(options) as meter:
+        report = load_pages(file, memory=parse_memory(memory), progress=meter)
+    if options.as_json:
+        print_json(report._asdict())
+    else:
+        say(options, f"{file}: {report.pages_written} pages written")

@@ -26,6 +26,7 @@ COMMANDS = {  # command: module below vfio_mig.cli
     "list": "devices",
     "mdev": "mdev",
     "migrate": "migrate",
+    "pages": "image",
     "reset": "control",
     "restore": "transfer",
     "save": "transfer",

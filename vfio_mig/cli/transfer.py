@@ -268,7 +268,7 @@ def sync_command(
 
     A page at guest address A is put at offset A, and again only when its content has changed. Rounds repeat while
     they bring something, or until the rest fits into --max-downtime; then DEVICE is stopped for the last one and left
-    stopped unless --leave-running. A new FILE appears only when it is whole.
+    stopped unless --leave-running. A new FILE appears only when it is whole; - is stdout, for `vfio-mig pages`.
 
     \b
     Examples:
@@ -288,7 +288,7 @@ def sync_command(
         leave_running=leave_running,
         progress=tell_round(options),
     )
-    if options.as_json:
+    if options.as_json and file != "-":
         print_json({**report._asdict(), "rounds": [one.as_dict() for one in report.rounds]})
         return
     say(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +15,7 @@ from vfio_mig.host.lock import STOPPED
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.save import default_ranges
+from vfio_mig.jobs.save import STDOUT, default_ranges, describe_device
 from vfio_mig.jobs.session import Settings, open_session
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
-    from vfio_mig.dirty.sync import Round
+    from vfio_mig.dirty.sync import Round, Sink
     from vfio_mig.image.files import NewFile
     from vfio_mig.jobs.session import Session
 
@@ -131,6 +132,19 @@ class _Destination:
             raise UsageError(f"{self._path} is no regular file", hint="the destination must be one")
         return self
 
+    def open_sink(self, session: Session, guest: Memory) -> Sink:  # noqa: ARG002 -- as the pipe's
+        """Return where pages go."""
+        from vfio_mig.dirty.sync import SparseFile
+
+        _refuse_same_file(guest, self.fd, self._path)
+        self._end = guest.end
+        self._sink = SparseFile(self.fd, self._path)
+        return self._sink
+
+    def finish(self) -> None:
+        """Make the file as long as the guest's memory, and durable."""
+        self._sink.finish(self._end)
+
     def commit(self) -> None:
         """Give a new file its name."""
         if self._new is not None:
@@ -146,6 +160,42 @@ class _Destination:
             os.close(self.fd)
 
 
+class _Pipe:
+    """Standard output: an image with guest memory alone, for ``vfio-mig pages`` at the other end."""
+
+    def __init__(self) -> None:
+        from vfio_mig.image.files import Stream
+
+        if sys.stdout.isatty():
+            raise UsageError("pages are binary and will not be written to a terminal", hint="redirect them")
+        self._output = Stream(os.dup(sys.stdout.fileno()), "standard output")
+
+    def __enter__(self) -> Self:
+        self._stream = self._output.__enter__()
+        return self
+
+    def open_sink(self, session: Session, guest: Memory) -> Sink:  # noqa: ARG002 -- as the file's
+        """Return where pages go."""
+        from vfio_mig.image.archive import ArchiveWriter
+        from vfio_mig.jobs.window import ImageSink
+
+        self._writer = ArchiveWriter(self._stream, describe_device(session))
+        return ImageSink(self._writer, lambda _: None)
+
+    def finish(self) -> None:
+        """Write the end of the image."""
+        self._writer.finish()
+
+    def commit(self) -> None:
+        """Pass on what is still in the buffer."""
+        self._output.commit()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._output.__exit__(kind, error, traceback)
+
+
 def _refuse_same_file(guest: Memory, fd: int, path: str) -> None:
     here = os.fstat(fd)
     for map_ in guest.maps:
@@ -155,7 +205,7 @@ def _refuse_same_file(guest: Memory, fd: int, path: str) -> None:
 
 
 @protected
-def _commit(session: Session, destination: _Destination, rollback: Rollback) -> None:
+def _commit(session: Session, destination: _Destination | _Pipe, rollback: Rollback) -> None:
     """Make the copy final; from here on nothing is undone."""
     destination.commit()
     rollback.forget()
@@ -175,7 +225,8 @@ def sync_dirty(
     leave_running: bool = False,
     progress: Callable[[Round], object] = lambda _: None,
 ) -> SyncReport:
-    """Copy the dirty pages of guest memory into a sparse file, at their guest-physical addresses.
+    """Copy the dirty pages of guest memory into a sparse file, at their guest-physical addresses, or as ``-`` into an
+    image on standard output.
 
     Rounds run while the device does, as long as they bring something; then it is stopped for the last one, and left
     stopped unless *leave_running*. After a failure the device runs; a new file is not there, and one that was
@@ -188,7 +239,7 @@ def sync_dirty(
     from vfio_mig.dirty.bitmap import preload
     from vfio_mig.dirty.fetch import fetch
     from vfio_mig.dirty.memory import Memory
-    from vfio_mig.dirty.sync import ROUNDS, ROUNDS_LIVE, SparseFile, sync
+    from vfio_mig.dirty.sync import ROUNDS, ROUNDS_LIVE, sync
 
     if not memory:
         raise UsageError("nothing to copy from", hint="name the guest's memory with --memory FILE@GPA[:SIZE]")
@@ -200,11 +251,10 @@ def sync_dirty(
         Memory(memory, writable=True) as guest,
         open_session(name, settings, memory=guest.maps, job=SYNC) as session,
         Rollback() as rollback,
-        _Destination(file) as destination,
+        _Pipe() if file == STDOUT else _Destination(file) as destination,
     ):
-        _refuse_same_file(guest, destination.fd, file)
         wanted = default_ranges(guest, ranges)
-        sink = SparseFile(destination.fd, file)
+        sink = destination.open_sink(session, guest)
         point(SYNC, "opened", session)
 
         def stop() -> None:
@@ -235,7 +285,7 @@ def sync_dirty(
         if leave_running:
             session.go_on()
             point(SYNC, "after-start", session)
-        sink.finish(guest.end)
+        destination.finish()
         _commit(session, destination, rollback)
         device, state = session.device.name, session.state_after(started=leave_running)
     return SyncReport(

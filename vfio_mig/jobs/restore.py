@@ -53,7 +53,7 @@ class RestoreReport(NamedTuple):
     warnings: list[str]
 
 
-def _reserve_pages(archive: Archive, guest: Memory) -> None:
+def reserve_pages(archive: Archive, guest: Memory) -> None:
     """Make sure that every page of the image has a place, before anything is written.
 
     :raises MismatchError: the guest memory given does not have it.
@@ -69,7 +69,7 @@ def _reserve_pages(archive: Archive, guest: Memory) -> None:
 
 
 @protected  # a signal in the middle would leave memory of which nobody could say what it is
-def _write_pages(archive: Archive, guest: Memory, progress: Callable[[int], object]) -> int:
+def write_pages(archive: Archive, guest: Memory, progress: Callable[[int], object]) -> int:
     """Write the image's pages into guest memory; returns how many."""
     pages = 0
     for gpa, size, content in archive.memory():
@@ -138,7 +138,7 @@ class _Target:
         if not verify_state:
             self.warnings.insert(0, UNVERIFIED)
         if image.archive is not None and guest.maps:
-            _reserve_pages(image.archive, guest)
+            reserve_pages(image.archive, guest)
         if not session.device.borrowed:
             self.warnings.append(NOT_HELD)
         if not self._force:
@@ -158,7 +158,7 @@ class _Target:
 
     def write_pages(self, guest: Memory, progress: Callable[[int], object]) -> None:
         if self._image.archive is not None and guest.maps:
-            self.pages = _write_pages(self._image.archive, guest, progress)
+            self.pages = write_pages(self._image.archive, guest, progress)
         point(JOB, "after-pages", self._session)
 
     def write_state(self) -> None:
