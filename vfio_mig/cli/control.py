@@ -91,7 +91,8 @@ def status_command(options: Options, device: str) -> None:
     if options.as_json:
         print_json(status._asdict())
         return
-    holder = "nobody" if status.holder_pid is None else f"PID {status.holder_pid} ({status.holder})"
+    nobody = "nobody" if status.state == "closed" else "no process that this user may look into"
+    holder = nobody if status.holder_pid is None else f"PID {status.holder_pid} ({status.holder})"
     click.echo(f"{status.device}: {status.state}; {status.kind} {status.type}, open in {holder}")
     if status.left is not None:
         click.echo(f"note: {status.left}; {status.repair}")

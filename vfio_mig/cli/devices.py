@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def _line(one: Listed) -> str:
-    holder = "-" if one.holder_pid is None else f"{one.holder_pid}:{one.holder}"
+    holder = (one.holder or "-") if one.holder_pid is None else f"{one.holder_pid}:{one.holder}"
     return f"{one.device} {one.kind} {one.type or '-'} {one.driver or '-'} {one.node or '-'} {holder}"
 
 
 @click.command("list", short_help="List VFIO devices and who has them open.")
 @click.pass_obj
 def list_command(options: Options) -> None:
-    """List VFIO devices, one per line: NAME KIND TYPE DRIVER NODE HOLDER (PID:COMMAND); - is none.
+    """List VFIO devices, one per line: NAME KIND TYPE DRIVER NODE HOLDER (PID:COMMAND); - is none, ? not seen.
 
     \b
     Example: vfio-mig list | awk '$6 == "-" { print $1 }'

@@ -126,6 +126,17 @@ def _which(nodes: dict[str, int], path: str, target: str) -> str | None:
     return next((node for node, its in nodes.items() if its and its == number), None)
 
 
+def sees_all() -> bool:
+    """Tell whether we may look into every process; otherwise a device without a holder may well have one."""
+    try:
+        os.listdir("/proc/1/fd")
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def find_holders(device: HostDevice, pid: int | None = None) -> Iterator[Holder]:
     """Yield the processes that have the device's group or node open, one by one.
 

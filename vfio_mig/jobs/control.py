@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig import interrupts
 from vfio_mig.errors import UsageError
+from vfio_mig.host.holders import sees_all
 from vfio_mig.host.lock import STOPPED, left_behind
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.session import Settings, find, holder_of, open_session, require_holder
+from vfio_mig.jobs.session import CLOSED, Settings, find, holder_of, open_session, require_holder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vfio_mig.jobs.session import Session
+
+UNKNOWN = "unknown"
 
 
 class Done(NamedTuple):
@@ -38,7 +41,8 @@ class Status(NamedTuple):
 
     :param holder_pid: process that has it open, None when nobody has.
     :param protocol: name of the migration protocol; None when nobody holds the device, as only an open device tells.
-    :param state: ``closed``, or ``unknown``: the RFC has no way to ask whether a device runs.
+    :param state: ``closed``, or ``unknown``: the RFC has no way to ask whether a device runs, and a holder may be one
+        that this user may not see.
     :param left: what a job that did not come to its end has left behind, None for nothing.
     :param repair: what to do about it.
     """
@@ -175,7 +179,7 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
         None if holder is None else holder.pid,
         None if holder is None else holder.command,
         protocol,
-        "closed" if holder is None else "unknown",
+        CLOSED if holder is None and sees_all() else UNKNOWN,
         None if left is None else str(left),
         None if left is None else left.repair(found.name),
     )

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Listed(NamedTuple):
-    """A device of this host; nothing was opened to find it."""
+    """A device of this host; nothing was opened to find it.
+
+    :param holder: command of the process that has it open; ``?`` where this user may not look into every process.
+    """
 
     device: str
     kind: str
@@ -54,7 +57,9 @@ class DeviceInfo(NamedTuple):
 def list_devices() -> list[Listed]:
     """Return all VFIO devices of this host with who has them open."""
     from vfio_mig.host.discover import Host
+    from vfio_mig.host.holders import sees_all
 
+    unseen = None if sees_all() else "?"
     listed = []
     for found in Host().devices():
         holder = holder_of(found)
@@ -67,7 +72,7 @@ def list_devices() -> list[Listed]:
                 found.driver,
                 found.node,
                 None if holder is None else holder.pid,
-                None if holder is None else holder.command,
+                unseen if holder is None else holder.command,
             )
         )
     return listed
