@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from tests.vm.conftest import MakeGuest, MakeInstance
 
+pytestmark = pytest.mark.slow  # what is refused and why is the program's, not the kernel's
+
 PAGE: Final = 4096
 MIB: Final = 1 << 20
 ME: Final = str(os.getpid())

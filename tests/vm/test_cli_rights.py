@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from tests.vm.conftest import MakeGuest, MakeInstance
 
+pytestmark = pytest.mark.slow  # what is refused and why is the program's, not the kernel's
+
 PTRACE_SCOPE: Final = Path("/proc/sys/kernel/yama/ptrace_scope")
 BOTH: Final = ("sys_ptrace", "dac_read_search")
 
