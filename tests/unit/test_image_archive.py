@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import subprocess
 import tarfile
 import threading
@@ -160,6 +161,28 @@ def test_a_flip_of_any_bit_is_refused(bit: int) -> None:
     bad[bit // 8] ^= 1 << bit % 8
     with pytest.raises(ImageError):
         read_archive(as_file(bytes(bad)))
+
+
+def test_flips_and_cuts_of_a_large_archive_are_refused() -> None:
+    """Sampled: the ends of every member and places between them."""
+    rng = random.Random(6)  # noqa: S311
+
+    def fill(writer: ArchiveWriter) -> None:
+        writer.add_state(rng.randbytes(CHUNK + 4096))
+        fill_small(writer)
+
+    large = written(fill)
+    places = [0, len(large) - 1, *(rng.randrange(len(large)) for _ in range(25))]
+    for name in (b"header.json", b"state/0000", b"state/0001", b"dirty/0000", b"pages/0000", b"manifest.json"):
+        at = large.index(name + b"\0")
+        places += [at, at + 512, at - 1 if at else 0]
+    for place in places:
+        damaged = bytearray(large)
+        damaged[place] ^= 1 << rng.randrange(8)
+        with pytest.raises(ImageError):
+            read_archive(io.BytesIO(damaged))
+        with pytest.raises(ImageError):
+            read_archive(io.BytesIO(large[:place]))
 
 
 @given(st.binary(max_size=3000))
