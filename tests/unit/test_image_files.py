@@ -295,3 +295,17 @@ def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(HostError):
         write(tmp_path / "other")
     assert open_descriptors() == before
+
+
+def test_what_was_committed_can_be_withdrawn_unless_it_replaced_something(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    for force in (False, True):
+        with committed(path, force=force) as file:
+            file.write(b"new")
+        output = committed(path.with_name(f"other{force}"), force=force)
+        with output as file:
+            file.write(b"new")
+            output.commit()
+            output.withdraw()
+            output.withdraw()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["image", "otherTrue"]

@@ -79,6 +79,9 @@ class Output(Protocol):
     def commit(self) -> None:
         """Make sure of it that everything has arrived; what fails from now on undoes nothing of it."""
 
+    def withdraw(self) -> None:
+        """Take back what has been committed, where that is possible: another part of the same job has failed."""
+
 
 class NewFile:
     """A file in the making; see :func:`committed`. Use it once."""
@@ -144,6 +147,12 @@ class NewFile:
         file.close()
         _sync_directory(self._directory)
 
+    def withdraw(self) -> None:
+        """Remove the file again, unless it has replaced another, which cannot be brought back."""
+        if self._is_durable and self._file is None and not self._force:
+            with suppress(FileNotFoundError):
+                os.unlink(self._target)
+
     def _name(self, fd: int) -> None:
         if self._temporary is None:
             if not self._force:
@@ -185,6 +194,9 @@ class Stream:
     def commit(self) -> None:
         """Write what is still in the buffer."""
         self._file.flush()
+
+    def withdraw(self) -> None:
+        """Nothing that has been written to a stream comes back."""
 
     @protected
     def __exit__(

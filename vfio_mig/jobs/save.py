@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vfio_mig import interrupts
-from vfio_mig.errors import UsageError
+from vfio_mig.errors import UsageError, VfioMigError
 from vfio_mig.host.lock import STOPPED
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import parse_state
@@ -168,8 +168,13 @@ def _commit(targets: list[_Target]) -> None:
     """Make all images final; from here on nothing is undone."""
     for target in targets:
         target.output.prepare()
-    for target in targets:
-        target.output.commit()
+    for number, target in enumerate(targets):
+        try:
+            target.output.commit()
+        except VfioMigError:
+            for done in targets[:number]:
+                done.output.withdraw()
+            raise
     for target in targets:
         target.rollback.forget()
         target.session.note("")
