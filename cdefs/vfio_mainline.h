@@ -116,4 +116,19 @@ struct vfio_device_feature_migration {
 	__u64 flags;
 };
 
+#define VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE 2
+#define VFIO_DEVICE_STATE_ERROR 0
+#define VFIO_DEVICE_STATE_STOP 1
+#define VFIO_DEVICE_STATE_RUNNING 2
+#define VFIO_DEVICE_STATE_STOP_COPY 3
+#define VFIO_DEVICE_STATE_RESUMING 4
+#define VFIO_DEVICE_STATE_RUNNING_P2P 5
+#define VFIO_DEVICE_STATE_PRE_COPY 6
+#define VFIO_DEVICE_STATE_PRE_COPY_P2P 7
+
+struct vfio_device_feature_mig_state {
+	__u32 device_state;
+	__s32 data_fd;
+};
+
 #endif

@@ -38,6 +38,7 @@ ON_DEVICES: Final[dict[str, list[str]]] = {
     "restore": ["guest", "--raw"],
     "save": ["image"],
     "start": [],
+    "state": [],
     "status": [],
     "stop": [],
     "sync": ["copy", "--memory", "guest@0"],

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from vfio_mig import uapi
 from vfio_mig.device import CAPS_MAX, REPLY_MAX, Device, Region
 from vfio_mig.errors import DeviceError, UnsupportedError, UsageError
-from vfio_mig.protocols.detect import detect, explain, mainline_flags
+from vfio_mig.protocols.detect import MAINLINE, detect, explain, mainline_flags
 from vfio_mig.protocols.gvt_rfc import DIRTY_PAGES_MAX, GvtRfc
+from vfio_mig.protocols.mainline_v2 import MainlineV2
 from vfio_mig.uapi import Request, vfio_request
 from vfio_mig.uapi.profile import DEFAULT_PROFILE, RfcProfile
 
@@ -102,8 +103,9 @@ class FakeDevice(Device):
             return self._region_info(answer)
         if request == uapi.DEVICE_FEATURE and self.feature is not None:
             argsz, flags = struct.unpack_from("=II", answer)
-            assert (argsz, len(answer), flags) == (16, 16, 0x10001)
-            struct.pack_into("=Q", answer, 8, self.feature)
+            assert (argsz, len(answer)) == (16, 16)
+            assert flags in {0x10001, 0x10002}  # both GET: nothing is changed by detection
+            struct.pack_into(*("=Q", answer, 8, self.feature) if flags == 0x10001 else ("=Ii", answer, 8, 2, -1))
             return 0
         raise DeviceError(f"{request.name} failed", device=self.name, errno=errno.ENOTTY)
 
@@ -130,7 +132,11 @@ def failing(device: FakeDevice, profile: RfcProfile = DEFAULT_PROFILE) -> list[s
     """Names of the checks that fail; detect() agrees with explain(), and neither sends a request of the RFC."""
     checks = explain(device, profile)
     failed = [check for check in checks if not check.ok]
-    if failed:
+    if MAINLINE in [check.name for check in failed] and (device.feature or 0) & 1:
+        protocol = detect(device, profile)
+        assert isinstance(protocol, MainlineV2)
+        assert protocol.flags == device.feature
+    elif failed:
         with pytest.raises(UnsupportedError) as caught:
             detect(device, profile)
         assert caught.value.problem == f"cannot be migrated: {failed[0].name}: {failed[0].text}"
@@ -176,6 +182,7 @@ def test_another_trees_numbers_decide_when_they_are_given() -> None:
         (FakeDevice(replies={9: reply(flags=2)}), "state-region"),
         (FakeDevice(replies={9: reply(type_cap(7, 7))}), "no-region-type"),
         (FakeDevice(feature=1), "no-mainline-migration"),
+        (FakeDevice(feature=7), "no-mainline-migration"),
         (FakeDevice(feature=1 << 63), "no-mainline-migration"),
     ],
 )

@@ -98,3 +98,26 @@ def status_command(options: Options, device: str) -> None:
         click.echo(f"note: {status.left}; {status.repair}")
     if status.protocol is not None:
         click.echo(f"protocol: {status.protocol}")
+
+
+@click.command("state", short_help="Show a mainline v2 device's state, or go to another.")
+@click.argument("device")
+@click.argument("new", required=False, metavar="[running|running-p2p|stop]")
+@borrow_options
+@click.pass_obj
+def state_command(options: Options, device: str, new: str | None) -> None:
+    """Print the migration state of DEVICE, after going to NEW if it is given.
+
+    Only states without a stream can be gone to by hand: in the others it would be lost, and on some drivers the kernel
+    with it. The device must be open in some process.
+
+    \b
+    Example: vfio-mig state 0000:3b:00.1 running-p2p
+    """
+    from vfio_mig.jobs.control import device_state
+
+    state = device_state(device, settings_of(options), new=new)
+    if options.as_json:
+        print_json(state._asdict())
+    else:
+        click.echo(state.state)

@@ -31,6 +31,7 @@ COMMANDS = {  # command: module below vfio_mig.cli
     "restore": "transfer",
     "save": "transfer",
     "start": "control",
+    "state": "control",
     "status": "control",
     "stop": "control",
     "sync": "transfer",
@@ -38,7 +39,7 @@ COMMANDS = {  # command: module below vfio_mig.cli
 }
 
 
-ABIS = ("auto", "gvt-rfc")
+ABIS = ("auto", "gvt-rfc", "mainline-v2")
 
 
 class Lazy(click.Group):

@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig import interrupts
-from vfio_mig.errors import UsageError
+from vfio_mig.errors import UnsupportedError, UsageError
 from vfio_mig.host.holders import sees_all
 from vfio_mig.host.lock import STOPPED, left_behind
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import CLOSED, Settings, find, holder_of, open_session, require_holder
+from vfio_mig.protocols.mainline_v2 import MainlineV2
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,8 +42,8 @@ class Status(NamedTuple):
 
     :param holder_pid: process that has it open, None when nobody has.
     :param protocol: name of the migration protocol; None when nobody holds the device, as only an open device tells.
-    :param state: ``closed``, or ``unknown``: the RFC has no way to ask whether a device runs, and a holder may be one
-        that this user may not see.
+    :param state: of a mainline v2 device its state by QEMU's name; ``closed`` when nobody has it open; ``unknown``
+        where it cannot be asked: the RFC has no way, and a holder may be one that this user may not see.
     :param left: what a job that did not come to its end has left behind, None for nothing.
     :param repair: what to do about it.
     """
@@ -163,15 +164,40 @@ def reset_device(name: str, settings: Settings | None = None, *, force: bool = F
     return _at_once(name, "reset", settings)
 
 
+class State(NamedTuple):
+    """The state of a device, by QEMU's name."""
+
+    device: str
+    state: str
+
+
+def device_state(name: str, settings: Settings | None = None, *, new: str | None = None) -> State:
+    """Return the migration state of a mainline v2 device that some process keeps open, after going to *new*.
+
+    :raises UnsupportedError: the device has no states to ask for.
+    :raises UsageError: *new* is a state with a stream, which would be lost.
+    """
+    require_holder(find(name), "change of state" if new else "look at its state")
+    with open_session(name, settings, job=None if new is None else "state") as session:
+        protocol = session.protocol
+        if not isinstance(protocol, MainlineV2):
+            raise UnsupportedError(
+                f"a {protocol.name} device cannot be asked for its state", device=session.device.name
+            )
+        if new is not None:
+            protocol.go_to(new)
+        return State(session.device.name, protocol.state())
+
+
 def device_status(name: str, settings: Settings | None = None) -> Status:
     """Tell who has a device open and what it speaks; opens nothing that is closed."""
     found = find(name)
     holder = holder_of(found)
     left = left_behind(found, holder)
-    protocol = None
+    protocol, state = None, CLOSED if holder is None and sees_all() else UNKNOWN
     if holder is not None:
         with open_session(name, settings) as session:
-            protocol = session.protocol.name
+            protocol, state = session.protocol.name, session.protocol.state()
     return Status(
         found.name,
         found.kind,
@@ -179,7 +205,7 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
         None if holder is None else holder.pid,
         None if holder is None else holder.command,
         protocol,
-        CLOSED if holder is None and sees_all() else UNKNOWN,
+        state,
         None if left is None else str(left),
         None if left is None else left.repair(found.name),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vfio_mig.errors import UnsupportedError
 from vfio_mig.jobs.session import Settings, find, holder_of, load_numbers
 
 if TYPE_CHECKING:
@@ -81,14 +82,20 @@ def list_devices() -> list[Listed]:
 def device_info(name: str, settings: Settings | None = None) -> DeviceInfo:
     """Open or borrow a device and ask it; sends no request of the RFC."""
     from vfio_mig.host.opening import open_device
-    from vfio_mig.protocols.detect import explain
-    from vfio_mig.protocols.gvt_rfc import GvtRfc
+    from vfio_mig.protocols.detect import Check, detect, explain
 
     settings = settings or Settings()
     profile = load_numbers(settings)
     found = find(name)
     with open_device(found, pid=settings.pid, fd=settings.fd) as device:
         checks = explain(device, profile)
+        try:
+            found_protocol = detect(device, profile)
+            protocol = found_protocol.name
+            if found_protocol.streams:  # the rest is the RFC's business
+                checks = [Check("mainline-migration", True, found_protocol.describe())]
+        except UnsupportedError:
+            protocol = None
         return DeviceInfo(
             found.name,
             found.kind,
@@ -97,5 +104,5 @@ def device_info(name: str, settings: Settings | None = None) -> DeviceInfo:
             device.info().flags,
             device.regions(),
             checks,
-            GvtRfc.name if all(check.ok for check in checks) else None,
+            protocol,
         )

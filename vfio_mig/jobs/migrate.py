@@ -212,7 +212,7 @@ def migrate(
             state_write_time=_number(restored.get("state_write_time")),
             start_time=end - held if start else 0.0,
             downtime=end - began,
-            state_bytes=len(window.state),
+            state_bytes=window.state_bytes,
             pages_dirty=window.pages_dirty,
             pages_written=0 if sink is None else sink.bytes_written // PAGE,
             pages_zero=0 if sink is None else sink.bytes_zero // PAGE,

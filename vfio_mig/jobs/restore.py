@@ -18,7 +18,7 @@ from vfio_mig.jobs.session import Settings, open_session
 from vfio_mig.jobs.source import STDIN, open_input, read_image
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.image.archive import Archive
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 JOB = "restore"
 START = "start"
+RAW_MAX = 64 << 20
+"""Bytes of the largest bare stream: without checksums it is read whole before the device is touched."""
 LOADED = "loaded"
 UNVERIFIED = "--no-verify-state: the device state was NOT checked; the kernel may believe whatever it says"
 NOT_HELD = (
@@ -129,7 +131,8 @@ class _Target:
         session = stack.enter_context(open_session(self.name, settings, memory=guest.maps, job=JOB))
         self._session = session
         point(JOB, "waiting", session)
-        limit = session.protocol.state_size_max
+        # A stream of any size stays where it is; a bare one has no other place than memory
+        limit = RAW_MAX if session.protocol.streams else session.protocol.state_size_max
         image = stack.enter_context(read_image(stream, limit, raw=raw, alone=not self._await_word))
         self._image = image
         point(JOB, "opened", session)
@@ -167,9 +170,16 @@ class _Target:
         self._rollback.forget()
         self._rollback.push(lambda: _abandon(session, force=self._force))
         began = time.perf_counter()
-        session.protocol.write_state(memoryview(self._image.state))
+        session.protocol.write_chunks(self._chunks())
         self.times["state_write_time"] = time.perf_counter() - began
         point(JOB, "after-state", session)
+
+    def _chunks(self) -> Iterator[bytes | memoryview]:
+        archive = self._image.archive
+        if archive is not None and self._session.protocol.streams:
+            yield from archive.state_chunks()
+        else:
+            yield memoryview(self._image.state)
 
     def start(self) -> None:
         began = time.perf_counter()
@@ -204,7 +214,7 @@ class _Target:
             file=self.file,
             state=self._session.state_after(started=started),
             **self.times,
-            state_bytes=len(self._image.state),
+            state_bytes=len(self._image.state) if self._image.archive is None else self._image.archive.state_size,
             pages_written=self.pages,
             warnings=self.warnings,
         )

@@ -125,7 +125,7 @@ class _Target:
         self._stream = stack.enter_context(self.output)
         if not self._raw:
             self._writer = ArchiveWriter(self._stream, describe_device(self.session))
-        self.window = Window(JOB, self.session, ranges, guest, writer=self._writer, live=live)
+        self.window = Window(JOB, self.session, ranges, guest, writer=self._writer, raw=self._stream, live=live)
         point(JOB, "opened", self.session)
 
     def stop(self) -> None:
@@ -140,9 +140,7 @@ class _Target:
         parse_state(self.session.protocol.name, window.state)  # refused now rather than at the restore
         window.write_rest()
         report = self._report(started=started)
-        if self._writer is None:
-            self._stream.write(window.state)
-        else:
+        if self._writer is not None:
             self._writer.finish(report.statistics())
         point(JOB, "written", self.session)
         return report
@@ -155,7 +153,7 @@ class _Target:
             file=self.file,
             state=self.session.state_after(started=started),
             **window.times,
-            state_bytes=len(window.state),
+            state_bytes=window.state_bytes,
             pages_dirty=window.pages_dirty,
             pages_written=0 if sink is None else sink.bytes_written // PAGE,
             pages_zero=0 if sink is None else sink.bytes_zero // PAGE,

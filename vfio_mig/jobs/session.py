@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from vfio_mig.errors import DeviceBusyError, DeviceError, UsageError
+from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vfio_mig.protocols.base import MigrationProtocol
     from vfio_mig.uapi.profile import RfcProfile
 
-ABIS = ("auto", "gvt-rfc")
+ABIS = ("auto", "gvt-rfc", "mainline-v2")
 RUNNING = "running"
 STOP = "stop"
 CLOSED = "closed"
@@ -106,7 +106,7 @@ class Session:
 
     def go_on(self) -> None:
         """Undo a stop."""
-        self.protocol.start()
+        self.protocol.undo_stop()
         self.note("")
 
     def state_after(self, *, started: bool) -> str:
@@ -223,6 +223,7 @@ def _open_found(
     device = open_device(found, memory=memory, pid=settings.pid, fd=settings.fd)
     try:
         session = Session(found, device, detect(device, profile), lock, settings)
+        _require_abi(session, settings)
         if settings.tell is not None:
             settings.tell(session.describe())
     except BaseException:
@@ -231,10 +232,18 @@ def _open_found(
     return session
 
 
+def _require_abi(session: Session, settings: Settings) -> None:
+    if settings.abi not in ("auto", session.protocol.name):
+        problem = f"it speaks {session.protocol.name}, not {settings.abi}"
+        raise UnsupportedError(problem, device=session.device.name)
+
+
 def _take_over(session: Session, lock: DeviceLock, job: str, settings: Settings) -> None:
     """Look at what an earlier job has left: a stop can be gone on from, a half-loaded state cannot."""
     from vfio_mig.host.lock import LOADING
 
+    if job != "reset":
+        session.protocol.require_rest()
     left = lock.take_over(session.device.holder)
     if left is None:
         return

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
+from vfio_mig.errors import UnsupportedError
 from vfio_mig.jobs.points import point
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class Window:
     :param job: name of the job, for its points.
     :param ranges: guest pages to fetch the dirty bitmap of.
     :param writer: the image; None for a bare state, which has neither bitmap nor pages.
+    :param raw: where a bare state goes.
+    :raises UnsupportedError: there are pages to copy, and the device cannot tell which.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Window:
         guest: Memory,
         *,
         writer: ArchiveWriter | None,
+        raw: BinaryIO | None = None,
         live: Live,
     ) -> None:
         # Imported here, before the device is stopped
@@ -105,6 +109,12 @@ class Window:
         from vfio_mig.dirty.fetch import fetch
 
         if guest.maps:
+            if not session.protocol.has_dirty:
+                raise UnsupportedError(
+                    f"a {session.protocol.name} device cannot be asked for its dirty pages",
+                    device=session.device.name,
+                    hint="leave out --memory",
+                )
             preload()
         self._fetch = fetch
         self._job = job
@@ -124,6 +134,8 @@ class Window:
         self.rounds: list[Round] = []
         self.dirty: list[Dirty] = []
         self.state = b""
+        self.state_bytes = 0
+        self._raw = raw
 
     @property
     def pages_dirty(self) -> int:
@@ -163,7 +175,8 @@ class Window:
         if self._writer is None:
             return
         if self._copy is None:
-            self._fetch_dirty()
+            if self._session.protocol.has_dirty:
+                self._fetch_dirty()
             self._point("after-dirty")
         else:
             self.rounds.append(self._copy.last_round(lambda: self._point("after-dirty")))
@@ -171,10 +184,20 @@ class Window:
         self._point("after-pages")
 
     def read_state(self) -> None:
-        """Read the device's internal state."""
+        """Read the device's internal state; a stream goes straight into the image, as it may be of any size."""
+        protocol = self._session.protocol
         with self._phase("state_read_time"):
-            self.state = bytes(self._session.protocol.read_state())
+            if protocol.streams:
+                self.state_bytes = self._pass_on(protocol.read_chunks())
+            else:
+                self.state = bytes(protocol.read_state())
+                self.state_bytes = len(self.state)
         self._point("after-state")
+
+    def _pass_on(self, chunks: Iterator[bytes | memoryview]) -> int:
+        if self._writer is not None:
+            return self._writer.add_state(chunks)
+        return sum(self._raw.write(chunk) for chunk in chunks) if self._raw is not None else 0
 
     def start(self) -> None:
         """Let the device go on."""
@@ -190,6 +213,8 @@ class Window:
     def write_rest(self) -> None:
         """Put into the image what could wait: state and bitmaps. The manifest is the caller's."""
         if self._writer is None:
+            if self._raw is not None:
+                self._raw.write(self.state)
             return
         self._writer.add_state(self.state)
         for chunk in self.dirty:

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from vfio_mig.device import Device
 
 
@@ -18,6 +20,10 @@ class MigrationProtocol(ABC):
 
     name: ClassVar[str]
     """As the user, the image's header and ``--abi`` spell it."""
+    streams: ClassVar[bool] = False
+    """Whether the state is a stream of any size, to be moved in chunks."""
+    has_dirty: ClassVar[bool] = True
+    """Whether the device can be asked for its dirty pages."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -40,6 +46,28 @@ class MigrationProtocol(ABC):
 
         :raises DeviceError: the kernel refused; the device is still stopped.
         """
+
+    def undo_stop(self) -> None:
+        """Bring a stopped device back to where it was found, or to run where that is not known."""
+        self.start()
+
+    def state(self) -> str:
+        """Return the name of the device's state; ``unknown`` where it cannot be asked."""
+        return "unknown"
+
+    def require_rest(self) -> None:  # noqa: B027 -- as a rule every device is fit
+        """Refuse a device that a job must not begin with.
+
+        :raises DeviceError: says what to do about it.
+        """
+
+    def read_chunks(self) -> Iterator[bytes | memoryview]:
+        """Yield the state of the stopped device, chunk by chunk; see :meth:`read_state`."""
+        yield self.read_state()
+
+    def write_chunks(self, chunks: Iterable[bytes | memoryview]) -> None:
+        """Load a state chunk by chunk; see :meth:`write_state`."""
+        self.write_state(memoryview(b"".join(chunks)))
 
     @abstractmethod
     def read_state(self) -> memoryview:

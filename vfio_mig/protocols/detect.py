@@ -14,6 +14,7 @@ from vfio_mig import uapi
 from vfio_mig.device import READ, WRITE
 from vfio_mig.errors import DeviceError, UnsupportedError
 from vfio_mig.protocols.gvt_rfc import GvtRfc
+from vfio_mig.protocols.mainline_v2 import MainlineV2
 from vfio_mig.uapi import ffi
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from vfio_mig.protocols.base import MigrationProtocol
     from vfio_mig.uapi.profile import RfcProfile
 
+MAINLINE: Final = "no-mainline-migration"
+_STOP_COPY: Final = ffi.integer_const("VFIO_MIGRATION_STOP_COPY")
 _PCI: Final = ffi.integer_const("VFIO_DEVICE_FLAGS_PCI")
 _FEATURE: Final = struct.Struct("=IIQ")  # vfio_device_feature + vfio_device_feature_migration
 _GET_MIGRATION: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_GET") | ffi.integer_const(
@@ -99,17 +102,20 @@ def explain(device: Device, profile: RfcProfile) -> list[Check]:
     else:
         checks.append(Check("state-region", False, f"no region {profile.state_index}"))
     mainline = mainline_flags(device)
-    checks.append(Check("no-mainline-migration", not mainline, f"mainline migration flags {mainline:#x}"))
+    checks.append(Check(MAINLINE, not mainline, f"mainline migration flags {mainline:#x}"))
     return checks
 
 
 def detect(device: Device, profile: RfcProfile) -> MigrationProtocol:
-    """Choose the protocol of an open device.
+    """Choose the protocol of an open device: mainline's where it has that, else the RFC's.
 
     :raises UnsupportedError: it speaks none of ours; the message has the first reason.
     """
     checks = explain(device, profile)
     failed = [check for check in checks if not check.ok]
+    mainline = mainline_flags(device) if any(check.name == MAINLINE for check in failed) else 0
+    if mainline & _STOP_COPY:
+        return MainlineV2(device, mainline)
     if failed:
         raise UnsupportedError(
             f"cannot be migrated: {failed[0].name}: {failed[0].text}",

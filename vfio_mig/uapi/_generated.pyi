@@ -66,6 +66,10 @@ class vfio_device_feature(CData):
 class vfio_device_feature_migration(CData):
     flags: int
 
+class vfio_device_feature_mig_state(CData):
+    device_state: int
+    data_fd: int
+
 class vfio_pci_status_set(CData):
     argsz: int
     flags: int
@@ -163,6 +167,10 @@ class _FFI:
     ) -> vfio_device_feature_migration: ...
     @overload
     def new(
+        self, cdecl: Literal["struct vfio_device_feature_mig_state *"], init: Mapping[str, Any] = ..., /
+    ) -> vfio_device_feature_mig_state: ...
+    @overload
+    def new(
         self, cdecl: Literal["struct vfio_pci_status_set *"], init: Mapping[str, Any] = ..., /
     ) -> vfio_pci_status_set: ...
     @overload
@@ -202,6 +210,7 @@ class _FFI:
         "struct vfio_iommu_type1_dma_map",
         "struct vfio_device_feature",
         "struct vfio_device_feature_migration",
+        "struct vfio_device_feature_mig_state",
         "struct vfio_pci_status_set",
         "struct vfio_pci_get_dirty_bitmap",
         "struct gvt_region",
@@ -221,6 +230,7 @@ class _FFI:
         "struct vfio_iommu_type1_dma_map",
         "struct vfio_device_feature",
         "struct vfio_device_feature_migration",
+        "struct vfio_device_feature_mig_state",
         "struct vfio_pci_status_set",
         "struct vfio_pci_get_dirty_bitmap",
         "struct gvt_region",
@@ -264,6 +274,15 @@ class _FFI:
         "VFIO_MIGRATION_STOP_COPY",
         "VFIO_MIGRATION_P2P",
         "VFIO_MIGRATION_PRE_COPY",
+        "VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE",
+        "VFIO_DEVICE_STATE_ERROR",
+        "VFIO_DEVICE_STATE_STOP",
+        "VFIO_DEVICE_STATE_RUNNING",
+        "VFIO_DEVICE_STATE_STOP_COPY",
+        "VFIO_DEVICE_STATE_RESUMING",
+        "VFIO_DEVICE_STATE_RUNNING_P2P",
+        "VFIO_DEVICE_STATE_PRE_COPY",
+        "VFIO_DEVICE_STATE_PRE_COPY_P2P",
         "VFIO_DEVICE_FLAGS_MIGRATABLE",
         "VFIO_PCI_DEVICE_STATE_REGION_INDEX",
         "VFIO_PCI_RFC_NUM_REGIONS",
