@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+import dataclasses
 import os
 import subprocess
 from pathlib import Path
@@ -61,7 +62,15 @@ def test_the_entry_script_is_bash_and_quotes_module_parameters(tmp_path: Path) -
     subprocess.run(["bash", "-n"], input=script, check=True)
     assert b"module_args=(a=1 'b=x y')\n" in script
     assert b"interactive=0\n" in script
+    assert b"mtty=''\n" in script
     assert b"interactive=1\n" in guest.entry_script(make([], tmp_path))
+
+
+def test_mtty_is_loaded_beside_the_driver_or_alone(tmp_path: Path) -> None:
+    both = dataclasses.replace(make(["true"], tmp_path), mtty=Path("/cache/my modules/mtty.ko"))
+    assert b"mtty='/cache/my modules/mtty.ko'\n" in guest.entry_script(both)
+    assert b"module=/cache/modules/x/gvt_sample.ko\n" in guest.entry_script(both)
+    assert b"module=''\n" in guest.entry_script(dataclasses.replace(both, module=None))
 
 
 def test_only_our_variables_and_pytest_s_cross_over() -> None:

@@ -23,10 +23,22 @@ HERE = Path(__file__).parent
 WHERE_TO_RUN = (
     "needs the VM with the sample driver: run `scripts/test --vm`, or `scripts/vm --build-all -- pytest tests/vm`"
 )
+WHERE_TO_RUN_MTTY = "needs the VM with mtty: run `scripts/vm --mtty -- pytest tests/vm/test_mtty.py` (kernel 6.12)"
 
 
 def in_vm() -> bool:
     return "VFIO_MIG_KMOD_DIR" in os.environ and host.TYPES.exists() and host.DEBUGFS.exists()
+
+
+def runnable(item: pytest.Item) -> bool:
+    """Tests of the mtty sample need no other driver."""
+    if item.get_closest_marker("mtty"):
+        return "VFIO_MIG_VM" in os.environ and host.MTTY_TYPES.exists()
+    return in_vm()
+
+
+def where_to_run(item: pytest.Item) -> str:
+    return WHERE_TO_RUN_MTTY if item.get_closest_marker("mtty") else WHERE_TO_RUN
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,11 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if HERE not in item.path.parents or in_vm():
+    if HERE not in item.path.parents or runnable(item):
         return
     if os.environ.get("VFIO_MIG_REQUIRE_VM") == "1":
-        pytest.fail(f"VFIO_MIG_REQUIRE_VM=1, but this is not it: {WHERE_TO_RUN}", pytrace=False)
-    pytest.skip(WHERE_TO_RUN)
+        pytest.fail(f"VFIO_MIG_REQUIRE_VM=1, but this is not it: {where_to_run(item)}", pytrace=False)
+    pytest.skip(where_to_run(item))
 
 
 @pytest.fixture(scope="session")

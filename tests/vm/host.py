@@ -23,6 +23,7 @@ PARENT: Final = Path("/sys/class/mdev_bus") / MODULE
 TYPES: Final = PARENT / "mdev_supported_types"
 DEBUGFS: Final = Path("/sys/kernel/debug") / MODULE
 SMALL: Final = "GVTg_V4_8"
+MTTY_TYPES: Final = Path("/sys/class/mdev_bus/mtty/mdev_supported_types")
 
 MIB: Final = 1 << 20
 PAGE: Final = 4096

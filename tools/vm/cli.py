@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, Never
 
-from tools.vm import guest, kernels, kvm, machine, module
+from tools.vm import guest, kernels, kvm, machine, module, mtty
 from tools.vm.cache import cache_root
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT, Interrupted, RunnerError
 
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--break", dest="mutation", choices=module.MUTATIONS, help="load the driver with this broken")
     which.add_argument("--no-module", action="store_true", help="do not build or load the sample driver")
     result.add_argument("--module-args", default="", metavar="'a=1 b=2'", help="parameters of the sample driver")
+    result.add_argument("--mtty", action="store_true", help="load the kernel's own sample mtty, too (not on 6.1)")
     result.add_argument("--build-all", action="store_true", help="build all mutations first; alone: do only that")
     result.add_argument("--stdin", action="store_true", help="pass standard input to COMMAND, instead of /dev/null")
     result.add_argument("--memory", default="1G", help="default: %(default)s")
@@ -96,6 +97,7 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
         wanted = {None, options.mutation, *(module.MUTATIONS if options.build_all else ())}
         modules = module.build(_CHECKOUT, kernel, cache, tuple(sorted(wanted, key=str)))
         loaded = modules / module.file_name(options.mutation)
+    other = mtty.build(kernel, cache, log) if options.mtty else None
     out = Path(os.environ.get("VFIO_MIG_VM_OUT") or cache / "out").absolute()
     out.mkdir(parents=True, exist_ok=True)
     machine_options = machine.Options(
@@ -106,6 +108,7 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     what = guest.Guest(
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,
         cwd=Path.cwd(), environment=environment, command=options.command, stdin=options.stdin,
+        mtty=other,
     )  # fmt: skip
     log(machine.environment_note(machine_options))
     return machine_options, what

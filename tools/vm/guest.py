@@ -39,7 +39,7 @@ BOOTSTRAP: Final = (
     f"busybox mkdir -p {_RUN} && busybox mount -t 9p -o {_9P} {RUN_TAG} {_RUN} && exec /bin/bash {_RUN}/entry.sh"
 )
 
-# Variables in front of it: tree, module, module_args (array), out, interactive, input.
+# Variables in front of it: tree, module, module_args (array), mtty, out, interactive, input.
 _ENTRY: Final = f"""
 export PATH={_PATH}
 run={_RUN}
@@ -81,10 +81,11 @@ mount_debugfs() {{
 	[[ -d /sys/kernel/debug/bdi ]] || busybox mount -t debugfs debugfs $root/sys/kernel/debug
 }}
 
-load_module() {{
-	[[ -n $module ]] || return 0
+load_modules() {{
+	[[ -n $module$mtty ]] || return 0
 	inside modprobe -d "$tree" -a mdev vfio vfio_iommu_type1 || return
-	inside insmod "$module" "${{module_args[@]}}"
+	[[ -z $module ]] || inside insmod "$module" "${{module_args[@]}}" || return
+	[[ -z $mtty ]] || inside insmod "$mtty"
 }}
 
 # Waits for the host's end of this name.
@@ -141,7 +142,7 @@ if ((!interactive)); then
 fi
 mount_root || fail 'the guest could not mount its root directory'
 mount_debugfs || fail 'the guest could not mount debugfs'
-load_module || fail 'the sample driver could not be loaded'
+load_modules || fail 'the sample driver could not be loaded'
 if ((interactive)); then
 	inside /bin/bash {_RUN}/command.sh
 else
@@ -165,6 +166,7 @@ class Guest:
     environment: Mapping[str, str]
     command: Sequence[str]  # empty: an interactive shell
     stdin: bool = False  # COMMAND has the runner's, not /dev/null
+    mtty: Path | None = None
 
 
 def environment(
@@ -198,6 +200,7 @@ def entry_script(guest: Guest) -> bytes:
         _assignment("tree", guest.tree),
         _assignment("module", guest.module or ""),
         os.fsencode(f"module_args=({arguments})\n"),
+        _assignment("mtty", guest.mtty or ""),
         _assignment("out", guest.out),
         _assignment("interactive", "0" if guest.command else "1"),
         _assignment("input", "1" if guest.stdin else "0"),

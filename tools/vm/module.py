@@ -59,8 +59,8 @@ def source_key(checkout: Path, kernel: Kernel) -> str:
     return digest.hexdigest()[:16]
 
 
-def make_command(kernel: Kernel, work: Path, mutation: str | None) -> list[str]:
-    """Return the kernel's own build command for a copy of the sources below *work*.
+def make_command(kernel: Kernel, directory: Path, *variables: str) -> list[str]:
+    """Return the kernel's own build command for the external module in *directory*.
 
     Debian's header directory has a Makefile of one line, an include of an absolute path that holds only where the
     package is installed; ``-f`` goes around it.
@@ -70,35 +70,40 @@ def make_command(kernel: Kernel, work: Path, mutation: str | None) -> list[str]:
         "make",
         "-C", str(kernel.headers),
         *(["-f", str(common[0] / "Makefile")] if common else []),
-        f"M={work / 'tools/kmod'}",
-        f"CDEFS={work / 'cdefs'}",
+        f"M={directory}",
         "CC=gcc",  # the default is the versioned compiler that built the kernel
-        "W=1",
         "CONFIG_DEBUG_INFO_BTF_MODULES=",  # or a missing pahole is an error
-        *([f"BREAK={mutation}"] if mutation else []),
+        *variables,
         "modules",
     ]  # fmt: skip
+
+
+def make(kernel: Kernel, directory: Path, what: str, *variables: str) -> str:
+    """Build the external module in *directory*; return make's log."""
+    # MAKEFLAGS of a make that called us would change what this one does.
+    environment = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
+    done = subprocess.run(
+        make_command(kernel, directory, *variables),
+        env={**environment, "LC_ALL": "C"}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise RunnerError(f"building {what} failed:\n{done.stdout}")
+    return done.stdout
 
 
 def _compile(checkout: Path, kernel: Kernel, work: Path, mutation: str | None) -> Path:
     for path in source_files(checkout):
         (work / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkout / path, work / path)
-    # MAKEFLAGS of a make that called us would change what this one does.
-    environment = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
-    done = subprocess.run(
-        make_command(kernel, work, mutation),
-        env={**environment, "LC_ALL": "C"}, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
-    )  # fmt: skip
     what = f"{file_name(mutation)} for {kernel.release}"
-    if done.returncode != 0:
-        raise RunnerError(f"building {what} failed:\n{done.stdout}")
-    if warned := warnings_in(done.stdout):
-        raise RunnerError(f"building {what} gave {len(warned)} warning(s):\n{done.stdout}")
+    variables = [f"CDEFS={work / 'cdefs'}", "W=1", *([f"BREAK={mutation}"] if mutation else [])]
+    log = make(kernel, work / "tools/kmod", what, *variables)
+    if warned := warnings_in(log):
+        raise RunnerError(f"building {what} gave {len(warned)} warning(s):\n{log}")
     built = work / "tools/kmod" / f"{NAME}.ko"
     if not built.exists():
-        raise RunnerError(f"the build of {what} left no {NAME}.ko:\n{done.stdout}")
+        raise RunnerError(f"the build of {what} left no {NAME}.ko:\n{log}")
     return built
 
 

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: MIT
+"""The installed `vfio-mig` on a driver that nobody of ours has written: the kernel's own mtty, protocol v2."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.vm import cli, host
+from tests.vm.held import BorrowedGroup
+from tests.vm.raw import GROUP_GET_DEVICE_FD
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.mtty
+
+TWO_PORTS = "mtty-2"
+SCRATCH = 7  # the UART's register that does nothing
+STATE_SIZE = 96
+
+
+def js(*words: str | Path) -> Any:
+    return json.loads(cli.run("--json", *words, warm=True).stdout)
+
+
+def state(name: str) -> str:
+    return str(js("state", name)["state"])
+
+
+@contextlib.contextmanager
+def registers(name: str) -> Iterator[int]:
+    """Give a second fd of a held device, as its guest would have it; region 0 begins at offset 0."""
+    group = BorrowedGroup(name).group_fd
+    fd = int(fcntl.ioctl(group, GROUP_GET_DEVICE_FD, bytearray(name.encode() + b"\0"), True))
+    os.close(group)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def scratch(name: str) -> int:
+    with registers(name) as fd:
+        return os.pread(fd, 1, SCRATCH)[0]
+
+
+def set_scratch(name: str, value: int) -> None:
+    with registers(name) as fd:
+        os.pwrite(fd, bytes([value]), SCRATCH)
+
+
+@contextlib.contextmanager
+def held_mtty(kind: str = TWO_PORTS) -> Iterator[str]:
+    name = str(uuid.uuid4())
+    (host.MTTY_TYPES / kind / "create").write_text(name)
+    try:
+        with cli.held(name):
+            yield name
+    finally:
+        (Path("/sys/bus/mdev/devices") / name / "remove").write_text("1")
+
+
+@pytest.fixture(scope="module")
+def devices() -> Iterator[tuple[str, str]]:
+    with held_mtty() as one, held_mtty() as other:
+        yield one, other
+
+
+@pytest.fixture(autouse=True)
+def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
+    """As everywhere, but the devices stay for the next test."""
+    kernel_log.new()
+    yield
+    assert kernel_log.complaints() == []
+
+
+@pytest.fixture
+def source(devices: tuple[str, str]) -> str:
+    js("reset", devices[0])
+    return devices[0]
+
+
+@pytest.fixture
+def target(devices: tuple[str, str]) -> str:
+    js("reset", devices[1])
+    set_scratch(devices[1], 0)
+    return devices[1]
+
+
+def test_list_info_and_status_know_it(source: str) -> None:
+    info = js("info", source)
+    assert info["protocol"] == "mainline-v2"
+    assert [check["text"] for check in info["checks"]] == ["mainline-v2 (stop-copy, p2p, pre-copy)"]
+    status = js("status", source)
+    assert (status["type"], status["protocol"], status["state"]) == (TWO_PORTS, "mainline-v2", "running")
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["archive", "raw"])
+def test_a_state_moves_from_one_to_the_other(source: str, target: str, tmp_path: Path, *, raw: bool) -> None:
+    image = tmp_path / "image"
+    options = ["--raw"] if raw else []
+    set_scratch(source, 0x5A)
+    saved = js("save", source, image, *options)
+    assert (saved["state_bytes"], saved["state"]) == (STATE_SIZE, "stop")
+    assert state(source) == "stop"
+    if not raw:
+        assert js("check", image, target)["fits"]
+        assert cli.run("verify", image, warm=True).returncode == 0
+    restored = js("restore", target, image, "--start", *options)
+    assert (restored["state_bytes"], restored["state"]) == (STATE_SIZE, "running")
+    assert state(target) == "running"
+    assert scratch(target) == 0x5A
+
+
+def test_a_device_is_put_back_where_it_was_found(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VFIO_MIG_FAULT", "save:after-state=EIO")
+    for found in ("running", "running-p2p", "stop"):
+        cli.run("state", source, found, warm=True)
+        cli.refused("save", source, tmp_path / "image", code=5, warm=True)
+        assert state(source) == found
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"garbage" * 5, "EFAULT"), (b"", "EINVAL"), (b"cut", "EINVAL"), (bytes(4096), "ENOMEM")]
+)
+def test_a_stream_that_the_driver_refuses_ends_in_a_reset_and_never_in_stop(
+    source: str, target: str, tmp_path: Path, content: bytes, reason: str
+) -> None:
+    """mtty answers EFAULT to garbage, and would load it all the same if it were asked to go to STOP."""
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    set_scratch(source, 0x77)
+    js("save", "--raw", source, good)
+    bad.write_bytes(good.read_bytes()[:50] if content == b"cut" else content)
+    cli.refused("restore", "--raw", target, bad, code=5, words=(reason,), warm=True)
+    assert state(target) in {"running", "stop"}
+    assert scratch(target) != 0x77
+    js("restore", "--raw", target, good, "--start")
+    assert scratch(target) == 0x77
+    assert state(target) == "running"
+
+
+def test_migrate_moves_it_and_leaves_one_running(source: str, target: str) -> None:
+    set_scratch(source, 0x33)
+    report = js("migrate", source, target)
+    assert report["state_bytes"] == STATE_SIZE
+    assert (state(source), state(target)) == ("stop", "running")
+    assert scratch(target) == 0x33
+
+
+def test_what_it_cannot_do_is_refused_and_changes_nothing(source: str, target: str, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.write_bytes(bytes(8192))
+    image = tmp_path / "image"
+    cli.refused("dirty", source, code=4, words=("dirty pages",), warm=True)
+    cli.refused("save", source, image, "--memory", f"{memory}@0", code=4, words=("leave out --memory",), warm=True)
+    cli.refused("--abi", "gvt-rfc", "stop", source, code=4, words=("speaks mainline-v2",), warm=True)
+    for name in ("resuming", "stop-copy", "pre-copy", "pre-copy-p2p", "error"):
+        cli.refused("state", source, name, code=2, words=(name, "running-p2p"), warm=True)
+    assert state(source) == "running"
+    with host.instance() as vgpu, cli.held(vgpu.uuid):
+        cli.refused("state", vgpu.uuid, code=4, words=("gvt-rfc",), warm=True)
+        cli.run("-q", "save", source, image, warm=True)
+        cli.refused("restore", vgpu.uuid, image, code=6, words=("protocol",), warm=True)
+        assert vgpu.run_state() == "running"
+    with held_mtty("mtty-1") as other:
+        cli.refused("restore", other, image, code=6, words=("device-type",), warm=True)
+        assert state(other) == "running"
+    assert state(target) == "running"
