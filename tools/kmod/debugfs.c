@@ -130,9 +130,64 @@ static int counters_show(struct seq_file *m, void *unused)
 	GVT_COUNTER(m, counters, workloads_failed);
 	GVT_COUNTER(m, counters, fence_errors);
 	GVT_COUNTER(m, counters, irqs);
+	GVT_COUNTER(m, counters, v2_set_state);
+	GVT_COUNTER(m, counters, v2_read);
+	GVT_COUNTER(m, counters, v2_write);
 	return 0;
 }
 DEFINE_SHOW_ATTRIBUTE(counters);
+
+/* --- v2 -------------------------------------------------------------- */
+
+/* Takes no lock, so that a state that is being changed can be looked at */
+static int v2_state_show(struct seq_file *m, void *unused)
+{
+	seq_printf(m, "%s\n", gvt_mig_state_name(m->private));
+	return 0;
+}
+DEFINE_SHOW_ATTRIBUTE(v2_state);
+
+static int v2_extra_bytes_get(void *data, u64 *value)
+{
+	*value = READ_ONCE(((struct vgpu *)data)->mig.extra_bytes);
+	return 0;
+}
+
+static int v2_extra_bytes_set(void *data, u64 value)
+{
+	if (value > GVT_V2_EXTRA_MAX)
+		return -EINVAL;
+	WRITE_ONCE(((struct vgpu *)data)->mig.extra_bytes, value);
+	return 0;
+}
+DEFINE_DEBUGFS_ATTRIBUTE(v2_extra_bytes_fops, v2_extra_bytes_get,
+			 v2_extra_bytes_set, "%llu\n");
+
+static int v2_dirty_rate_get(void *data, u64 *value)
+{
+	*value = READ_ONCE(((struct vgpu *)data)->mig.dirty_rate);
+	return 0;
+}
+
+static int v2_dirty_rate_set(void *data, u64 value)
+{
+	if (value > GVT_V2_RATE_MAX)
+		return -EINVAL;
+	gvt_mig_set_rate(data, value);
+	return 0;
+}
+DEFINE_DEBUGFS_ATTRIBUTE(v2_dirty_rate_fops, v2_dirty_rate_get,
+			 v2_dirty_rate_set, "%llu\n");
+
+static void gvt_debugfs_add_v2(struct vgpu *vgpu)
+{
+	debugfs_create_file("v2_state", 0400, vgpu->debugfs, vgpu,
+			    &v2_state_fops);
+	debugfs_create_file_unsafe("v2_extra_bytes", 0600, vgpu->debugfs, vgpu,
+				   &v2_extra_bytes_fops);
+	debugfs_create_file_unsafe("v2_dirty_rate", 0600, vgpu->debugfs, vgpu,
+				   &v2_dirty_rate_fops);
+}
 
 /* --- binary files: a snapshot, taken by open() ----------------------- */
 
@@ -293,6 +348,8 @@ void gvt_debugfs_add(struct vgpu *vgpu)
 			    &gvt_fault_fops);
 	debugfs_create_u32("exec_delay_ms", 0600, vgpu->debugfs,
 			   &vgpu->exec_delay_ms);
+	if (gvt_mig_enabled(vgpu))
+		gvt_debugfs_add_v2(vgpu);
 }
 
 void gvt_debugfs_remove(struct vgpu *vgpu)

@@ -7,6 +7,8 @@
  *	echo "start 2 after 5" >fault		done, and then reported as failed
  *	echo "state_write 1 short 4096" >fault	returns this many bytes; a write
  *						is not done
+ *	echo "data_write 1 short 10" >fault	on a data fd: takes or gives no more
+ *						than this, and loses nothing
  *	echo "stop 1 delay 300" >fault		takes 300 ms longer
  *	echo clear >fault
  *
@@ -34,6 +36,9 @@ static const char * const gvt_fault_ops[GVT_FAULT_OPS] = {
 	[GVT_FAULT_STATE_READ]	= "state_read",
 	[GVT_FAULT_STATE_WRITE]	= "state_write",
 	[GVT_FAULT_RESET]	= "reset",
+	[GVT_FAULT_SET_STATE]	= "set_state",
+	[GVT_FAULT_DATA_READ]	= "data_read",
+	[GVT_FAULT_DATA_WRITE]	= "data_write",
 };
 
 static const char * const gvt_fault_kinds[GVT_FAULT_KINDS] = {
@@ -50,31 +55,22 @@ static const unsigned int gvt_fault_limits[GVT_FAULT_KINDS] = {
 	[GVT_FAULT_DELAY]	= GVT_FAULT_DELAY_MAX,
 };
 
-/* Does this request meet its rule? Then the rule is copied out and gone. */
-static bool gvt_fault_due(struct vgpu *vgpu, enum gvt_fault_op op,
-			  struct gvt_fault *out)
+/* If this request meets its rule, that is copied to @fault and gone */
+void gvt_fault_take(struct vgpu *vgpu, enum gvt_fault_op op,
+		    struct gvt_fault *fault)
 {
 	struct gvt_fault *rule = &vgpu->faults[op];
-	bool due;
 
+	fault->kind = GVT_FAULT_KINDS;
 	spin_lock(&vgpu->fault_lock);
-	due = rule->nth && !--rule->nth;
-	if (due)
-		*out = *rule;
+	if (rule->nth && !--rule->nth)
+		*fault = *rule;
 	spin_unlock(&vgpu->fault_lock);
-	return due;
 }
 
-/*
- * Before a request: 0 to go on, or what to return instead. What is left to do
- * behind the request is kept in @fault for gvt_fault_end(). No lock held.
- */
-ssize_t gvt_fault_begin(struct vgpu *vgpu, enum gvt_fault_op op,
-			struct gvt_fault *fault)
+/* gvt_fault_begin() for who has taken the rule already; may sleep */
+ssize_t gvt_fault_act(enum gvt_fault_op op, const struct gvt_fault *fault)
 {
-	fault->kind = GVT_FAULT_KINDS;
-	if (!gvt_fault_due(vgpu, op, fault))
-		return 0;
 	switch (fault->kind) {
 	case GVT_FAULT_ERRNO:
 		return -(ssize_t)fault->value;
@@ -88,6 +84,17 @@ ssize_t gvt_fault_begin(struct vgpu *vgpu, enum gvt_fault_op op,
 	}
 }
 
+/*
+ * Before a request: 0 to go on, or what to return instead. What is left to do
+ * behind the request is kept in @fault for gvt_fault_end(). No lock held.
+ */
+ssize_t gvt_fault_begin(struct vgpu *vgpu, enum gvt_fault_op op,
+			struct gvt_fault *fault)
+{
+	gvt_fault_take(vgpu, op, fault);
+	return gvt_fault_act(op, fault);
+}
+
 ssize_t gvt_fault_end(const struct gvt_fault *fault, ssize_t ret)
 {
 	if (ret < 0)
@@ -97,6 +104,12 @@ ssize_t gvt_fault_end(const struct gvt_fault *fault, ssize_t ret)
 	if (fault->kind == GVT_FAULT_SHORT)
 		return min_t(ssize_t, ret, fault->value);
 	return ret;
+}
+
+static bool gvt_fault_can_be_short(enum gvt_fault_op op)
+{
+	return op == GVT_FAULT_STATE_READ || op == GVT_FAULT_STATE_WRITE ||
+	       op == GVT_FAULT_DATA_READ || op == GVT_FAULT_DATA_WRITE;
 }
 
 static int gvt_fault_set(struct vgpu *vgpu, char *text)
@@ -118,8 +131,7 @@ static int gvt_fault_set(struct vgpu *vgpu, char *text)
 	if (o < 0 || k < 0 || !nth || nth > GVT_FAULT_NTH_MAX || !value ||
 	    value > gvt_fault_limits[k])
 		return -EINVAL;
-	if (k == GVT_FAULT_SHORT && o != GVT_FAULT_STATE_READ &&
-	    o != GVT_FAULT_STATE_WRITE)
+	if (k == GVT_FAULT_SHORT && !gvt_fault_can_be_short(o))
 		return -EINVAL;
 	spin_lock(&vgpu->fault_lock);
 	vgpu->faults[o].nth = nth;

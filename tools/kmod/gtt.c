@@ -362,7 +362,10 @@ int gvt_host_rw(struct vgpu *vgpu, u64 hgma, void *buf, size_t len, bool write)
 		ret = gvt_host_iova(hgma, &iova);
 		if (ret)
 			return ret;
-		if (vfio_dma_rw(&vgpu->vdev, iova, buf, chunk, write))
+		ret = vfio_dma_rw(&vgpu->vdev, iova, buf, chunk, write);
+		if (write)	/* also if it failed half way */
+			gvt_mig_wrote(vgpu, iova, chunk);
+		if (ret)
 			return -EFAULT;
 	}
 	return 0;
@@ -454,6 +457,8 @@ static bool gvt_bar2_guest(struct vgpu *vgpu, u64 off, void *buf, size_t bytes,
 	if (pin)
 		gvt_page_copy(pin->page, offset_in_page(iova), buf, bytes, write);
 	mutex_unlock(&vgpu->gtt_lock);
+	if (pin && write)
+		gvt_mig_wrote(vgpu, iova, bytes);
 	return pin;
 }
 

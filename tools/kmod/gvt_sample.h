@@ -1,13 +1,18 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * gvt_sample: a GVT-g vGPU in software, with the migration UAPI of the 2017
- * RFC. The internal contract between the driver's files.
+ * RFC and, if asked for, mainline's v2. The internal contract between the
+ * driver's files.
  *
  * Words: GM is graphics memory. A guest sees its share of the 4 GiB GGTT at
  * guest addresses (gma), the simulated hardware has it at host addresses
  * (hgma). "Low" GM is the aperture, "high" GM is the hidden part.
  *
  * Locks, outermost first:
+ *   mig.state_mutex v2's state, its session, DMA logging on or off
+ *   migf->lock      a session of v2, mig.c; held while user memory is copied,
+ *                   so what is said of state_lock holds for it and for
+ *                   state_mutex as well
  *   vgpu->state_lock  the state region's buffer; the one lock that is held
  *                   while user memory is copied, so nothing that a page fault
  *                   can reach may take it
@@ -108,6 +113,8 @@ extern bool gvt_report_pci;		/* report the PCI flag; 1 */
 extern uint gvt_extra_flags;		/* or'ed into device info flags; 0 */
 extern uint gvt_state_cap_type;		/* CAP_TYPE on region 9; 0: none */
 extern uint gvt_dirty_max_pages;	/* per ioctl, EINVAL above; 1 << 20 */
+extern uint gvt_v2;			/* VFIO_MIGRATION_* flags; 0: no v2 */
+extern ulong gvt_v2_extra_bytes;	/* of a new vGPU; 0 */
 
 struct vgpu;
 
@@ -144,6 +151,9 @@ struct gvt_counters {
 	atomic64_t	workloads_failed;
 	atomic64_t	fence_errors;
 	atomic64_t	irqs;			/* eventfd signals */
+	atomic64_t	v2_set_state;		/* any outcome */
+	atomic64_t	v2_read;		/* of a data fd that is alive */
+	atomic64_t	v2_write;
 };
 
 /* Faults on demand, fault.c */
@@ -154,6 +164,9 @@ enum gvt_fault_op {
 	GVT_FAULT_STATE_READ,
 	GVT_FAULT_STATE_WRITE,
 	GVT_FAULT_RESET,
+	GVT_FAULT_SET_STATE,		/* v2 */
+	GVT_FAULT_DATA_READ,		/* v2, of a data fd */
+	GVT_FAULT_DATA_WRITE,
 	GVT_FAULT_OPS,
 };
 
@@ -169,6 +182,24 @@ struct gvt_fault {
 	unsigned int		nth;	/* 1: the next request; 0: no rule */
 	enum gvt_fault_kind	kind;
 	unsigned int		value;	/* errno, bytes or ms */
+};
+
+struct gvt_image;			/* state.c */
+struct gvt_mig_file;			/* mig.c: a v2 session */
+
+/* The v2 protocol, mig.c */
+struct gvt_mig {
+	struct mutex		state_mutex;
+	spinlock_t		reset_lock;	/* deferred_reset; mig.c */
+	bool			deferred_reset;
+	u32			state;		/* enum vfio_device_mig_state */
+	struct gvt_mig_file	*file;		/* the session, if there is one */
+	u64			extra_bytes;	/* filler in the state */
+	u64			seed;		/* of the filler */
+	u64			dirty_rate;	/* bytes/s in PRE_COPY */
+	bool			logging;	/* DMA logging is on */
+	bool			log_lost;	/* no memory to note a page */
+	struct xarray		log;		/* gfns written since reported */
 };
 
 struct vgpu {
@@ -199,7 +230,7 @@ struct vgpu {
 
 	/* submission, submit.c */
 	bool			opened;
-	bool			active;		/* RFC START (true) / STOP */
+	bool			active;		/* runs: RFC START, v2 RUNNING */
 	struct list_head	queue;		/* struct gvt_workload */
 	unsigned int		nr_queued;
 	struct gvt_workload	*running;
@@ -216,6 +247,8 @@ struct vgpu {
 	unsigned long		nr_pins;
 
 	struct xarray		bar2_pages;	/* page index -> struct page */
+
+	struct gvt_mig		mig;
 
 	spinlock_t		irq_lock;
 	struct eventfd_ctx	*msi_trigger;
@@ -296,6 +329,9 @@ void gvt_debugfs_remove(struct vgpu *vgpu);
 
 /* fault.c */
 extern const struct file_operations gvt_fault_fops;
+void gvt_fault_take(struct vgpu *vgpu, enum gvt_fault_op op,
+		    struct gvt_fault *fault);
+ssize_t gvt_fault_act(enum gvt_fault_op op, const struct gvt_fault *fault);
 ssize_t gvt_fault_begin(struct vgpu *vgpu, enum gvt_fault_op op,
 			struct gvt_fault *fault);
 ssize_t gvt_fault_end(const struct gvt_fault *fault, ssize_t ret);
@@ -349,6 +385,35 @@ ssize_t gvt_state_read(struct vgpu *vgpu, char __user *buf, size_t count, u64 of
 ssize_t gvt_state_write(struct vgpu *vgpu, const char __user *buf, size_t count,
 			u64 off);
 
+/* state.c: images for v2. An image from gvt_image_parse() points into buf. */
+u32 gvt_image_max(struct vgpu *vgpu);	/* bytes of the largest image */
+u32 gvt_image_now(struct vgpu *vgpu);	/* bytes of one taken now; takes lock */
+/* bytes of the image, or -ENOMEM, -EFAULT when it does not fit; takes lock */
+int gvt_image_take(struct vgpu *vgpu, void *buf, u32 room);
+/* check, change nothing; takes lock; an error pointer */
+struct gvt_image *gvt_image_parse(struct vgpu *vgpu, void *buf, u32 size);
+/* takes lock; -EINTR when killed while it waits, and then nothing has changed */
+int gvt_image_apply(struct vgpu *vgpu, struct gvt_image *image);
+void gvt_image_free(struct gvt_image *image);	/* NULL is fine */
+
+/*
+ * mig.c: the v2 protocol. Without the parameter v2 all of these do nothing but
+ * gvt_mig_set_active(), which then is gvt_submit_start() or _stop().
+ */
+void gvt_mig_init(struct vgpu *vgpu);	/* before the device is registered */
+void gvt_mig_fini(struct vgpu *vgpu);
+bool gvt_mig_enabled(const struct vgpu *vgpu);
+void gvt_mig_close(struct vgpu *vgpu);	/* the last device fd */
+void gvt_mig_reset(struct vgpu *vgpu);	/* after the hardware's reset */
+/* the RFC's START and STOP; -EBUSY in a state of v2 that is no run state */
+int gvt_mig_set_active(struct vgpu *vgpu, bool active);
+/* the hardware has written guest memory; any lock but gtt_lock's inner ones */
+void gvt_mig_wrote(struct vgpu *vgpu, u64 iova, u64 len);
+const char *gvt_mig_state_name(struct vgpu *vgpu);
+void gvt_mig_set_rate(struct vgpu *vgpu, u64 rate);
+#define GVT_V2_EXTRA_MAX	BIT_ULL(32)	/* bytes */
+#define GVT_V2_RATE_MAX		BIT_ULL(40)	/* bytes/s */
+
 /* submit.c: ELSP, queue, worker, run state */
 int gvt_submit_init(struct vgpu *vgpu);
 void gvt_submit_fini(struct vgpu *vgpu);
@@ -360,8 +425,8 @@ void gvt_submit_reset(struct vgpu *vgpu, unsigned long mask);
 void gvt_submit_wait_idle(struct vgpu *vgpu);
 void gvt_submit_open(struct vgpu *vgpu);	/* active from now on */
 void gvt_submit_close(struct vgpu *vgpu);	/* drop all, wait */
-int gvt_submit_stop(struct vgpu *vgpu);		/* RFC STOP, idempotent */
-int gvt_submit_start(struct vgpu *vgpu);	/* RFC START, idempotent */
+int gvt_submit_stop(struct vgpu *vgpu);		/* idempotent */
+int gvt_submit_start(struct vgpu *vgpu);	/* idempotent, cannot fail */
 /* under lock; entries in queue order; returns how many (<= GVT_QUEUE_MAX) */
 unsigned int gvt_submit_save(struct vgpu *vgpu, struct gvt_workload_entry *out);
 /* is this list one that gvt_submit_restore() will take? no lock; -EINVAL */

@@ -36,6 +36,14 @@ uint gvt_dirty_max_pages = 1 << 20;
 module_param_named(dirty_max_pages, gvt_dirty_max_pages, uint, 0644);
 MODULE_PARM_DESC(dirty_max_pages, "most pages in one dirty bitmap");
 
+uint gvt_v2;
+module_param_named(v2, gvt_v2, uint, 0644);
+MODULE_PARM_DESC(v2, "v2 migration of new vGPUs: 1 STOP_COPY, 2 P2P, 4 PRE_COPY (0: none)");
+
+ulong gvt_v2_extra_bytes;
+module_param_named(v2_extra_bytes, gvt_v2_extra_bytes, ulong, 0644);
+MODULE_PARM_DESC(v2_extra_bytes, "filler in a new vGPU's v2 state, at most 4 GiB");
+
 #define GVT_TYPE(n, low, high, res) {				\
 	.type = {						\
 		.sysfs_name = "GVTg_V4_" #n,			\
@@ -147,6 +155,6 @@ static void __exit gvt_sample_exit(void)
 module_init(gvt_sample_init);
 module_exit(gvt_sample_exit);
 
-MODULE_DESCRIPTION("GVT-g vGPU in software, with the migration UAPI of the 2017 RFC");
+MODULE_DESCRIPTION("GVT-g vGPU in software, with the migration UAPIs of the 2017 RFC and v2");
 MODULE_AUTHOR("vfio_mig authors");
 MODULE_LICENSE("GPL");

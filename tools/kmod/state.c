@@ -17,8 +17,10 @@
 #define GVT_IMAGE_HEAD_SIZE \
 	(sizeof(struct gvt_region) + sizeof(struct gvt_image_header))
 
-/* An image in state_buf, taken apart; lists are what a restore will install */
+/* An image, taken apart; the lists are what a restore will install */
 struct gvt_image {
+	void				*buf;		/* the kernel's copy */
+	const char __user		*ubuf;		/* where from; NULL: is there */
 	u32				pos;		/* parsed so far */
 	u32				data_size;
 	const void			*cfg;
@@ -35,81 +37,87 @@ struct gvt_image {
 
 /* --- save ------------------------------------------------------------ */
 
-static void *gvt_put_record(struct vgpu *vgpu, u32 *pos, u32 type, u32 size)
+/* Each of these moves *at behind what it put there */
+static void *gvt_put_record(void **at, u32 type, u32 size)
 {
 	struct gvt_region record = { .type = type, .size = size };
-	void *payload = vgpu->state_buf + *pos + sizeof(record);
+	void *payload = *at + sizeof(record);
 
-	memcpy(vgpu->state_buf + *pos, &record, sizeof(record));
-	*pos += sizeof(record) + size;
+	memcpy(*at, &record, sizeof(record));
+	*at = payload + size;
 	return payload;
 }
 
-static void gvt_put(struct vgpu *vgpu, u32 *pos, u32 type, const void *data,
-		    u32 size)
+static void gvt_put(void **at, u32 type, const void *data, u32 size)
 {
-	memcpy(gvt_put_record(vgpu, pos, type, size), data, size);
+	memcpy(gvt_put_record(at, type, size), data, size);
 }
 
-static void gvt_put_ppgtts(struct vgpu *vgpu, u32 *pos)
+static void gvt_put_ppgtts(struct vgpu *vgpu, void **at)
 {
 	struct gvt_ppgtt_entry *out;
 	struct gvt_ppgtt *root;
 
-	out = gvt_put_record(vgpu, pos, GVT_MIGRATION_PPGTT,
+	out = gvt_put_record(at, GVT_MIGRATION_PPGTT,
 			     vgpu->nr_ppgtts * sizeof(*out));
 	list_for_each_entry(root, &vgpu->ppgtts, node)
 		memcpy(out++, &root->entry, sizeof(*out));
 }
 
-/* Bytes of an image of this vGPU as it is now */
-static u64 gvt_image_size(struct vgpu *vgpu, unsigned int nr_workloads)
+static u32 gvt_image_size(struct vgpu *vgpu, unsigned int nr_ppgtts,
+			  unsigned int nr_workloads)
 {
 	return GVT_IMAGE_HEAD_SIZE + 6 * sizeof(struct gvt_region) +
 	       GVT_IMAGE_CFG_SIZE + 2 * GVT_IMAGE_REG_SIZE +
 	       gvt_gm_entries(vgpu) * sizeof(u64) +
-	       vgpu->nr_ppgtts * sizeof(struct gvt_ppgtt_entry) +
+	       nr_ppgtts * sizeof(struct gvt_ppgtt_entry) +
 	       nr_workloads * sizeof(struct gvt_workload_entry);
 }
 
-static int gvt_snapshot(struct vgpu *vgpu, struct gvt_workload_entry *workloads)
+u32 gvt_image_max(struct vgpu *vgpu)
+{
+	return gvt_image_size(vgpu, GVT_PPGTT_MAX, GVT_QUEUE_MAX);
+}
+
+u32 gvt_image_now(struct vgpu *vgpu)
+{
+	u32 size;
+
+	mutex_lock(&vgpu->lock);
+	size = gvt_image_size(vgpu, vgpu->nr_ppgtts, vgpu->nr_queued);
+	mutex_unlock(&vgpu->lock);
+	return size;
+}
+
+static int gvt_snapshot(struct vgpu *vgpu, struct gvt_workload_entry *workloads,
+			void *buf, u32 room)
 {
 	unsigned int nr = gvt_submit_save(vgpu, workloads);
-	u64 total = gvt_image_size(vgpu, nr);
+	u32 total = gvt_image_size(vgpu, vgpu->nr_ppgtts, nr);
 	struct gvt_image_header *head;
-	u32 pos = 0;
+	void *at = buf;
 
-	if (total >= MIGRATION_IMG_MAX_SIZE) {
-		gvt_note(vgpu, "state: image of %llu bytes, region has %u",
-			 total, MIGRATION_IMG_MAX_SIZE);
+	if (total > room) {
+		gvt_note(vgpu, "state: image of %u bytes, there is room for %u",
+			 total, room);
 		return -EFAULT;
 	}
-	head = gvt_put_record(vgpu, &pos, GVT_MIGRATION_HEAD, sizeof(*head));
+	head = gvt_put_record(&at, GVT_MIGRATION_HEAD, sizeof(*head));
 	memset(head, 0, sizeof(*head));
 	head->version = GVT_IMAGE_VERSION;
 	head->data_size = total;
-	gvt_put(vgpu, &pos, GVT_MIGRATION_CFG_SPACE, vgpu->cfg,
-		GVT_IMAGE_CFG_SIZE);
-	gvt_put(vgpu, &pos, GVT_MIGRATION_SREG, vgpu->sreg, GVT_IMAGE_REG_SIZE);
-	gvt_put(vgpu, &pos, GVT_MIGRATION_VREG, vgpu->vreg, GVT_IMAGE_REG_SIZE);
-	gvt_put(vgpu, &pos, GVT_MIGRATION_GTT, vgpu->guest_gtt,
+	gvt_put(&at, GVT_MIGRATION_CFG_SPACE, vgpu->cfg, GVT_IMAGE_CFG_SIZE);
+	gvt_put(&at, GVT_MIGRATION_SREG, vgpu->sreg, GVT_IMAGE_REG_SIZE);
+	gvt_put(&at, GVT_MIGRATION_VREG, vgpu->vreg, GVT_IMAGE_REG_SIZE);
+	gvt_put(&at, GVT_MIGRATION_GTT, vgpu->guest_gtt,
 		gvt_gm_entries(vgpu) * sizeof(u64));
-	gvt_put_ppgtts(vgpu, &pos);
-	gvt_put(vgpu, &pos, GVT_MIGRATION_WORKLOAD, workloads,
+	gvt_put_ppgtts(vgpu, &at);
+	gvt_put(&at, GVT_MIGRATION_WORKLOAD, workloads,
 		nr * sizeof(*workloads));
-	return WARN_ON(pos != total) ? -EFAULT : 0;
+	return WARN_ON(at != buf + total) ? -EFAULT : (int)total;
 }
 
-/* state_lock is held from here on */
-static int gvt_state_buffer(struct vgpu *vgpu)
-{
-	if (!vgpu->state_buf)
-		vgpu->state_buf = __vmalloc(MIGRATION_IMG_MAX_SIZE,
-					    GFP_KERNEL_ACCOUNT | __GFP_ZERO);
-	return vgpu->state_buf ? 0 : -ENOMEM;
-}
-
-static int gvt_take_snapshot(struct vgpu *vgpu)
+int gvt_image_take(struct vgpu *vgpu, void *buf, u32 room)
 {
 	struct gvt_workload_entry *workloads;
 	int ret;
@@ -119,10 +127,19 @@ static int gvt_take_snapshot(struct vgpu *vgpu)
 	if (!workloads)
 		return -ENOMEM;
 	mutex_lock(&vgpu->lock);
-	ret = gvt_snapshot(vgpu, workloads);
+	ret = gvt_snapshot(vgpu, workloads, buf, room);
 	mutex_unlock(&vgpu->lock);
 	kvfree(workloads);
 	return ret;
+}
+
+/* state_lock is held from here on */
+static int gvt_state_buffer(struct vgpu *vgpu)
+{
+	if (!vgpu->state_buf)
+		vgpu->state_buf = __vmalloc(MIGRATION_IMG_MAX_SIZE,
+					    GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+	return vgpu->state_buf ? 0 : -ENOMEM;
 }
 
 ssize_t gvt_state_read(struct vgpu *vgpu, char __user *buf, size_t count,
@@ -136,11 +153,12 @@ ssize_t gvt_state_read(struct vgpu *vgpu, char __user *buf, size_t count,
 	mutex_lock(&vgpu->state_lock);
 	ret = gvt_state_buffer(vgpu);
 	if (!ret)
-		ret = gvt_take_snapshot(vgpu);
-	if (!ret && copy_to_user(buf, vgpu->state_buf, count))
+		ret = gvt_image_take(vgpu, vgpu->state_buf,
+				     MIGRATION_IMG_MAX_SIZE - 1);
+	if (ret > 0 && copy_to_user(buf, vgpu->state_buf, count))
 		ret = -EFAULT;
 	mutex_unlock(&vgpu->state_lock);
-	return ret ? ret : count;
+	return ret < 0 ? ret : count;
 }
 
 /* --- restore --------------------------------------------------------- */
@@ -152,30 +170,30 @@ static int gvt_bad(struct vgpu *vgpu, const char *what)
 }
 
 /* Next @bytes of the image into the kernel's copy, where they are checked */
-static int gvt_fetch(struct vgpu *vgpu, struct gvt_image *image,
-		     const char __user *ubuf, u32 bytes)
+static int gvt_fetch(struct vgpu *vgpu, struct gvt_image *image, u32 bytes)
 {
 	if (bytes > image->data_size - image->pos)
 		return gvt_bad(vgpu, "a record runs over data_size");
-	if (copy_from_user(vgpu->state_buf + image->pos, ubuf + image->pos,
-			   bytes))
+	if (image->ubuf && copy_from_user(image->buf + image->pos,
+					  image->ubuf + image->pos, bytes))
 		return gvt_bad(vgpu, "the caller's buffer cannot be read");
 	image->pos += bytes;
 	return 0;
 }
 
+/* @room: no image is as large; @count: bytes there are */
 static int gvt_get_head(struct vgpu *vgpu, struct gvt_image *image,
-			const char __user *ubuf, size_t count)
+			size_t count, u32 room)
 {
 	const struct gvt_image_header *head =
-		vgpu->state_buf + sizeof(struct gvt_region);
-	const struct gvt_region *record = vgpu->state_buf;
+		image->buf + sizeof(struct gvt_region);
+	const struct gvt_region *record = image->buf;
 	int ret;
 
 	image->data_size = GVT_IMAGE_HEAD_SIZE;
 	if (count < GVT_IMAGE_HEAD_SIZE)
 		return gvt_bad(vgpu, "shorter than a header");
-	ret = gvt_fetch(vgpu, image, ubuf, GVT_IMAGE_HEAD_SIZE);
+	ret = gvt_fetch(vgpu, image, GVT_IMAGE_HEAD_SIZE);
 	if (ret)
 		return ret;
 	if (record->type != GVT_MIGRATION_HEAD || record->size != sizeof(*head))
@@ -183,23 +201,21 @@ static int gvt_get_head(struct vgpu *vgpu, struct gvt_image *image,
 	if (head->version != GVT_IMAGE_VERSION)
 		return gvt_bad(vgpu, "unknown version");
 	if (head->data_size < (s32)GVT_IMAGE_HEAD_SIZE ||
-	    head->data_size >= MIGRATION_IMG_MAX_SIZE ||
-	    head->data_size > count)
+	    head->data_size >= room || head->data_size > count)
 		return gvt_bad(vgpu, "data_size is wrong");
 	image->data_size = head->data_size;
 	return 0;
 }
 
 /* A record of exactly this type; @size is what it must have, or 0 for any */
-static int gvt_get_record(struct vgpu *vgpu, struct gvt_image *image,
-			  const char __user *ubuf, u32 type, u32 size,
-			  const void **payload, u32 *got)
+static int gvt_get_record(struct vgpu *vgpu, struct gvt_image *image, u32 type,
+			  u32 size, const void **payload, u32 *got)
 {
-	struct gvt_region *record = vgpu->state_buf + image->pos;
+	struct gvt_region *record = image->buf + image->pos;
 	struct gvt_region here;
 	int ret;
 
-	ret = gvt_fetch(vgpu, image, ubuf, sizeof(*record));
+	ret = gvt_fetch(vgpu, image, sizeof(*record));
 	if (ret)
 		return ret;
 	memcpy(&here, record, sizeof(here));
@@ -207,10 +223,10 @@ static int gvt_get_record(struct vgpu *vgpu, struct gvt_image *image,
 		return gvt_bad(vgpu, "record of another type than its place demands");
 	if (size && here.size != size)
 		return gvt_bad(vgpu, "record of a wrong size");
-	*payload = vgpu->state_buf + image->pos;
+	*payload = image->buf + image->pos;
 	if (got)
 		*got = here.size;
-	return gvt_fetch(vgpu, image, ubuf, here.size);
+	return gvt_fetch(vgpu, image, here.size);
 }
 
 static int gvt_check_cfg(struct vgpu *vgpu, const void *cfg)
@@ -281,15 +297,14 @@ static int gvt_prepare_queue(struct vgpu *vgpu, struct gvt_image *image)
 	return ret == -EINVAL ? gvt_bad(vgpu, "impossible workload") : ret;
 }
 
-static int gvt_get_tables(struct vgpu *vgpu, struct gvt_image *image,
-			  const char __user *ubuf)
+static int gvt_get_tables(struct vgpu *vgpu, struct gvt_image *image)
 {
 	const void *payload;
 	u32 size;
 	int ret;
 
-	ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_PPGTT, 0,
-			     &payload, &size);
+	ret = gvt_get_record(vgpu, image, GVT_MIGRATION_PPGTT, 0, &payload,
+			     &size);
 	if (ret)
 		return ret;
 	if (size % sizeof(*image->ppgtt))
@@ -297,8 +312,8 @@ static int gvt_get_tables(struct vgpu *vgpu, struct gvt_image *image,
 	image->ppgtt = payload;
 	image->nr_ppgtt = size / sizeof(*image->ppgtt);
 
-	ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_WORKLOAD, 0,
-			     &payload, &size);
+	ret = gvt_get_record(vgpu, image, GVT_MIGRATION_WORKLOAD, 0, &payload,
+			     &size);
 	if (ret)
 		return ret;
 	if (size % sizeof(*image->workload))
@@ -309,33 +324,33 @@ static int gvt_get_tables(struct vgpu *vgpu, struct gvt_image *image,
 }
 
 static int gvt_get_image(struct vgpu *vgpu, struct gvt_image *image,
-			 const char __user *ubuf, size_t count)
+			 size_t count, u32 room)
 {
 	const void *gtt;
 	int ret;
 
-	ret = gvt_get_head(vgpu, image, ubuf, count);
+	ret = gvt_get_head(vgpu, image, count, room);
 	if (!ret)
-		ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_CFG_SPACE,
+		ret = gvt_get_record(vgpu, image, GVT_MIGRATION_CFG_SPACE,
 				     GVT_IMAGE_CFG_SIZE, &image->cfg, NULL);
 	if (!ret)
 		ret = gvt_check_cfg(vgpu, image->cfg);
 	if (!ret)
-		ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_SREG,
+		ret = gvt_get_record(vgpu, image, GVT_MIGRATION_SREG,
 				     GVT_IMAGE_REG_SIZE, &image->sreg, NULL);
 	if (!ret)
-		ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_VREG,
+		ret = gvt_get_record(vgpu, image, GVT_MIGRATION_VREG,
 				     GVT_IMAGE_REG_SIZE, &image->vreg, NULL);
 	if (!ret)
 		ret = gvt_check_pvinfo(vgpu, image->vreg);
 	if (!ret)
-		ret = gvt_get_record(vgpu, image, ubuf, GVT_MIGRATION_GTT,
+		ret = gvt_get_record(vgpu, image, GVT_MIGRATION_GTT,
 				     gvt_gm_entries(vgpu) * sizeof(u64), &gtt,
 				     NULL);
 	if (ret)
 		return ret;
 	image->gtt = gtt;
-	ret = gvt_get_tables(vgpu, image, ubuf);
+	ret = gvt_get_tables(vgpu, image);
 	if (!ret && image->pos != image->data_size)
 		ret = gvt_bad(vgpu, "bytes behind the last record");
 	if (!ret)
@@ -371,30 +386,80 @@ static int gvt_lock_idle(struct vgpu *vgpu)
 	return 0;
 }
 
+static void gvt_image_init(struct gvt_image *image, void *buf,
+			   const char __user *ubuf)
+{
+	memset(image, 0, sizeof(*image));
+	image->buf = buf;
+	image->ubuf = ubuf;
+	INIT_LIST_HEAD(&image->roots);
+	INIT_LIST_HEAD(&image->queue);
+}
+
+static void gvt_image_fini(struct gvt_image *image)
+{
+	gvt_ppgtt_free(&image->roots);
+	gvt_submit_discard(&image->queue);
+}
+
+int gvt_image_apply(struct vgpu *vgpu, struct gvt_image *image)
+{
+	int ret = gvt_lock_idle(vgpu);
+
+	if (ret)
+		return ret;
+	gvt_apply(vgpu, image);
+	mutex_unlock(&vgpu->lock);
+	return 0;
+}
+
 ssize_t gvt_state_write(struct vgpu *vgpu, const char __user *buf,
 			size_t count, u64 off)
 {
-	struct gvt_image image = {};
+	struct gvt_image image;
 	int ret;
 
-	INIT_LIST_HEAD(&image.roots);
-	INIT_LIST_HEAD(&image.queue);
 	if (off || count > MIGRATION_IMG_MAX_SIZE)
 		return -EFAULT;
 	mutex_lock(&vgpu->state_lock);
 	ret = gvt_state_buffer(vgpu);
+	gvt_image_init(&image, vgpu->state_buf, buf);
 	if (!ret)
-		ret = gvt_get_image(vgpu, &image, buf, count);
+		ret = gvt_get_image(vgpu, &image, count,
+				    MIGRATION_IMG_MAX_SIZE);
 	if (!ret)
-		ret = gvt_lock_idle(vgpu);
-	if (!ret) {
-		gvt_apply(vgpu, &image);
-		mutex_unlock(&vgpu->lock);
-	}
+		ret = gvt_image_apply(vgpu, &image);
 	mutex_unlock(&vgpu->state_lock);
-	gvt_ppgtt_free(&image.roots);
-	gvt_submit_discard(&image.queue);
+	gvt_image_fini(&image);
 	return ret ? ret : count;
+}
+
+/* --- images of the v2 protocol: mig.c -------------------------------- */
+
+struct gvt_image *gvt_image_parse(struct vgpu *vgpu, void *buf, u32 size)
+{
+	struct gvt_image *image;
+	int ret;
+
+	image = kmalloc(sizeof(*image), GFP_KERNEL_ACCOUNT);
+	if (!image)
+		return ERR_PTR(-ENOMEM);
+	gvt_image_init(image, buf, NULL);
+	ret = gvt_get_image(vgpu, image, size, gvt_image_max(vgpu) + 1);
+	if (!ret && image->data_size != size)
+		ret = gvt_bad(vgpu, "bytes behind data_size");
+	if (!ret)
+		return image;
+	gvt_image_free(image);
+	/* no user's memory is involved here */
+	return ERR_PTR(ret == -EFAULT ? -EINVAL : ret);
+}
+
+void gvt_image_free(struct gvt_image *image)
+{
+	if (image)
+		gvt_image_fini(image);
+	kfree(image);
 }
 
 void gvt_state_init(struct vgpu *vgpu)

@@ -338,8 +338,7 @@ static int gvt_set_active(struct vgpu *vgpu, bool active)
 			      &fault);
 	if (ret)
 		return ret;
-	ret = active ? gvt_submit_start(vgpu) : gvt_submit_stop(vgpu);
-	return gvt_fault_end(&fault, ret);
+	return gvt_fault_end(&fault, gvt_mig_set_active(vgpu, active));
 }
 
 static long gvt_dirty(struct vgpu *vgpu, void __user *arg)
@@ -360,6 +359,7 @@ static int gvt_reset(struct vgpu *vgpu)
 	if (ret)
 		return ret;
 	gvt_device_reset(vgpu);
+	gvt_mig_reset(vgpu);
 	return gvt_fault_end(&fault, 0);
 }
 
@@ -430,6 +430,7 @@ static void gvt_close_device(struct vfio_device *vdev)
 {
 	struct vgpu *vgpu = vdev_to_vgpu(vdev);
 
+	gvt_mig_close(vgpu);
 	gvt_submit_close(vgpu);
 	mutex_lock(&vgpu->lock);
 	gvt_gtt_reset(vgpu);
@@ -498,6 +499,8 @@ static int gvt_init_device(struct vfio_device *vdev)
 	ret = gvt_init_parts(vgpu);
 	if (ret)
 		gvt_pool_free(vgpu);
+	else
+		gvt_mig_init(vgpu);
 	return ret;
 }
 
@@ -505,6 +508,7 @@ static void gvt_release_device(struct vfio_device *vdev)
 {
 	struct vgpu *vgpu = vdev_to_vgpu(vdev);
 
+	gvt_mig_fini(vgpu);
 	gvt_state_fini(vgpu);
 	gvt_submit_fini(vgpu);
 	gvt_gtt_fini(vgpu);
