@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -19,7 +20,6 @@ from tests.vm.raw import Guest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.vm.conftest import MakeInstance
 
