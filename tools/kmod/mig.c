@@ -96,7 +96,7 @@ struct gvt_mig_record {
 #define GVT_MIG_CHUNK		SZ_32K
 #define GVT_MIG_SPAN_MAX	(3600 * NSEC_PER_SEC)	/* keeps products small */
 
-/* Where a stream is. DIRTY pages and the image come in any number of records. */
+/* Where a stream is */
 enum gvt_mig_stage {
 	GVT_STAGE_HEADER,
 	GVT_STAGE_FILLER,
@@ -354,7 +354,7 @@ static ssize_t gvt_save(struct gvt_mig_file *migf, char __user *buf,
 		if (migf->pos == migf->size && !gvt_save_next(migf))
 			break;
 		if (signal_pending(current)) {
-			ret = -EINTR;
+			ret = -ERESTARTSYS;
 			break;
 		}
 		part = gvt_stage_part(migf, count - done);
@@ -513,7 +513,7 @@ static ssize_t gvt_load(struct gvt_mig_file *migf, const char __user *buf,
 			break;
 		}
 		if (signal_pending(current))
-			return done ? done : -EINTR;
+			return done ? done : -ERESTARTSYS;
 		part = gvt_stage_part(migf, count - done);
 		ret = gvt_load_part(migf, buf + done, part);
 		if (ret == -EFAULT)
