@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,26 @@ def test_a_kernel_directory_must_hold_exactly_one_kernel_with_modules(tmp_path: 
     (modules / "modules.dep").touch()
     kernel = from_directory(tmp_path)
     assert (kernel.release, kernel.image) == ("6.9-own", tmp_path / "boot" / "vmlinuz-6.9-own")
+
+
+def test_two_runners_on_a_new_machine_do_not_use_the_package_lists_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Seen: two first starts side by side, and apt-cache knew no kernel while the other's apt-get update went on
+    at_work: list[int] = []
+    together: list[int] = []
+
+    def run(*_args: object, **_kwargs: object) -> subprocess.CompletedProcess[str]:
+        at_work.append(1)
+        time.sleep(0.05)
+        together.append(len(at_work))
+        at_work.pop()
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    runners = [threading.Thread(target=Apt(tmp_path).update) for _ in range(3)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    assert together == [1, 1, 1]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tools.vm.cache import populated, write_whole
+from tools.vm.cache import locked, populated, write_whole
 from tools.vm.errors import RunnerError
 
 SERIES: Final = ("6.12", "6.1")
@@ -63,9 +63,13 @@ def packages_of(release: str, series: str, kbuild_names: str) -> list[str]:
 
 
 class Apt:
-    """The system's package sources, used with lists and a cache of our own, so that no root is needed."""
+    """The system's package sources, used with lists and a cache of our own, so that no root is needed.
+
+    One program at a time: apt fails, and apt-cache finds nothing, where another one is at work on the lists.
+    """
 
     def __init__(self, directory: Path) -> None:
+        self._lock = directory / ".lock"
         self._lists = directory / "lists"
         self._options = [
             "-o", f"Dir::State::Lists={self._lists}",
@@ -78,10 +82,11 @@ class Apt:
 
     def _run(self, program: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         try:
-            return subprocess.run(
-                [program, *self._options, *arguments],
-                cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-            )  # fmt: skip
+            with locked(self._lock):
+                return subprocess.run(
+                    [program, *self._options, *arguments],
+                    cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
+                )  # fmt: skip
         except FileNotFoundError:
             message = f"{program} is missing: kernels are fetched with apt; elsewhere unpack one and use --kernel PATH"
             raise RunnerError(message) from None
