@@ -131,4 +131,45 @@ struct vfio_device_feature_mig_state {
 	__s32 data_fd;
 };
 
+/* On the data fd; flags are valid after MIG_PRECOPY_INFOv2 was set */
+#define VFIO_PRECOPY_INFO_REINIT 0x1
+
+struct vfio_precopy_info {
+	__u32 argsz;
+	__u32 flags;
+	__u64 initial_bytes;
+	__u64 dirty_bytes;
+};
+
+#define VFIO_DEVICE_FEATURE_DMA_LOGGING_START 6
+#define VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP 7
+#define VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT 8
+
+struct vfio_device_feature_dma_logging_control {
+	__u64 page_size;
+	__u32 num_ranges;
+	__u32 __reserved;
+	__u64 ranges;
+};
+
+struct vfio_device_feature_dma_logging_range {
+	__u64 iova;
+	__u64 length;
+};
+
+struct vfio_device_feature_dma_logging_report {
+	__u64 iova;
+	__u64 length;
+	__u64 page_size;
+	__u64 bitmap;
+};
+
+#define VFIO_DEVICE_FEATURE_MIG_DATA_SIZE 9
+
+struct vfio_device_feature_mig_data_size {
+	__u64 stop_copy_length;
+};
+
+#define VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2 12
+
 #endif

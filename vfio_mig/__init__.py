@@ -43,13 +43,13 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
     from vfio_mig.jobs.hold import hold_device
     from vfio_mig.jobs.inform import device_info, list_devices
+    from vfio_mig.jobs.live import Live
     from vfio_mig.jobs.migrate import migrate
     from vfio_mig.jobs.pages import load_pages
     from vfio_mig.jobs.restore import restore, restore_all
     from vfio_mig.jobs.save import save, save_all
     from vfio_mig.jobs.session import Session, Settings
     from vfio_mig.jobs.session import open_session as open_device
-    from vfio_mig.jobs.window import Live
 
 __version__ = "0.1.0.dev0"
 
@@ -81,12 +81,12 @@ _MODULES = {
     "jobs.dirty": ("fetch_dirty", "sync_dirty"),
     "jobs.hold": ("hold_device",),
     "jobs.inform": ("device_info", "list_devices"),
+    "jobs.live": ("Live",),
     "jobs.migrate": ("migrate",),
     "jobs.pages": ("load_pages",),
     "jobs.restore": ("restore", "restore_all"),
     "jobs.save": ("save", "save_all"),
     "jobs.session": ("Session", "Settings", "open_device"),
-    "jobs.window": ("Live",),
 }
 _RENAMED = {"open_device": "open_session"}
 

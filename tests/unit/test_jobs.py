@@ -28,12 +28,12 @@ from vfio_mig.interrupts import ENDING
 from vfio_mig.jobs import control, session
 from vfio_mig.jobs.control import device_status, reset_device, start_device, stop_device
 from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
+from vfio_mig.jobs.live import Live
 from vfio_mig.jobs.points import POINTS
 from vfio_mig.jobs.points import VARIABLE as FAULT
 from vfio_mig.jobs.restore import NOT_HELD, UNVERIFIED, RestoreReport, restore
 from vfio_mig.jobs.save import SaveReport, describe_device, save
 from vfio_mig.jobs.session import Session, Settings
-from vfio_mig.jobs.window import Live
 from vfio_mig.protocols.base import MigrationProtocol
 
 if TYPE_CHECKING:
@@ -140,11 +140,11 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     made = Gpu()
 
     def open_found(
-        found: HostDevice, _settings: Settings, _profile: object, _memory: object, lock: DeviceLock | None
+        found: HostDevice, settings: Settings, _profile: object, _memory: object, lock: DeviceLock | None
     ) -> Session:
         how = "group" if made.holder is None else "borrowed"
         device = Device(found.name, -1, how=how, holder=made.holder)
-        return Session(found, device, made.protocol(device, made), lock)
+        return Session(found, device, made.protocol(device, made), lock, settings)
 
     for module in (session, control):
         monkeypatch.setattr(module, "find", lambda _: FOUND)

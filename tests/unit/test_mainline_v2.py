@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vfio_mig.uapi import Request
     from vfio_mig.uapi._generated import CData
 
-GET, SET, STATE = 1 << 16, 1 << 17, 2
+GET, SET, PROBE, STATE = 1 << 16, 1 << 17, 1 << 18, 2
 ALL_FLAGS: Final = 7
 
 
@@ -39,6 +39,8 @@ class V2Device(Device):
         self.content = content
         self.fail = fail
         self.walked: list[int] = []
+        self.asked: list[int] = []
+        self.features: set[int] = set()
         self.loaded: bytes | None = None
         self.resets = 0
         self._incoming = -1
@@ -46,6 +48,11 @@ class V2Device(Device):
     def call(self, request: Request, arg: CData | bytearray | int = 0) -> int:
         assert request == uapi.DEVICE_FEATURE
         buffer: Any = arg
+        self.asked.append(struct.unpack_from("=II", buffer)[1])
+        if self.asked[-1] in self.features:
+            return 0
+        if len(buffer) != 16 or self.asked[-1] & 0xFFFF != STATE:
+            raise DeviceError("FEATURE failed: ENOTTY", device="fake", errno=errno.ENOTTY)
         argsz, flags, state, _ = struct.unpack("=IIIi", buffer)
         assert argsz == len(buffer) == 16
         if flags == GET | STATE:
@@ -185,9 +192,13 @@ def test_without_p2p_there_is_no_such_state() -> None:
         MainlineV2(V2Device(), 1).go_to("running-p2p")
 
 
-def test_dirty_pages_cannot_be_asked_for() -> None:
-    with pytest.raises(UnsupportedError, match="dirty"):
-        MainlineV2(V2Device(), ALL_FLAGS).dirty(0, 1)
+def test_a_device_logs_its_writes_if_it_has_both_features() -> None:
+    device = V2Device()
+    for features, expected in ((set(), False), ({PROBE | SET | 6}, False), ({PROBE | SET | 6, PROBE | GET | 8}, True)):
+        device.features = features
+        protocol = MainlineV2(device, ALL_FLAGS)
+        assert protocol.has_dirty is expected
+        assert ("dma-logging" in protocol.describe()) is expected
 
 
 @pytest.mark.parametrize(
@@ -206,3 +217,57 @@ def test_a_transition_without_its_data_fd_is_an_error(
     monkeypatch.setattr(device, "_enter", lambda _: -1)
     with pytest.raises(DeviceError, match="without a data fd"):
         use(protocol)
+
+
+@pytest.mark.parametrize("found", [v2.STOP, v2.RUNNING_P2P])
+def test_a_device_that_does_not_run_is_not_saved_live(found: int) -> None:
+    device = V2Device(state=found)
+    assert not MainlineV2(device, ALL_FLAGS).begin_live()
+    assert device.walked == []
+
+
+def test_p2p_states_are_passed_through_in_both_directions_and_a_stopped_device_is_not_woken_to_be_stopped() -> None:
+    device = V2Device(state=v2.RUNNING)
+    protocol = MainlineV2(device, ALL_FLAGS)
+    for step in (protocol.quiet, protocol.stop, protocol.quiet, protocol.wake, protocol.start, protocol.wake):
+        step()
+    assert device.walked == [v2.RUNNING_P2P, v2.STOP, v2.RUNNING_P2P, v2.RUNNING]
+    bare = MainlineV2(V2Device(state=v2.RUNNING), 1)
+    assert not bare.has_p2p
+    bare.quiet()
+    assert bare.state() == "running"
+
+
+@pytest.mark.parametrize(
+    ("left", "now", "resets"),
+    [
+        (v2.STOP, v2.STOP, 0),
+        (v2.STOP_COPY, v2.STOP, 0),
+        (v2.PRE_COPY, v2.RUNNING, 0),
+        (v2.PRE_COPY_P2P, v2.RUNNING, 0),
+        (v2.RESUMING, v2.RUNNING, 1),
+        (v2.ERROR, v2.RUNNING, 1),
+    ],
+)
+def test_what_a_killed_job_left_is_gone_on_from_and_reset_only_where_that_is_allowed(
+    left: int, now: int, resets: int
+) -> None:
+    device = V2Device(state=left)
+    protocol = MainlineV2(device, ALL_FLAGS)
+    if resets:
+        with pytest.raises(DeviceError, match="vfio-mig reset"):
+            protocol.end_left(may_reset=False)
+        assert device.resets == 0
+    protocol.end_left(may_reset=True)
+    assert (device.now, device.resets) == (now, resets)
+
+
+def test_a_state_at_rest_that_comes_with_a_data_fd_is_an_error_and_the_fd_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = V2Device()
+    before = open_fds()
+    monkeypatch.setattr(device, "_enter", lambda _: os.dup(0))
+    with pytest.raises(DeviceError, match="data fd of its own"):
+        MainlineV2(device, ALL_FLAGS).stop()
+    assert open_fds() == before

@@ -139,6 +139,10 @@ class Forked:
             out = self._out.fileno() if stdout is None else stdout
             _be_the_program(self._words, None, out, self._err.fileno(), stdin=stdin, alone=True)
 
+    def runs(self) -> bool:
+        """Tell whether it has not come to its end."""
+        return os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
     def wait(self) -> Done:
         """Wait for its end."""
         status = os.waitpid(self._pid, 0)[1]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vfio_mig.cli.output import borrow_options, print_json, settings_of
+from vfio_mig.cli.output import borrow_options, p2p_option, print_json, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -26,9 +26,10 @@ def _report(options: Options, reports: list[Done]) -> None:
 
 @click.command("stop", short_help="Pause DEVICE and leave it stopped.")
 @click.argument("devices", nargs=-1, required=True, metavar="DEVICE...")
+@p2p_option
 @borrow_options
 @click.pass_obj
-def stop_command(options: Options, devices: tuple[str, ...]) -> None:
+def stop_command(options: Options, devices: tuple[str, ...], *, without_p2p: bool) -> None:
     """Stop DEVICE and leave it stopped; running work finishes, queued work stays queued. Several are one job.
 
     The device must be open in some process, as a stop ends with the last close: see `vfio-mig hold`.
@@ -39,14 +40,15 @@ def stop_command(options: Options, devices: tuple[str, ...]) -> None:
     """
     from vfio_mig.jobs.control import stop_devices
 
-    _report(options, stop_devices(devices, settings_of(options)))
+    _report(options, stop_devices(devices, settings_of(options), without_p2p=without_p2p))
 
 
 @click.command("start")
 @click.argument("devices", nargs=-1, required=True, metavar="DEVICE...")
+@p2p_option
 @borrow_options
 @click.pass_obj
-def start_command(options: Options, devices: tuple[str, ...]) -> None:
+def start_command(options: Options, devices: tuple[str, ...], *, without_p2p: bool) -> None:
     """Let a stopped DEVICE go on; its queued work runs.
 
     \b
@@ -54,7 +56,7 @@ def start_command(options: Options, devices: tuple[str, ...]) -> None:
     """
     from vfio_mig.jobs.control import start_devices
 
-    _report(options, start_devices(devices, settings_of(options)))
+    _report(options, start_devices(devices, settings_of(options), without_p2p=without_p2p))
 
 
 @click.command("reset")

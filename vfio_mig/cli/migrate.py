@@ -18,7 +18,7 @@ from vfio_mig.cli.output import (
     say,
     settings_of,
 )
-from vfio_mig.cli.transfer import live_of, max_downtime_option, rounds_option
+from vfio_mig.cli.transfer import live_of, live_option, max_downtime_option, rounds_option
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     help="Memory of the target's guest, as its host knows it (repeatable).",
 )
 @range_option
+@live_option
 @rounds_option
 @max_downtime_option
 @click.option("--no-start", is_flag=True, help="Leave the target stopped.")
@@ -49,6 +50,7 @@ def migrate_command(
     memory: tuple[str, ...],
     target_memory: tuple[str, ...],
     ranges: tuple[str, ...],
+    live: bool,
     rounds: int | None,
     max_downtime: float | None,
     no_start: bool,
@@ -77,7 +79,7 @@ def migrate_command(
             target_memory=target_memory,
             ranges=parse_ranges(ranges),
             start=not no_start,
-            live=live_of(options, rounds, max_downtime, meter),
+            live=live_of(options, rounds, max_downtime, meter, precopy=live),
             rsh=shlex.split(rsh),
         )
     if options.as_json:

@@ -129,6 +129,11 @@ def _keep(ctx: click.Context, param: click.Parameter, value: int | None) -> None
         setattr(ctx.find_object(object), str(param.name), value)
 
 
+p2p_option = click.option(
+    "--no-p2p", "without_p2p", is_flag=True, help="Several devices, also if one lacks the P2P states of v2."
+)
+
+
 def borrow_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say whom to borrow a device from."""
     for option in (

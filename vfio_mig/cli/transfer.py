@@ -12,6 +12,7 @@ from vfio_mig.cli.output import (
     Meter,
     borrow_options,
     memory_option,
+    p2p_option,
     parse_memory,
     parse_pairs,
     parse_ranges,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from vfio_mig.cli.main import Options
     from vfio_mig.dirty.sync import Round
-    from vfio_mig.jobs.window import Live
+    from vfio_mig.jobs.live import Live, StateRound
 
 rounds_option = click.option(
     "--rounds", type=click.IntRange(min=0), help="Copy rounds before the stop, at most; 30 with --max-downtime."
@@ -37,6 +38,9 @@ max_downtime_option = click.option(
     type=click.FloatRange(min=0),
     metavar="MS",
     help="Stop as soon as the last round is expected to take no longer.",
+)
+live_option = click.option(
+    "--live", is_flag=True, help="Read the state while DEVICE runs (PRE_COPY), and copy pages in rounds; stop it late."
 )
 NOW: Final = {"running": "it runs", "stop": "left stopped", "closed": "closed, as nobody else has it open"}
 
@@ -57,13 +61,37 @@ def tell_round(options: Options) -> Callable[[Round], None]:
     return tell
 
 
-def live_of(options: Options, rounds: int | None, max_downtime: float | None, meter: Meter) -> Live:
+def tell_state_round(options: Options) -> Callable[[StateRound], None]:
+    """Say what each round of the state did, to a terminal or with -v."""
+
+    def tell(one: StateRound) -> None:
+        if sys.stderr.isatty() or options.verbose:
+            say(
+                options,
+                f"state (running): {one.bytes_read} bytes read at {one.rate / 1e6:.0f} MB/s, "
+                f"initial {one.initial_bytes}, dirty {one.dirty_bytes}; "
+                f"a stop now: {one.rest_bytes} bytes, {one.estimated_downtime * 1e3:.1f} ms",
+            )
+
+    return tell
+
+
+def live_of(
+    options: Options, rounds: int | None, max_downtime: float | None, meter: Meter, *, precopy: bool = False
+) -> Live:
     """Turn the options of a live save into what the job takes: no rounds unless one of them is given."""
-    from vfio_mig.jobs.window import ROUNDS_LIVE, Live
+    from vfio_mig.jobs.live import ROUNDS_LIVE, Live
 
     if rounds is None:
-        rounds = 0 if max_downtime is None else ROUNDS_LIVE
-    return Live(rounds, None if max_downtime is None else max_downtime / 1e3, meter, tell_round(options))
+        rounds = ROUNDS_LIVE if precopy or max_downtime is not None else 0
+    return Live(
+        rounds,
+        None if max_downtime is None else max_downtime / 1e3,
+        meter,
+        tell_round(options),
+        precopy=precopy and rounds > 0,
+        on_state_round=tell_state_round(options),
+    )
 
 
 def print_reports(targets: Sequence[str], reports: list[dict[str, Any]]) -> None:
@@ -75,8 +103,10 @@ def print_reports(targets: Sequence[str], reports: list[dict[str, Any]]) -> None
 @click.argument("targets", nargs=-1, required=True, metavar="DEVICE FILE | DEVICE=FILE...")
 @memory_option
 @range_option
+@live_option
 @rounds_option
 @max_downtime_option
+@p2p_option
 @click.option("--leave-running", is_flag=True, help="Start the device again once everything is read.")
 @click.option("--raw", is_flag=True, help="Write the bare device state: no bitmap, no pages, no integrity.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
@@ -88,8 +118,10 @@ def save_command(
     memory: tuple[str, ...],
     ranges: tuple[str, ...],
     *,
+    live: bool,
     rounds: int | None,
     max_downtime: float | None,
+    without_p2p: bool,
     leave_running: bool,
     raw: bool,
     force: bool,
@@ -97,12 +129,14 @@ def save_command(
     """Stop DEVICE and save dirty bitmap, with --memory the dirty pages, and state to FILE (- is stdout).
 
     DEVICE is left stopped unless --leave-running. After a failure it runs and there is no FILE. With --rounds or
-    --max-downtime pages are copied while it still runs. Several DEVICE=FILE are one job: all stop before any is read.
+    --max-downtime pages are copied while it still runs, with --live what v2 devices have of their state, too.
+    Several DEVICE=FILE are one job: all stop before any is read.
 
     \b
     Examples:
       vfio-mig save $UUID gpu.vfm
       vfio-mig save $UUID gpu.vfm --memory /dev/shm/guest@0 --leave-running
+      vfio-mig -v save 0000:3b:00.1 nic.vfm --live --max-downtime 100
       vfio-mig save $UUID - | ssh HOST vfio-mig restore $UUID -
       vfio-mig save $GPU=gpu.vfm $NIC=nic.vfm
     """
@@ -118,7 +152,8 @@ def save_command(
             leave_running=leave_running,
             raw=raw,
             force=force,
-            live=live_of(options, rounds, max_downtime, meter),
+            live=live_of(options, rounds, max_downtime, meter, precopy=live),
+            without_p2p=without_p2p,
         )
     if options.as_json and all(file != "-" for _, file in pairs):
         print_reports(targets, [report.as_dict() for report in reports])
@@ -137,6 +172,7 @@ def save_command(
 @click.argument("targets", nargs=-1, required=True, metavar="DEVICE FILE | DEVICE=FILE...")
 @memory_option
 @click.option("--start", is_flag=True, help="Start the device once the state is loaded.")
+@p2p_option
 @click.option("--raw", is_flag=True, help="FILE is a bare device state.")
 @click.option("--force", is_flag=True, help="Go on over mismatches that `vfio-mig check` calls forcible.")
 @click.option(
@@ -157,6 +193,7 @@ def restore_command(
     memory: tuple[str, ...],
     *,
     start: bool,
+    without_p2p: bool,
     raw: bool,
     force: bool,
     no_verify_state: bool,
@@ -184,6 +221,7 @@ def restore_command(
             force=force,
             verify_state=not no_verify_state,
             await_word=await_word,
+            without_p2p=without_p2p,
             progress=meter,
         )
     for report in reports:
@@ -205,6 +243,13 @@ def restore_command(
 @memory_option
 @range_option
 @click.option("--list", "list_ranges", is_flag=True, help="Print the dirty ranges, one per line: ADDRESS BYTES.")
+@click.option(
+    "--for",
+    "log_time",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="How long a v2 device logs its writes before it is asked; 1 by default.",
+)
 @borrow_options
 @click.pass_obj
 def dirty_command(
@@ -214,12 +259,17 @@ def dirty_command(
     ranges: tuple[str, ...],
     *,
     list_ranges: bool,
+    log_time: float | None,
 ) -> None:
-    """Tell which guest pages DEVICE may have written. Nothing is cleared by asking.
+    """Tell which guest pages DEVICE may have written.
+
+    A GVT-g vGPU always knows them, and nothing is cleared by asking. A mainline v2 device is told to log its writes,
+    and asked after a while for those since then.
 
     \b
     Examples:
       vfio-mig dirty $UUID
+      vfio-mig dirty 0000:3b:00.1 --for 5 --memory /dev/shm/guest@0
       vfio-mig dirty $UUID --range 0+1G --list
     """
     from vfio_mig.jobs.dirty import fetch_dirty
@@ -230,6 +280,7 @@ def dirty_command(
         memory=parse_memory(memory),
         ranges=parse_ranges(ranges),
         list_ranges=list_ranges,
+        log_time=log_time,
     )
     if options.as_json:
         print_json(report._asdict())

@@ -184,9 +184,14 @@ class Copy:
 
 
 def _is_enough(done: list[Round], max_downtime: float | None) -> bool:
-    """Tell whether another round with the device running would bring nothing."""
+    """Tell whether the last round is expected to fit, or another one with the device running would bring nothing."""
     if max_downtime is not None and done[-1].estimated_downtime <= max_downtime:
         return True
+    return brings_nothing(done)
+
+
+def brings_nothing(done: list[Round]) -> bool:
+    """Tell whether nothing has changed in the last round, or no less than in the one before."""
     return not done[-1].pages_changed or (len(done) > 1 and done[-1].pages_changed >= done[-2].pages_changed)
 
 
@@ -209,11 +214,15 @@ class LiveCopy:
         """Copy until a round brings nothing, the last one is expected to fit, or *rounds* are done."""
         done: list[Round] = []
         while len(done) < rounds:
-            done.append(self._round(stopped=False))
+            done.append(self.round())
             progress(done[-1])
             if _is_enough(done, max_downtime):
                 break
         return done
+
+    def round(self) -> Round:
+        """Copy once while the device runs."""
+        return self._round(stopped=False)
 
     def last_round(self, fetched: Callable[[], object] = lambda: None) -> Round:
         """Copy what is left; the device is stopped.

@@ -27,6 +27,7 @@ DIRECTORY: Final = "/run/vfio-mig"
 VARIABLE: Final = "VFIO_MIG_LOCK_DIR"
 STOPPED: Final = "stopped"
 LOADING: Final = "loading"
+LIVE: Final = "live"
 _NOTE_MAX: Final = 4096
 _HINT: Final = f"run as root, or set {VARIABLE} to a directory of your own"
 
@@ -34,7 +35,8 @@ _HINT: Final = f"run as root, or set {VARIABLE} to a directory of your own"
 class Left(NamedTuple):
     """What a job has left behind that could not undo it.
 
-    :param effect: ``stopped``, or ``loading`` when a part of an image may be in the device.
+    :param effect: ``stopped``, ``live`` when its state was being read while it ran, or ``loading`` when a part of an
+        image may be in the device.
     """
 
     job: str
@@ -48,7 +50,9 @@ class Left(NamedTuple):
         return f"'vfio-mig start {name}' lets it go on"
 
     def __str__(self) -> str:
-        what = "may hold a part of an image" if self.effect == LOADING else "was left stopped"
+        what = {LOADING: "may hold a part of an image", LIVE: "runs, and was left in the middle of a live save"}.get(
+            self.effect, "was left stopped"
+        )
         return f"an earlier 'vfio-mig {self.job}' (PID {self.pid}) did not come to its end; the device {what}"
 
 
@@ -188,7 +192,7 @@ def _left(note: dict[str, Any], holder: Holder | None) -> Left | None:
     if not isinstance(left, list) or len(left) != len(Left._fields):
         return None
     job, pid, effect = left
-    return Left(job, pid, effect) if _is_job(job, pid) and effect in (STOPPED, LOADING) else None
+    return Left(job, pid, effect) if _is_job(job, pid) and effect in (STOPPED, LIVE, LOADING) else None
 
 
 def left_behind(found: HostDevice, holder: Holder | None) -> Left | None:

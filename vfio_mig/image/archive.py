@@ -53,7 +53,7 @@ ENTRY_MAX: Final = 256
 as large, and so nobody makes us fill the memory with a small file."""
 PAGE: Final = 4096
 ADDRESS_END: Final = 1 << 64
-_SPOOL_IN_MEMORY: Final = 64 << 20
+_SPOOL_IN_MEMORY: Final = 8 << 20
 _COUNT: Final = struct.Struct("<Q")
 _PAIR: Final = struct.Struct("<QQ")
 _KINDS: Final = ("state", "dirty", "pages", "zero")

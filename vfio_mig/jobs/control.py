@@ -15,6 +15,7 @@ from vfio_mig.interrupts import protected
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import CLOSED, Settings, find, holder_of, open_session, require_holder
+from vfio_mig.jobs.together import quiet, require_p2p, wake
 from vfio_mig.protocols.mainline_v2 import MainlineV2
 
 if TYPE_CHECKING:
@@ -59,19 +60,20 @@ class Status(NamedTuple):
     repair: str | None
 
 
-def _at_once(name: str, action: str, settings: Settings | None) -> Done:
+def _now(session: Session, action: str) -> Done:
     """Start or reset one device."""
-    with open_session(name, settings, job=action) as session:
-        point(action, "opened", session)
-        began = time.perf_counter()
-        _do_at_once(session, action)
-        return Done(session.device.name, action, time.perf_counter() - began)
+    began = time.perf_counter()
+    _do_at_once(session, action)
+    return Done(session.device.name, action, time.perf_counter() - began)
 
 
-def _stop(session: Session, rollback: Rollback) -> Done:
+def _may_stop(session: Session, rollback: Rollback) -> None:
     if not session.is_half_loaded:
         session.note(STOPPED)
         rollback.push(session.go_on)
+
+
+def _stop(session: Session) -> Done:
     began = time.perf_counter()
     session.protocol.stop()
     seconds = time.perf_counter() - began
@@ -112,19 +114,25 @@ def stop_device(name: str, settings: Settings | None = None) -> Done:
     return stop_devices([name], settings)[0]
 
 
-def stop_devices(names: Sequence[str], settings: Settings | None = None) -> list[Done]:
+def stop_devices(names: Sequence[str], settings: Settings | None = None, *, without_p2p: bool = False) -> list[Done]:
     """Stop several devices as one job: after a failure all of them run.
 
+    :param without_p2p: also if one of them has no P2P states, and may so write to another one that is stopped already.
+    :raises UnsupportedError: one of them lacks the P2P states.
     :raises DeviceBusyError, DeviceError: as :func:`stop_device`.
     """
     for name in names:
         require_holder(find(name), "stop")
     with ExitStack() as stack:
         sessions = [stack.enter_context(open_session(name, settings, job="stop")) for name in names]
+        require_p2p(sessions, waived=without_p2p)
         for session in sessions:
             point("stop", "opened", session)
         rollback = stack.enter_context(Rollback())
-        done = [_stop(session, rollback) for session in sessions]
+        for session in sessions:
+            _may_stop(session, rollback)
+        quiet(sessions)
+        done = [_stop(session) for session in sessions]
         _commit_stop(sessions, rollback)
     return done
 
@@ -137,14 +145,22 @@ def start_device(name: str, settings: Settings | None = None) -> Done:
     return start_devices([name], settings)[0]
 
 
-def start_devices(names: Sequence[str], settings: Settings | None = None) -> list[Done]:
-    """Let several devices go on, one after the other; a failure leaves those before it running.
+def start_devices(names: Sequence[str], settings: Settings | None = None, *, without_p2p: bool = False) -> list[Done]:
+    """Let several devices go on, all by way of the P2P states; a failure leaves those before it running.
 
+    :param without_p2p: also if one of them has no P2P states.
+    :raises UnsupportedError: one of them lacks the P2P states; none is started.
     :raises DeviceBusyError: as :func:`start_device`, before any is started.
     """
     for name in names:
         require_holder(find(name), "start")
-    return [_at_once(name, "start", settings) for name in names]
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(open_session(name, settings, job="start")) for name in names]
+        require_p2p(sessions, waived=without_p2p)
+        for session in sessions:
+            point("start", "opened", session)
+        wake(sessions)
+        return [_now(session, "start") for session in sessions]
 
 
 def reset_device(name: str, settings: Settings | None = None, *, force: bool = False) -> Done:
@@ -161,7 +177,9 @@ def reset_device(name: str, settings: Settings | None = None, *, force: bool = F
             device=found.name,
             hint="use --force if that is what you want",
         )
-    return _at_once(name, "reset", settings)
+    with open_session(name, settings, job="reset") as session:
+        point("reset", "opened", session)
+        return _now(session, "reset")
 
 
 class State(NamedTuple):

@@ -13,6 +13,7 @@ from vfio_mig import interrupts
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.host.lock import STOPPED
 from vfio_mig.interrupts import protected
+from vfio_mig.jobs.dirtylog import DirtyLog
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.save import STDOUT, default_ranges, describe_device
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 SYNC = "sync"
+LOG_TIME = 1.0
+"""Seconds for which a device logs its writes, unless the caller says otherwise."""
 
 
 class DirtyReport(NamedTuple):
@@ -73,20 +76,38 @@ def fetch_dirty(
     memory: Sequence[MemoryMap] = (),
     ranges: Sequence[PageRange] = (),
     list_ranges: bool = False,
+    log_time: float | None = None,
 ) -> DirtyReport:
     """Fetch the dirty bitmap. For the RFC: pages the device may write, running or stopped; reading clears nothing.
 
+    A device that logs its writes is told to, and asked after *log_time*.
+
     :param ranges: guest pages to ask for; by default those of *memory*, else the first 4 GiB.
     :param list_ranges: fill in the report's ranges.
+    :param log_time: seconds, 1 by default; only for a device that logs.
+    :raises UnsupportedError: it cannot be asked.
     """
-    from vfio_mig.dirty.fetch import fetch
     from vfio_mig.dirty.memory import Memory
 
-    with Memory(memory, writable=True) as guest, open_session(name, settings, memory=guest.maps) as session:
+    with (
+        Memory(memory, writable=True) as guest,
+        open_session(name, settings, memory=guest.maps) as session,
+        Rollback() as rollback,
+    ):
+        log = DirtyLog(session, default_ranges(guest, ranges))
+        log.require()
         point("dirty", "opened", session)
+        if session.protocol.logs:
+            rollback.push(log.end)
+            log.begin()
+            log.skip_old()
+            time.sleep(LOG_TIME if log_time is None else log_time)
+        elif log_time is not None:
+            raise UsageError(f"a {session.protocol.name} device keeps no log", hint="leave out --for")
         began = time.perf_counter()
-        chunks = list(fetch(session.protocol.dirty, default_ranges(guest, ranges)))
+        chunks = log.fetch()
         seconds = time.perf_counter() - began
+        log.end()
         point("dirty", "fetched", session)
         device = session.device.name
     return DirtyReport(
@@ -237,7 +258,6 @@ def sync_dirty(
     :param progress: called after each round.
     """
     from vfio_mig.dirty.bitmap import preload
-    from vfio_mig.dirty.fetch import fetch
     from vfio_mig.dirty.memory import Memory
     from vfio_mig.dirty.sync import ROUNDS, ROUNDS_LIVE, sync
 
@@ -253,8 +273,11 @@ def sync_dirty(
         Rollback() as rollback,
         _Pipe() if file == STDOUT else _Destination(file) as destination,
     ):
-        wanted = default_ranges(guest, ranges)
+        log = DirtyLog(session, default_ranges(guest, ranges))
+        log.require()
         sink = destination.open_sink(session, guest)
+        rollback.push(log.end)
+        log.begin()
         point(SYNC, "opened", session)
 
         def stop() -> None:
@@ -273,7 +296,7 @@ def sync_dirty(
 
         done = sync(
             guest,
-            lambda: fetch(session.protocol.dirty, wanted),
+            log.fetch,
             sink,
             stop,
             rounds=rounds,
@@ -281,6 +304,7 @@ def sync_dirty(
             progress=after_round,
         )
         end = time.perf_counter()
+        log.end()
         point(SYNC, "copied", session)
         if leave_running:
             session.go_on()

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig import interrupts
 from vfio_mig.errors import DeviceError, HostError, MismatchError, OpenError, VfioMigError
-from vfio_mig.host.lock import STOPPED
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import parse_state
+from vfio_mig.jobs.live import Live
 from vfio_mig.jobs.peer import Peer
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.save import default_ranges, describe_device
 from vfio_mig.jobs.session import RUNNING, Settings, open_session
-from vfio_mig.jobs.window import PAGE, Live, Window
+from vfio_mig.jobs.window import PAGE, Window
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.dirty.sync import Round
+    from vfio_mig.jobs.live import StateRound
     from vfio_mig.jobs.peer import Run
     from vfio_mig.jobs.session import Session
 
@@ -67,10 +68,13 @@ class MigrateReport(NamedTuple):
     pages_written: int
     pages_zero: int
     rounds: list[Round]
+    precopy_bytes: int
+    state_rounds: list[StateRound]
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        return {**self._asdict(), "rounds": [one.as_dict() for one in self.rounds]}
+        rounds = {key: [one.as_dict() for one in getattr(self, key)] for key in ("rounds", "state_rounds")}
+        return {**self._asdict(), **rounds}
 
 
 def _require_target(session: Session, peer: Peer) -> None:
@@ -103,11 +107,12 @@ class _Sender:
         self._archive: Final = ArchiveWriter
         self._arguments = (guest, ranges, live)
 
-    def open(self) -> None:
+    def open(self, rollback: Rollback) -> None:
         """Send the header; nothing is changed yet."""
         guest, ranges, live = self._arguments
         self._writer = self._archive(self.output.__enter__(), describe_device(self._session))
-        self.window = Window(JOB, self._session, ranges, guest, writer=self._writer, live=live)
+        self.window = Window(JOB, self._session, rollback, ranges, guest, writer=self._writer, live=live)
+        self.window.begin()
 
     def run(self) -> None:
         """Stop the device and send everything."""
@@ -181,11 +186,9 @@ def migrate(
             sender = _Sender(session, run, guest, default_ranges(guest, ranges), live or Live())
             try:
                 with sender.output:
-                    sender.open()
+                    sender.open(rollback)
                     point(JOB, "opened", session)
                     sender.window.copy_live()
-                    session.note(STOPPED)
-                    rollback.push(session.go_on)
                     began = time.perf_counter()
                     sender.run()
             except HostError as error:
@@ -217,6 +220,8 @@ def migrate(
             pages_written=0 if sink is None else sink.bytes_written // PAGE,
             pages_zero=0 if sink is None else sink.bytes_zero // PAGE,
             rounds=window.rounds,
+            precopy_bytes=window.precopy_bytes,
+            state_rounds=window.state_rounds,
         )
 
 

@@ -25,10 +25,19 @@ if TYPE_CHECKING:
 VARIABLE: Final = "VFIO_MIG_FAULT"
 POINTS: Final[dict[str, tuple[str, ...]]] = {
     "dirty": ("opened", "fetched"),
-    "migrate": ("opened", "after-stop", "after-dirty", "after-pages", "after-state", "sent", "restored"),
+    "migrate": ("opened", "after-live", "after-stop", "after-dirty", "after-pages", "after-state", "sent", "restored"),
     "reset": ("opened",),
     "restore": ("waiting", "opened", "verified", "after-stop", "after-pages", "after-state", "after-start"),
-    "save": ("opened", "after-stop", "after-dirty", "after-pages", "after-state", "after-start", "written"),
+    "save": (
+        "opened",
+        "after-live",
+        "after-stop",
+        "after-dirty",
+        "after-pages",
+        "after-state",
+        "after-start",
+        "written",
+    ),
     "start": ("opened",),
     "stop": ("opened", "after-stop"),
     "sync": ("opened", "after-round", "before-stop", "after-stop", "copied", "after-start"),

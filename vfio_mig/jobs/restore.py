@@ -16,6 +16,7 @@ from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import Settings, open_session
 from vfio_mig.jobs.source import STDIN, open_input, read_image
+from vfio_mig.jobs.together import quiet, require_p2p, wake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -129,7 +130,7 @@ class _Target:
         stream = stack.enter_context(open_input(self.file))
         self._stream = stream
         session = stack.enter_context(open_session(self.name, settings, memory=guest.maps, job=JOB))
-        self._session = session
+        self.session = session
         point(JOB, "waiting", session)
         # A stream of any size stays where it is; a bare one has no other place than memory
         limit = RAW_MAX if session.protocol.streams else session.protocol.state_size_max
@@ -149,11 +150,14 @@ class _Target:
         self._rollback = stack.enter_context(Rollback())
         point(JOB, "verified", session)
 
+    def may_stop(self) -> None:
+        """Have a stop undone if the job fails."""
+        if not self.session.is_half_loaded:  # else it stays what it is
+            self.session.note(STOPPED)
+            self._rollback.push(self.session.go_on)
+
     def stop(self) -> None:
-        session = self._session
-        if not session.is_half_loaded:  # else it stays what it is
-            session.note(STOPPED)
-            self._rollback.push(session.go_on)
+        session = self.session
         began = time.perf_counter()
         session.protocol.stop()
         self.times["stop_time"] = time.perf_counter() - began
@@ -162,10 +166,10 @@ class _Target:
     def write_pages(self, guest: Memory, progress: Callable[[int], object]) -> None:
         if self._image.archive is not None and guest.maps:
             self.pages = write_pages(self._image.archive, guest, progress)
-        point(JOB, "after-pages", self._session)
+        point(JOB, "after-pages", self.session)
 
     def write_state(self) -> None:
-        session = self._session
+        session = self.session
         session.note(LOADING)
         self._rollback.forget()
         self._rollback.push(lambda: _abandon(session, force=self._force))
@@ -176,27 +180,27 @@ class _Target:
 
     def _chunks(self) -> Iterator[bytes | memoryview]:
         archive = self._image.archive
-        if archive is not None and self._session.protocol.streams:
+        if archive is not None and self.session.protocol.streams:
             yield from archive.state_chunks()
         else:
             yield memoryview(self._image.state)
 
     def start(self) -> None:
         began = time.perf_counter()
-        self._session.protocol.start()
+        self.session.protocol.start()
         self.times["start_time"] = time.perf_counter() - began
-        point(JOB, "after-start", self._session)
+        point(JOB, "after-start", self.session)
 
     def require_holder(self) -> None:
         """Make sure that the device does not go with this job.
 
         :raises DeviceError: its holder has ended meanwhile.
         """
-        self._session.require_holder_alive()
+        self.session.require_holder_alive()
 
     def read_word(self) -> str:
         """Wait for what the sender of the image wants: ``start``, ``stay``, or nothing when it has gone."""
-        self._session.step(JOB, LOADED)
+        self.session.step(JOB, LOADED)
         try:
             return self._stream.readline(16).decode("ascii", "replace").strip()
         except OSError:
@@ -205,19 +209,32 @@ class _Target:
     def forget(self) -> None:
         """Take it that the device is restored."""
         self._rollback.forget()
-        self._session.note("")
+        self.session.note("")
 
     def report(self, *, started: bool) -> RestoreReport:
         """Say what was done."""
         return RestoreReport(
-            device=self._session.device.name,
+            device=self.session.device.name,
             file=self.file,
-            state=self._session.state_after(started=started),
+            state=self.session.state_after(started=started),
             **self.times,
             state_bytes=len(self._image.state) if self._image.archive is None else self._image.archive.state_size,
             pages_written=self.pages,
             warnings=self.warnings,
         )
+
+
+def _load(targets: list[_Target], guest: Memory, progress: Callable[[int], object]) -> None:
+    """Stop all devices, then write memory and states."""
+    for target in targets:
+        target.may_stop()
+    quiet([target.session for target in targets])
+    for target in targets:
+        target.stop()
+    for target in targets:
+        target.write_pages(guest, progress)
+    for target in targets:
+        target.write_state()
 
 
 @protected
@@ -277,6 +294,7 @@ def restore_all(
     force: bool = False,
     verify_state: bool = True,
     await_word: bool = False,
+    without_p2p: bool = False,
     progress: Callable[[int], object] = lambda _: None,
 ) -> list[RestoreReport]:
     """Restore several devices as one job: all images are verified before any device is touched, and all loaded before
@@ -285,6 +303,7 @@ def restore_all(
     :param pairs: (device, file) each; the other parameters are those of :func:`restore`.
     :param await_word: one device and standard input: once it is loaded, wait for a line behind the image, ``start`` or
         ``stay``; without one it stays stopped.
+    :param without_p2p: also if one of them has no P2P states.
     """
     from vfio_mig.dirty.memory import Memory
 
@@ -296,17 +315,15 @@ def restore_all(
     with Memory(memory, writable=True) as guest, ExitStack() as stack:
         for target in targets:
             target.open(stack, settings, guest, raw=raw, verify_state=verify_state)
-        for target in targets:
-            target.stop()
-        for target in targets:
-            target.write_pages(guest, progress)
-        for target in targets:
-            target.write_state()
+        sessions = [target.session for target in targets]
+        require_p2p(sessions, waived=without_p2p)
+        _load(targets, guest, progress)
         if await_word:
             # From here on the state is ours: who sent it may have given the device up
             _commit(targets)
             start = targets[0].read_word() == START
         if start:
+            wake(sessions)
             for target in targets:
                 target.start()
         _commit(targets)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vfio_mig import interrupts
 from vfio_mig.errors import UsageError, VfioMigError
-from vfio_mig.host.lock import STOPPED
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import parse_state
+from vfio_mig.jobs.live import Live
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import Settings, open_session
-from vfio_mig.jobs.window import PAGE, Live, Window
+from vfio_mig.jobs.together import require_p2p, wake
+from vfio_mig.jobs.window import PAGE, Window
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.sync import Round
     from vfio_mig.image.archive import ArchiveWriter
     from vfio_mig.image.files import Output
+    from vfio_mig.jobs.live import StateRound
     from vfio_mig.jobs.session import Session
 
 JOB = "save"
@@ -44,6 +46,7 @@ class SaveReport(NamedTuple):
     :param state: what the device is now: ``stop``, ``running``, or ``closed`` when nobody else has it open.
     :param pages_zero: dirty pages that are all zero: a range in the image, no content.
     :param rounds: of copying guest memory; the last one with the device stopped.
+    :param precopy_bytes: the part of the state that was read while the device ran, in *state_rounds*.
     """
 
     device: str
@@ -59,10 +62,13 @@ class SaveReport(NamedTuple):
     pages_written: int
     pages_zero: int
     rounds: list[Round]
+    precopy_bytes: int
+    state_rounds: list[StateRound]
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        return {**self._asdict(), "rounds": [one.as_dict() for one in self.rounds]}
+        rounds = {key: [one.as_dict() for one in getattr(self, key)] for key in ("rounds", "state_rounds")}
+        return {**self._asdict(), **rounds}
 
     def statistics(self) -> dict[str, Any]:
         """Return the part that the manifest keeps."""
@@ -125,14 +131,11 @@ class _Target:
         self._stream = stack.enter_context(self.output)
         if not self._raw:
             self._writer = ArchiveWriter(self._stream, describe_device(self.session))
-        self.window = Window(JOB, self.session, ranges, guest, writer=self._writer, raw=self._stream, live=live)
+        self.window = Window(
+            JOB, self.session, self.rollback, ranges, guest, writer=self._writer, raw=self._stream, live=live
+        )
+        self.window.begin()
         point(JOB, "opened", self.session)
-
-    def stop(self) -> None:
-        """Stop the device; from now on an error starts it again."""
-        self.session.note(STOPPED)
-        self.rollback.push(self.session.go_on)
-        self.window.stop()
 
     def write(self, *, started: bool) -> SaveReport:
         """Write what is left to the file, which is whole then."""
@@ -158,7 +161,17 @@ class _Target:
             pages_written=0 if sink is None else sink.bytes_written // PAGE,
             pages_zero=0 if sink is None else sink.bytes_zero // PAGE,
             rounds=window.rounds,
+            precopy_bytes=window.precopy_bytes,
+            state_rounds=window.state_rounds,
         )
+
+
+def _stop(targets: list[_Target]) -> None:
+    if len(targets) > 1:
+        for target in targets:
+            target.window.quiet()
+    for target in targets:
+        target.window.stop()
 
 
 @protected
@@ -207,7 +220,7 @@ def save(
     :param ranges: guest pages to fetch the dirty bitmap of; by default those of *memory*, else the first 4 GiB.
     :param raw: write the bare state, without bitmap, pages and integrity.
     :param force: replace an existing file.
-    :param live: copy pages while the device runs, before the stop.
+    :param live: copy pages, and read the state, while the device runs, before the stop.
     :raises OpenError, UnsupportedError: nothing was done.
     :raises DeviceError: the device failed; it was started again.
     :raises HostError: the file could not be written; the device was started again.
@@ -234,10 +247,13 @@ def save_all(
     raw: bool = False,
     force: bool = False,
     live: Live | None = None,
+    without_p2p: bool = False,
 ) -> list[SaveReport]:
     """Save several devices as one job: all are stopped before any is read, and after any failure all run.
 
     :param pairs: (device, file) each; the other parameters are those of :func:`save`.
+    :param without_p2p: also if one of them has no P2P states, and may so write to another one that is stopped already.
+    :raises UnsupportedError: also because of P2P.
     """
     from vfio_mig.dirty.memory import Memory
 
@@ -247,17 +263,20 @@ def save_all(
         wanted = default_ranges(guest, ranges)
         for target in targets:
             target.open(stack, settings, guest, wanted, live or Live())
+        sessions = [target.session for target in targets]
+        require_p2p(sessions, waived=without_p2p)
         for target in targets:
             target.window.copy_live()
-        for target in targets:
-            target.stop()
+        _stop(targets)
         for target in targets:
             target.window.copy_memory()
         for target in targets:
             target.window.read_state()
         for target in targets:
             target.window.end()
-            if leave_running:
+        if leave_running:
+            wake(sessions)
+            for target in targets:
                 target.window.start()
         reports = [target.write(started=leave_running) for target in targets]
         _commit(targets)

@@ -25,6 +25,7 @@ ABIS = ("auto", "gvt-rfc", "mainline-v2")
 RUNNING = "running"
 STOP = "stop"
 CLOSED = "closed"
+ERROR = "error"
 
 
 class Settings(NamedTuple):
@@ -78,6 +79,7 @@ class Session:
 
     def close(self) -> None:
         """Close the device and give it free; a second call does nothing."""
+        self.protocol.close()
         self.device.close()
         if self._lock is not None:
             self._lock.close()
@@ -104,10 +106,41 @@ class Session:
         if self._settings.on_step is not None:
             self._settings.on_step(job, name, self.device.name)
 
+    def warn(self, text: str) -> None:
+        """Tell the user what must be read."""
+        if self._settings.warn is not None:
+            self._settings.warn(f"{self.device.name}: {text.removeprefix(f'{self.device.name}: ')}")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether nobody but us, or a `vfio-mig hold`, has the device open."""
+        return not self.device.borrowed or (self.device.holder is not None and self.device.holder.is_hold)
+
     def go_on(self) -> None:
-        """Undo a stop."""
-        self.protocol.undo_stop()
+        """Undo a stop, or a live save.
+
+        :raises DeviceError: the device did not follow; one of ours in the error state was reset.
+        """
+        try:
+            self.protocol.undo_stop()
+        except DeviceError as error:
+            if self._state_or_unknown() != ERROR:
+                raise
+            if not self.is_ours:
+                error.hint = f"only 'vfio-mig reset --force {self.device.name}' gets it out of there"
+                raise
+            self.protocol.reset()
+            self.note("")
+            raise DeviceError(
+                "it was in the error state and has been reset: what it was doing is lost", device=self.device.name
+            ) from error
         self.note("")
+
+    def _state_or_unknown(self) -> str:
+        try:
+            return self.protocol.state()
+        except DeviceError:
+            return "unknown"
 
     def state_after(self, *, started: bool) -> str:
         """Tell what the device is after a job that left it running or stopped: a stop ends with the last close.
@@ -203,7 +236,7 @@ def open_session(
         lock.close()
         raise
     try:
-        _take_over(session, lock, job, settings)
+        _take_over(session, lock, job)
     except BaseException:
         session.close()
         raise
@@ -238,14 +271,14 @@ def _require_abi(session: Session, settings: Settings) -> None:
         raise UnsupportedError(problem, device=session.device.name)
 
 
-def _take_over(session: Session, lock: DeviceLock, job: str, settings: Settings) -> None:
+def _take_over(session: Session, lock: DeviceLock, job: str) -> None:
     """Look at what an earlier job has left: a stop can be gone on from, a half-loaded state cannot."""
     from vfio_mig.host.lock import LOADING
 
-    if job != "reset":
-        session.protocol.require_rest()
     left = lock.take_over(session.device.holder)
     if left is None:
+        if job != "reset":
+            session.protocol.require_rest()
         return
     session.was_left = True
     session.is_half_loaded = left.effect == LOADING
@@ -255,5 +288,6 @@ def _take_over(session: Session, lock: DeviceLock, job: str, settings: Settings)
             device=session.device.name,
             hint=left.repair(session.device.name),
         )
-    if settings.warn is not None:
-        settings.warn(f"{session.device.name}: {left}")
+    session.warn(str(left))
+    if job != "reset":
+        session.protocol.end_left(may_reset=job == "restore" and session.is_ours)

@@ -11,43 +11,24 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from vfio_mig.errors import UnsupportedError
+from vfio_mig.host.lock import LIVE, STOPPED
+from vfio_mig.jobs.dirtylog import DirtyLog
+from vfio_mig.jobs.live import StateCopy, copy_live, falls_short
 from vfio_mig.jobs.points import point
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.memory import Memory
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.dirty.sync import LiveCopy, Round
     from vfio_mig.image.archive import ArchiveWriter
+    from vfio_mig.jobs.live import Live, StateRound
+    from vfio_mig.jobs.rollback import Rollback
     from vfio_mig.jobs.session import Session
 
 PAGE: Final = 4096
-ROUNDS_LIVE: Final = 30
-"""Rounds before the stop, at most, where a downtime is asked for."""
-
-
-class Live:
-    """How much is copied while the device runs.
-
-    :param rounds: at most so many rounds before the stop; 0: none.
-    :param max_downtime: seconds; rounds end when the last one is expected to take no longer.
-    :param progress: called with the bytes of each piece of guest memory that was copied.
-    :param on_round: called after each round.
-    """
-
-    def __init__(
-        self,
-        rounds: int = 0,
-        max_downtime: float | None = None,
-        progress: Callable[[int], object] = lambda _: None,
-        on_round: Callable[[Round], object] = lambda _: None,
-    ) -> None:
-        self.rounds = rounds
-        self.max_downtime = max_downtime
-        self.progress = progress
-        self.on_round = on_round
 
 
 class ImageSink:
@@ -84,19 +65,22 @@ class ImageSink:
 
 
 class Window:
-    """What a job does to one device from the stop on, and how long it takes.
+    """What a job does to one device from the first round on, and how long it takes.
 
     :param job: name of the job, for its points.
+    :param rollback: undoes what is begun here.
     :param ranges: guest pages to fetch the dirty bitmap of.
     :param writer: the image; None for a bare state, which has neither bitmap nor pages.
     :param raw: where a bare state goes.
-    :raises UnsupportedError: there are pages to copy, and the device cannot tell which.
+    :raises UnsupportedError: there are pages to copy, and the device cannot tell which, or there is nothing to read
+        while it runs.
     """
 
     def __init__(
         self,
         job: str,
         session: Session,
+        rollback: Rollback,
         ranges: list[PageRange],
         guest: Memory,
         *,
@@ -106,41 +90,60 @@ class Window:
     ) -> None:
         # Imported here, before the device is stopped
         from vfio_mig.dirty.bitmap import preload
-        from vfio_mig.dirty.fetch import fetch
 
-        if guest.maps:
-            if not session.protocol.has_dirty:
-                raise UnsupportedError(
-                    f"a {session.protocol.name} device cannot be asked for its dirty pages",
-                    device=session.device.name,
-                    hint="leave out --memory",
-                )
-            preload()
-        self._fetch = fetch
         self._job = job
         self._session = session
-        self._ranges = ranges
-        self._guest = guest
+        self._rollback = rollback
+        self._log = DirtyLog(session, ranges)
         self._live = live
         self._writer = writer
+        self._raw = raw
         self._began = 0.0
+        self._is_undone = False
         self.times: dict[str, float] = {"start_time": 0.0, "bitmap_time": 0.0}
         self.sink = ImageSink(writer, live.progress) if writer is not None and guest.maps else None
         self._copy: LiveCopy | None = None
+        if guest.maps:
+            self._log.require()
+            preload()
         if self.sink is not None:
             from vfio_mig.dirty.sync import LiveCopy
 
             self._copy = LiveCopy(guest, self._fetch_dirty, self.sink, remember=live.rounds > 0)
+        self._state_copy = self._prepare_state_copy()
         self.rounds: list[Round] = []
         self.dirty: list[Dirty] = []
         self.state = b""
         self.state_bytes = 0
-        self._raw = raw
+
+    def _prepare_state_copy(self) -> StateCopy | None:
+        protocol = self._session.protocol
+        if not self._live.precopy:
+            return None
+        if protocol.has_precopy:
+            return StateCopy(protocol, self._pass_on)
+        if self._copy is None:
+            raise UnsupportedError(
+                "its state can be read only while it is stopped: it has no PRE_COPY",
+                device=self._session.device.name,
+                hint="leave out --live",
+            )
+        return None
 
     @property
     def pages_dirty(self) -> int:
         """Pages of the last bitmap."""
         return sum(chunk.total() for chunk in self.dirty)
+
+    @property
+    def state_rounds(self) -> list[StateRound]:
+        """Rounds in which the state was read while the device ran."""
+        return [] if self._state_copy is None else self._state_copy.rounds
+
+    @property
+    def precopy_bytes(self) -> int:
+        """Bytes of the state that were read while the device ran."""
+        return 0 if self._state_copy is None else self._state_copy.bytes_read
 
     def _point(self, name: str) -> None:
         point(self._job, name, self._session)
@@ -155,16 +158,43 @@ class Window:
 
     def _fetch_dirty(self) -> list[Dirty]:
         with self._phase("bitmap_time"):
-            self.dirty = list(self._fetch(self._session.protocol.dirty, self._ranges))
+            self.dirty = self._log.fetch()
         return self.dirty
 
-    def copy_live(self) -> None:
-        """Copy pages in rounds while the device runs."""
+    def _change(self, effect: str) -> None:
+        """Write down what is about to be done to the device, and have it undone if the job fails."""
+        self._session.note(effect)
+        if not self._is_undone:
+            self._is_undone = True
+            self._rollback.push(self._session.go_on)
+
+    def begin(self) -> None:
+        """Have the device log its writes, if that is needed."""
         if self._copy is not None:
-            self.rounds = self._copy.run(self._live.rounds, self._live.max_downtime, self._live.on_round)
+            self._rollback.push(self._log.end)
+            self._log.begin()
+
+    def copy_live(self) -> None:
+        """Copy pages, and read the state, in rounds while the device runs."""
+        if self._state_copy is not None:
+            self._change(LIVE)
+            if not self._session.protocol.begin_live():
+                self._session.warn("it does not run, so its state is read as usual")
+                self._state_copy = None
+        self.rounds = copy_live(self._live, self._copy, self._state_copy)
+        short = falls_short(self._live, self.rounds, self._state_copy)
+        if short is not None:
+            self._session.warn(short)
+        self._point("after-live")
+
+    def quiet(self) -> None:
+        """Keep the device from accessing others, before the first of several is stopped."""
+        self._change(STOPPED)
+        self._session.protocol.quiet()
 
     def stop(self) -> None:
         """Stop the device; time counts from here."""
+        self._change(STOPPED)
         self._began = time.perf_counter()
         with self._phase("stop_time"):
             self._session.protocol.stop()
@@ -175,7 +205,8 @@ class Window:
         if self._writer is None:
             return
         if self._copy is None:
-            if self._session.protocol.has_dirty:
+            # A log that nobody has begun would be empty
+            if self._session.protocol.has_dirty and not self._session.protocol.logs:
                 self._fetch_dirty()
             self._point("after-dirty")
         else:
@@ -188,13 +219,13 @@ class Window:
         protocol = self._session.protocol
         with self._phase("state_read_time"):
             if protocol.streams:
-                self.state_bytes = self._pass_on(protocol.read_chunks())
+                self.state_bytes = self.precopy_bytes + self._pass_on(protocol.read_chunks())
             else:
                 self.state = bytes(protocol.read_state())
                 self.state_bytes = len(self.state)
         self._point("after-state")
 
-    def _pass_on(self, chunks: Iterator[bytes | memoryview]) -> int:
+    def _pass_on(self, chunks: Iterable[bytes | memoryview]) -> int:
         if self._writer is not None:
             return self._writer.add_state(chunks)
         return sum(self._raw.write(chunk) for chunk in chunks) if self._raw is not None else 0
@@ -212,6 +243,7 @@ class Window:
 
     def write_rest(self) -> None:
         """Put into the image what could wait: state and bitmaps. The manifest is the caller's."""
+        self._log.end()
         if self._writer is None:
             if self._raw is not None:
                 self._raw.write(self.state)

@@ -4,12 +4,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from vfio_mig.device import Device
+
+
+class Pending(NamedTuple):
+    """What is still to be read of a state that is being saved while the device runs; bytes.
+
+    :param initial_bytes: of what is to be read before a stop, so that that takes no longer than it must.
+    :param dirty_bytes: of what has changed since it was read.
+    :param rest_bytes: the device's own estimate of what a stop now would leave to be read.
+    :param is_anew: what was read as initial has become useless, and there is new initial data (REINIT).
+    """
+
+    initial_bytes: int
+    dirty_bytes: int
+    rest_bytes: int
+    is_anew: bool = False
 
 
 class MigrationProtocol(ABC):
@@ -22,11 +37,26 @@ class MigrationProtocol(ABC):
     """As the user, the image's header and ``--abi`` spell it."""
     streams: ClassVar[bool] = False
     """Whether the state is a stream of any size, to be moved in chunks."""
-    has_dirty: ClassVar[bool] = True
-    """Whether the device can be asked for its dirty pages."""
+    logs: ClassVar[bool] = False
+    """Whether dirty pages count from :meth:`start_log` on and a page is told once; else the device always knows all."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
+
+    @property
+    def has_dirty(self) -> bool:
+        """Whether the device can be asked for its dirty pages."""
+        return True
+
+    @property
+    def has_precopy(self) -> bool:
+        """Whether its state can be read while it runs."""
+        return False
+
+    @property
+    def has_p2p(self) -> bool:
+        """Whether it can be kept from accessing other devices while it answers them; True if it never does so."""
+        return True
 
     @property
     @abstractmethod
@@ -47,6 +77,22 @@ class MigrationProtocol(ABC):
         :raises DeviceError: the kernel refused; the device is still stopped.
         """
 
+    def quiet(self) -> None:  # noqa: B027 -- as a rule there is nothing to do
+        """Keep a running device from accessing others; it still answers them. A stopped one is left alone.
+
+        Several devices all do this before the first is stopped.
+
+        :raises DeviceError: the kernel refused.
+        """
+
+    def wake(self) -> None:  # noqa: B027 -- as a rule there is nothing to do
+        """Let a stopped device answer others, without accessing them.
+
+        Several devices all do this before the first runs again.
+
+        :raises DeviceError: the kernel refused.
+        """
+
     def undo_stop(self) -> None:
         """Bring a stopped device back to where it was found, or to run where that is not known."""
         self.start()
@@ -59,6 +105,50 @@ class MigrationProtocol(ABC):
         """Refuse a device that a job must not begin with.
 
         :raises DeviceError: says what to do about it.
+        """
+
+    def end_left(self, *, may_reset: bool) -> None:
+        """Leave what a killed job of ours may have left the device in the middle of.
+
+        :param may_reset: whether its state may be lost.
+        :raises DeviceError: only a reset helps.
+        """
+        del may_reset
+        self.require_rest()
+
+    def begin_live(self) -> bool:
+        """Begin to save the state of the running device; False when it does not run, and there is nothing to begin.
+
+        :raises DeviceError: the kernel refused; the device still runs.
+        """
+        return False
+
+    def read_live(self, limit: int) -> Iterator[bytes]:
+        """Yield what there is of the state for now, up to *limit* bytes: it may grow as fast as it is read.
+
+        :raises DeviceError: what was read so far is worthless.
+        """
+        raise NotImplementedError
+
+    def pending(self) -> Pending:
+        """Tell what is still to be read; the device runs.
+
+        :raises DeviceError: the kernel refused.
+        """
+        raise NotImplementedError
+
+    def start_log(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027 -- the device may always know
+        """Have dirty pages counted from now on, where the protocol :attr:`logs`.
+
+        :param ranges: (IOVA, bytes), multiples of 4096.
+        :raises UnsupportedError: it cannot.
+        :raises DeviceError: refused.
+        """
+
+    def stop_log(self) -> None:  # noqa: B027 -- the device may always know
+        """End what :meth:`start_log` has begun.
+
+        :raises DeviceError: refused.
         """
 
     def read_chunks(self) -> Iterator[bytes | memoryview]:
@@ -95,6 +185,9 @@ class MigrationProtocol(ABC):
     def describe(self) -> str:
         """Say which protocol this is and where its numbers come from."""
         return self.name
+
+    def close(self) -> None:  # noqa: B027 -- as a rule there is nothing but the device
+        """Give back what belongs to it beside the device; a second call does nothing."""
 
     def reset(self) -> None:
         """Reset the device: its state is lost."""

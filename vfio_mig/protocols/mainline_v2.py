@@ -8,17 +8,20 @@ RESUMING on a device that was closed in it (mtty: NULL pointer).
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from vfio_mig import uapi
 from vfio_mig.errors import DeviceError, UnsupportedError, UsageError, errno_text
-from vfio_mig.protocols.base import MigrationProtocol
-from vfio_mig.uapi import ffi
+from vfio_mig.protocols.base import MigrationProtocol, Pending
+from vfio_mig.protocols.dma_logging import DmaLog
+from vfio_mig.uapi import IoctlError, ffi
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from vfio_mig.device import Device
 
@@ -46,11 +49,22 @@ BY_HAND: Final = ("running", "running-p2p", "stop")
 CHUNK: Final = 1 << 20
 """Bytes of one read of the data fd."""
 _AT_REST: Final = (STOP, RUNNING, RUNNING_P2P)
+_QUIET: Final = {RUNNING: RUNNING_P2P, PRE_COPY: PRE_COPY_P2P}
+_SAVING: Final = (STOP_COPY, PRE_COPY, PRE_COPY_P2P)
 _P2P: Final = ffi.integer_const("VFIO_MIGRATION_P2P")
+_PRE_COPY: Final = ffi.integer_const("VFIO_MIGRATION_PRE_COPY")
 _STATE: Final = struct.Struct("=IIIi")  # vfio_device_feature + vfio_device_feature_mig_state
 _FEATURE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE")
 _GET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_GET") | _FEATURE
 _SET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_SET") | _FEATURE
+_HEAD: Final = struct.Struct("=II")  # vfio_device_feature
+_SIZE: Final = struct.Struct("=IIQ")  # and vfio_device_feature_mig_data_size
+_GET_SIZE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_GET") | ffi.integer_const("VFIO_DEVICE_FEATURE_MIG_DATA_SIZE")
+_SET_INFO2: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_SET") | ffi.integer_const(
+    "VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2"
+)
+_PRECOPY_INFO: Final = struct.Struct("=IIQQ")  # vfio_precopy_info
+_REINIT: Final = ffi.integer_const("VFIO_PRECOPY_INFO_REINIT")
 
 
 class MainlineV2(MigrationProtocol):
@@ -62,12 +76,30 @@ class MainlineV2(MigrationProtocol):
 
     name: ClassVar[str] = "mainline-v2"
     streams: ClassVar[bool] = True
-    has_dirty: ClassVar[bool] = False
+    logs: ClassVar[bool] = True
 
     def __init__(self, device: Device, flags: int) -> None:
         super().__init__(device)
         self.flags: Final = flags
         self._found = self._get()
+        self._log: Final = DmaLog(device)
+        self._live_fd = -1
+        self._tells_anew = False
+
+    @cached_property
+    def has_dirty(self) -> bool:
+        """Whether the device logs its writes."""
+        return self._log.exists
+
+    @property
+    def has_precopy(self) -> bool:
+        """Whether it has the PRE_COPY states."""
+        return bool(self.flags & _PRE_COPY)
+
+    @property
+    def has_p2p(self) -> bool:
+        """Whether it has the P2P states."""
+        return bool(self.flags & _P2P)
 
     @property
     def state_size_max(self) -> int:
@@ -85,6 +117,18 @@ class MainlineV2(MigrationProtocol):
                 device=self.device.name,
                 hint=f"wait for its owner, or make it defined with 'vfio-mig reset {self.device.name}'",
             )
+
+    def end_left(self, *, may_reset: bool) -> None:
+        """Go to a state at rest; out of RESUMING, which has no stream any more, and out of ERROR only a reset leads."""
+        now = self._get()
+        if now == STOP_COPY:
+            self._rest(STOP)
+        elif now in _SAVING:
+            self._rest(RUNNING)
+        elif now not in _AT_REST and may_reset:
+            self.reset()
+        self._found = self._get()
+        self.require_rest()
 
     def _get(self) -> int:
         request = bytearray(_STATE.pack(_STATE.size, _GET, 0, -1))
@@ -117,15 +161,29 @@ class MainlineV2(MigrationProtocol):
         return fd
 
     def _rest(self, state: int) -> None:
-        """Go to a state that has no data fd."""
+        """Go to a state that has no data fd, or that goes on with the one there is.
+
+        :raises DeviceError: also when a data fd comes nevertheless.
+        """
         if self._get() != state:
             fd = self._set(state)
             if fd >= 0:
                 os.close(fd)
+                raise DeviceError(f"{NAMES[state]} came with a data fd of its own", device=self.device.name)
+
+    def quiet(self) -> None:
+        """Go from RUNNING to RUNNING_P2P, or with a live save from PRE_COPY to PRE_COPY_P2P, where it has them."""
+        if self.has_p2p and (now := self._get()) in _QUIET:
+            self._rest(_QUIET[now])
+
+    def wake(self) -> None:
+        """Go from STOP to RUNNING_P2P, where it has that."""
+        if self.has_p2p and self._get() == STOP:
+            self._rest(RUNNING_P2P)
 
     def stop(self) -> None:
-        """Go to STOP, by way of RUNNING_P2P where the device has it."""
-        self._rest(STOP)
+        """Go to STOP, by way of RUNNING_P2P where the device has it; from a live save to STOP_COPY, which goes on."""
+        self._rest(STOP if self._live_fd < 0 else STOP_COPY)
 
     def start(self) -> None:
         """Go to RUNNING."""
@@ -133,6 +191,7 @@ class MainlineV2(MigrationProtocol):
 
     def undo_stop(self) -> None:
         """Go back to where the device was found: its owner may have stopped it before us."""
+        self._end_live()
         self._rest(self._found if self._found in _AT_REST else RUNNING)
 
     def go_to(self, name: str) -> None:
@@ -151,21 +210,78 @@ class MainlineV2(MigrationProtocol):
         """Read the whole stream into memory; :meth:`read_chunks` does not."""
         return memoryview(b"".join(self.read_chunks()))
 
-    def read_chunks(self) -> Iterator[bytes]:
-        """Go to STOP_COPY, yield the stream to its end, and go back to STOP."""
-        fd = self._set(STOP_COPY)
-        if fd < 0:
-            raise DeviceError("stop-copy came without a data fd", device=self.device.name)
+    def begin_live(self) -> bool:
+        """Go to PRE_COPY; a device that was found stopped would begin to run there."""
+        if not self.has_precopy or self._found != RUNNING:
+            return False
         try:
-            while chunk := self._read(fd):
+            self.device.call(uapi.DEVICE_FEATURE, bytearray(_HEAD.pack(_HEAD.size, _SET_INFO2)))
+            self._tells_anew = True
+        except DeviceError:  # kernels before 7.1 do not have it
+            self._tells_anew = False
+        self._live_fd = self._require_fd(PRE_COPY)
+        return True
+
+    def _require_fd(self, state: int) -> int:
+        fd = self._set(state)
+        if fd < 0:
+            raise DeviceError(f"{NAMES[state]} came without a data fd", device=self.device.name)
+        return fd
+
+    def _end_live(self) -> None:
+        fd, self._live_fd = self._live_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close the data fd of a live save."""
+        self._end_live()
+
+    def read_live(self, limit: int) -> Iterator[bytes]:
+        """Read to the end that there is for now, ENOMSG or for many drivers 0 bytes, and no more than *limit*."""
+        try:
+            while limit > 0 and (chunk := self._read(self._live_fd, limit)):
+                limit -= len(chunk)
+                yield chunk
+        except DeviceError as error:
+            if error.errno != errno.ENOMSG:
+                raise
+
+    def pending(self) -> Pending:
+        """Ask the data fd; some drivers look for changes only then."""
+        request = bytearray(_PRECOPY_INFO.pack(_PRECOPY_INFO.size, 0, 0, 0))
+        try:
+            uapi.call(self._live_fd, uapi.MIG_GET_PRECOPY_INFO, request)
+        except IoctlError as error:
+            raise DeviceError(str(error), device=self.device.name, errno=error.errno or 0) from error
+        _, flags, initial, dirty = _PRECOPY_INFO.unpack(request)
+        anew = self._tells_anew and bool(flags & _REINIT)
+        return Pending(initial, dirty, max(initial + dirty, self._data_size()), anew)
+
+    def _data_size(self) -> int:
+        """Return the device's estimate of what STOP_COPY will take, bytes; 0 where it has none."""
+        request = bytearray(_SIZE.pack(_SIZE.size, _GET_SIZE, 0))
+        try:
+            self.device.call(uapi.DEVICE_FEATURE, request)
+        except DeviceError:
+            return 0
+        size: int = _SIZE.unpack(request)[2]
+        return size
+
+    def read_chunks(self) -> Iterator[bytes]:
+        """Go to STOP_COPY, if it is not there from a live save, yield the stream to its end, and go back to STOP."""
+        if self._live_fd < 0:
+            self._live_fd = self._require_fd(STOP_COPY)
+        try:
+            while chunk := self._read(self._live_fd):
                 yield chunk
         finally:
-            os.close(fd)
+            self._end_live()
         self._rest(STOP)
 
-    def _read(self, fd: int) -> bytes:
+    def _read(self, fd: int, limit: int = CHUNK) -> bytes:
         try:
-            return os.read(fd, CHUNK)
+            return os.read(fd, min(limit, CHUNK))
         except OSError as error:
             number = error.errno or 0
             raise DeviceError(
@@ -181,9 +297,7 @@ class MainlineV2(MigrationProtocol):
 
         :raises DeviceError: it may hold a part of it, and only a reset makes it defined.
         """
-        fd = self._set(RESUMING)
-        if fd < 0:
-            raise DeviceError("resuming came without a data fd", device=self.device.name)
+        fd = self._require_fd(RESUMING)
         try:
             for chunk in chunks:
                 self._write(fd, memoryview(chunk))
@@ -201,11 +315,19 @@ class MainlineV2(MigrationProtocol):
                 f"writing the state failed: {errno_text(number)}", device=self.device.name, errno=number
             ) from error
 
-    def dirty(self, start_page: int, nr_pages: int) -> memoryview:  # noqa: ARG002 -- as the others'
-        """Refuse: v2 devices log their writes in another way, which is not spoken here yet."""
-        raise UnsupportedError("its dirty pages cannot be asked for", device=self.device.name)
+    def start_log(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Start the device's log of its writes."""
+        self._log.start(ranges)
+
+    def stop_log(self) -> None:
+        """End it."""
+        self._log.stop()
+
+    def dirty(self, start_page: int, nr_pages: int) -> memoryview:
+        """Take pages out of the device's log; it must have been started."""
+        return self._log.report(start_page, nr_pages)
 
     def describe(self) -> str:
         """Name the optional parts that the device has."""
         parts = [name for bit, name in ((1, "stop-copy"), (2, "p2p"), (4, "pre-copy")) if self.flags & bit]
-        return f"{self.name} ({', '.join(parts)})"
+        return f"{self.name} ({', '.join([*parts, *(['dma-logging'] if self.has_dirty else [])])})"

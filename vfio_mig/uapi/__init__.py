@@ -29,11 +29,13 @@ __all__ = [
     "GROUP_GET_STATUS",
     "GROUP_SET_CONTAINER",
     "IOMMU_MAP_DMA",
+    "MIG_GET_PRECOPY_INFO",
     "SET_IOMMU",
     "VFIO_BASE",
     "VFIO_TYPE",
     "IoctlError",
     "Request",
+    "address_of",
     "call",
     "ffi",
     "vfio_request",
@@ -77,6 +79,14 @@ DEVICE_GET_REGION_INFO: Final = vfio_request("VFIO_DEVICE_GET_REGION_INFO", 8)
 DEVICE_RESET: Final = vfio_request("VFIO_DEVICE_RESET", 11)
 IOMMU_MAP_DMA: Final = vfio_request("VFIO_IOMMU_MAP_DMA", 13)
 DEVICE_FEATURE: Final = vfio_request("VFIO_DEVICE_FEATURE", 17)
+MIG_GET_PRECOPY_INFO: Final = vfio_request("VFIO_MIG_GET_PRECOPY_INFO", 21)
+
+
+def address_of(buffer: bytearray) -> int:
+    """Return where a buffer's bytes are, for a request that points there; true until the buffer is resized or gone."""
+    import ctypes
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def call(fd: int, request: Request, arg: CData | bytearray | int = 0) -> int:

@@ -70,6 +70,31 @@ class vfio_device_feature_mig_state(CData):
     device_state: int
     data_fd: int
 
+class vfio_precopy_info(CData):
+    argsz: int
+    flags: int
+    initial_bytes: int
+    dirty_bytes: int
+
+class vfio_device_feature_dma_logging_control(CData):
+    page_size: int
+    num_ranges: int
+    __reserved: int
+    ranges: int
+
+class vfio_device_feature_dma_logging_range(CData):
+    iova: int
+    length: int
+
+class vfio_device_feature_dma_logging_report(CData):
+    iova: int
+    length: int
+    page_size: int
+    bitmap: int
+
+class vfio_device_feature_mig_data_size(CData):
+    stop_copy_length: int
+
 class vfio_pci_status_set(CData):
     argsz: int
     flags: int
@@ -171,6 +196,26 @@ class _FFI:
     ) -> vfio_device_feature_mig_state: ...
     @overload
     def new(
+        self, cdecl: Literal["struct vfio_precopy_info *"], init: Mapping[str, Any] = ..., /
+    ) -> vfio_precopy_info: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct vfio_device_feature_dma_logging_control *"], init: Mapping[str, Any] = ..., /
+    ) -> vfio_device_feature_dma_logging_control: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct vfio_device_feature_dma_logging_range *"], init: Mapping[str, Any] = ..., /
+    ) -> vfio_device_feature_dma_logging_range: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct vfio_device_feature_dma_logging_report *"], init: Mapping[str, Any] = ..., /
+    ) -> vfio_device_feature_dma_logging_report: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct vfio_device_feature_mig_data_size *"], init: Mapping[str, Any] = ..., /
+    ) -> vfio_device_feature_mig_data_size: ...
+    @overload
+    def new(
         self, cdecl: Literal["struct vfio_pci_status_set *"], init: Mapping[str, Any] = ..., /
     ) -> vfio_pci_status_set: ...
     @overload
@@ -211,6 +256,11 @@ class _FFI:
         "struct vfio_device_feature",
         "struct vfio_device_feature_migration",
         "struct vfio_device_feature_mig_state",
+        "struct vfio_precopy_info",
+        "struct vfio_device_feature_dma_logging_control",
+        "struct vfio_device_feature_dma_logging_range",
+        "struct vfio_device_feature_dma_logging_report",
+        "struct vfio_device_feature_mig_data_size",
         "struct vfio_pci_status_set",
         "struct vfio_pci_get_dirty_bitmap",
         "struct gvt_region",
@@ -231,6 +281,11 @@ class _FFI:
         "struct vfio_device_feature",
         "struct vfio_device_feature_migration",
         "struct vfio_device_feature_mig_state",
+        "struct vfio_precopy_info",
+        "struct vfio_device_feature_dma_logging_control",
+        "struct vfio_device_feature_dma_logging_range",
+        "struct vfio_device_feature_dma_logging_report",
+        "struct vfio_device_feature_mig_data_size",
         "struct vfio_pci_status_set",
         "struct vfio_pci_get_dirty_bitmap",
         "struct gvt_region",
@@ -283,6 +338,12 @@ class _FFI:
         "VFIO_DEVICE_STATE_RUNNING_P2P",
         "VFIO_DEVICE_STATE_PRE_COPY",
         "VFIO_DEVICE_STATE_PRE_COPY_P2P",
+        "VFIO_PRECOPY_INFO_REINIT",
+        "VFIO_DEVICE_FEATURE_DMA_LOGGING_START",
+        "VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP",
+        "VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT",
+        "VFIO_DEVICE_FEATURE_MIG_DATA_SIZE",
+        "VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2",
         "VFIO_DEVICE_FLAGS_MIGRATABLE",
         "VFIO_PCI_DEVICE_STATE_REGION_INDEX",
         "VFIO_PCI_RFC_NUM_REGIONS",

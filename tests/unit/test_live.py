@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""When a live save ends its rounds, and what it reads in each; and a log that is not always there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+
+from vfio_mig.device import Device
+from vfio_mig.dirty.ranges import PageRange
+from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError
+from vfio_mig.host.discover import HostDevice
+from vfio_mig.host.holders import Holder
+from vfio_mig.jobs.dirtylog import DirtyLog
+from vfio_mig.jobs.live import Live, StateCopy, copy_live, falls_short
+from vfio_mig.jobs.session import Session, Settings
+from vfio_mig.protocols.base import MigrationProtocol, Pending
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+FOUND = HostDevice("fake", "/nowhere", "pci", "8086:4941", "", "qat_vfio_pci", 1)
+
+
+class Played(MigrationProtocol):
+    """Tells what is pending from a list, its last entry for ever."""
+
+    name: ClassVar[str] = "mainline-v2"
+    logs: ClassVar[bool] = True
+
+    def __init__(self, *pending: Pending, holder: Holder | None = None) -> None:
+        super().__init__(Device("fake", -1, how="borrowed" if holder else "group", holder=holder))
+        self._pending = list(pending)
+        self.limits: list[int] = []
+        self.log: list[object] = []
+        self.broken = False
+
+    @property
+    def state_size_max(self) -> int:
+        return 0
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def read_state(self) -> memoryview:
+        raise NotImplementedError
+
+    def write_state(self, state: memoryview) -> None:
+        raise NotImplementedError
+
+    def dirty(self, start_page: int, nr_pages: int) -> memoryview:
+        if self.broken:
+            raise DeviceError("REPORT failed: EIO", device="fake")
+        self.log.append((start_page, nr_pages))
+        return memoryview(bytes((nr_pages + 7) // 8))
+
+    def start_log(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.log.append(list(ranges))
+
+    def stop_log(self) -> None:
+        self.log.append("stop")
+
+    def read_live(self, limit: int) -> Iterator[bytes]:
+        self.limits.append(limit)
+        yield bytes(limit)
+
+    def pending(self) -> Pending:
+        return self._pending.pop(0) if len(self._pending) > 1 else self._pending[0]
+
+
+def discard(chunks: Iterable[bytes]) -> int:
+    return sum(map(len, chunks))
+
+
+def run(live: Live, *pending: Pending) -> StateCopy:
+    state = StateCopy(Played(*pending), discard)
+    assert copy_live(live, None, state) == []
+    return state
+
+
+def test_a_round_reads_what_was_pending_when_it_began_as_more_may_come_as_fast() -> None:
+    state = run(Live(9), Pending(100, 0, 150), Pending(0, 40, 50), Pending(0, 20, 30), Pending(0, 20, 30))
+    assert [(one.bytes_read, one.dirty_bytes) for one in state.rounds] == [(100, 40), (40, 20), (20, 20)]
+    assert state.bytes_read == 160
+
+
+def test_rounds_end_when_nothing_is_dirty() -> None:
+    assert len(run(Live(9), Pending(10, 0, 10), Pending(0, 0, 5)).rounds) == 1
+
+
+def test_initial_data_is_read_whatever_the_downtime_and_new_initial_data_too() -> None:
+    live = Live(9, max_downtime=1e9)
+    assert len(run(live, Pending(10, 0, 10), Pending(5, 0, 10), Pending(0, 7, 7)).rounds) == 2
+    anew = run(live, Pending(10, 0, 10), Pending(0, 0, 9, is_anew=True), Pending(8, 0, 9), Pending(0, 7, 7))
+    assert len(anew.rounds) == 3
+    assert len(run(Live(3), Pending(10, 0, 10)).rounds) == 3  # but not for ever
+
+
+def test_a_downtime_that_fits_ends_the_rounds_and_one_that_cannot_be_kept_is_told() -> None:
+    pending = (Pending(10, 0, 10), Pending(0, 100, 100), Pending(0, 50, 50), Pending(0, 50, 50))
+    live = Live(9, max_downtime=1e9)
+    state = run(live, *pending)
+    assert len(state.rounds) == 1
+    assert falls_short(live, [], state) is None
+    live = Live(9, max_downtime=0)
+    state = run(live, *pending)
+    assert len(state.rounds) == 3
+    text = falls_short(live, [], state)
+    assert text is not None
+    assert "further rounds bring nothing" in text
+
+
+@pytest.fixture
+def warned() -> list[str]:
+    return []
+
+
+def session(protocol: Played, warned: list[str]) -> Session:
+    return Session(FOUND, protocol.device, protocol, None, Settings(warn=warned.append))
+
+
+def test_the_first_bitmap_of_a_log_has_every_page_and_so_has_the_one_after_it_was_lost(warned: list[str]) -> None:
+    protocol = Played()
+    log = DirtyLog(session(protocol, warned), [PageRange(16, 100), PageRange(1 << 20, 3)])
+    log.begin()
+    assert protocol.log == [[(16 * 4096, 100 * 4096), (1 << 32, 3 * 4096)]]
+    assert sum(chunk.total() for chunk in log.fetch()) == 103
+    assert sum(chunk.total() for chunk in log.fetch()) == 0
+    protocol.broken = True
+    assert sum(chunk.total() for chunk in log.fetch()) == 103
+    assert warned == ["fake: REPORT failed: EIO; every page is taken as dirty"]
+    log.end()
+    log.end()
+    assert protocol.log[-1] == "stop"
+    assert protocol.log.count("stop") == 1
+
+
+def test_a_log_is_not_read_under_an_owner_who_is_migrating(monkeypatch: pytest.MonkeyPatch, warned: list[str]) -> None:
+    from vfio_mig.host import migrating
+
+    asked: list[int] = []
+
+    def is_migrating(pid: int) -> bool:
+        asked.append(pid)
+        return True
+
+    monkeypatch.setattr(migrating, "is_migrating", is_migrating)
+    for is_hold in (True, False):
+        protocol = Played(holder=Holder(4711, "qemu-system-x86", is_hold, 5))
+        log = DirtyLog(session(protocol, warned), [PageRange(0, 1)])
+        if is_hold:
+            log.begin()
+            continue
+        with pytest.raises(DeviceBusyError, match=r"PID 4711 \(qemu-system-x86\) is migrating it"):
+            log.begin()
+        assert protocol.log == []
+    assert asked == [4711]
+
+
+def test_a_device_without_a_log_is_refused(monkeypatch: pytest.MonkeyPatch, warned: list[str]) -> None:
+    monkeypatch.setattr(Played, "has_dirty", False)
+    with pytest.raises(UnsupportedError, match="without DMA logging"):
+        DirtyLog(session(Played(), warned), []).require()

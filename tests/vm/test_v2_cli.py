@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: MIT
+"""The installed `vfio-mig` on the sample driver's v2 migration: live saves, P2P, DMA logging, states of any size."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from tests.vm import cli, gpu, held, host
+from tests.vm.test_driver_v2 import HAS_PRE_COPY, pre_copy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.vm.held import Side
+
+MIB: Final = 1 << 20
+EXTRA: Final = 4 * MIB
+REGISTER: Final = 0x5000
+PARTS: Final = "stop-copy, p2p, pre-copy" if HAS_PRE_COPY else "stop-copy, p2p"
+RESIDENT_MAX: Final = 64 * MIB
+
+
+@pytest.fixture(scope="module", autouse=True)
+def v2_driver() -> Iterator[None]:
+    if not host.module_loaded():  # not in the VM: every test says so
+        yield
+        return
+    with host.loaded(v2=7, migratable=0):
+        yield
+
+
+def js(*words: str | Path) -> Any:
+    return json.loads(cli.run("--json", *words, warm=True).stdout)
+
+
+def set_knob(side: Side, name: str, value: int) -> None:
+    (side.instance.debugfs / name).write_text(str(value))
+
+
+def state(side: Side) -> str:
+    return side.instance.words("v2_state").strip()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Side]:
+    with held.side(tmp_path / "source.mem") as side:
+        yield side
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[Side]:
+    with held.side(tmp_path / "target.mem") as side:
+        yield side
+
+
+@pytest.fixture
+def has_log(source: Side) -> bool:
+    return "dma-logging" in js("info", source.name)["checks"][0]["text"]
+
+
+def test_info_names_the_parts_that_the_device_has(source: Side, *, has_log: bool) -> None:
+    info = js("info", source.name)
+    assert info["protocol"] == "mainline-v2"
+    assert info["checks"][0]["text"] == f"mainline-v2 ({PARTS}{', dma-logging' if has_log else ''})"
+
+
+@pre_copy
+def test_a_live_save_reads_all_but_the_rest_while_the_device_runs(source: Side, target: Side, tmp_path: Path) -> None:
+    set_knob(source, "v2_extra_bytes", EXTRA)
+    source.guest.device.set_reg(REGISTER, 0x1234)
+    image = tmp_path / "image"
+    report = js("save", source.name, image, "--live", "--max-downtime", "10000")
+    assert report["precopy_bytes"] > EXTRA
+    assert report["state_bytes"] > report["precopy_bytes"]
+    first = report["state_rounds"][0]
+    assert (first["bytes_read"], first["initial_bytes"]) == (report["precopy_bytes"], 0)
+    assert 0 < first["rest_bytes"] < report["state_bytes"]
+    assert (report["state"], state(source)) == ("stop", "stop")
+    js("restore", target.name, image, "--start")
+    assert target.guest.device.reg(REGISTER) == 0x1234
+    assert state(target) == "running"
+
+
+@pre_copy
+def test_rounds_end_when_the_state_does_not_become_less_and_the_user_is_told(
+    source: Side, target: Side, tmp_path: Path
+) -> None:
+    set_knob(source, "v2_extra_bytes", EXTRA)
+    set_knob(source, "v2_dirty_rate", 1 << 40)  # all of it, all the time
+    image = tmp_path / "image"
+    done = cli.run("--json", "-v", "save", source.name, image, "--live", "--max-downtime", "0", warm=True)
+    report = json.loads(done.stdout)
+    assert 2 <= len(report["state_rounds"]) < 30
+    assert report["precopy_bytes"] > EXTRA
+    assert b"further rounds bring nothing" in done.stderr
+    assert b"state (running): " in done.stderr
+    set_knob(source, "v2_dirty_rate", 0)
+    js("start", source.name)
+    js("restore", target.name, image)
+    assert state(target) == "stop"
+
+
+@pre_copy
+def test_a_device_that_stands_still_is_not_made_to_run_by_a_live_save(source: Side, tmp_path: Path) -> None:
+    js("state", source.name, "stop")
+    done = cli.run("--json", "save", source.name, tmp_path / "image", "--live", warm=True)
+    assert b"does not run" in done.stderr
+    assert json.loads(done.stdout)["precopy_bytes"] == 0
+    assert state(source) == "stop"
+
+
+@pre_copy
+@pytest.mark.parametrize("fault", ["after-live=EIO", "after-live=sigterm", "after-stop=ENOSPC", "after-state=EIO"])
+def test_a_live_save_that_fails_leaves_the_device_running_and_no_file(
+    source: Side, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    set_knob(source, "v2_extra_bytes", MIB)
+    monkeypatch.setenv("VFIO_MIG_FAULT", f"save:{fault}")
+    before = sorted(tmp_path.iterdir())
+    cli.run("save", source.name, tmp_path / "image", "--live", rc=None, warm=True)
+    assert state(source) == "running"
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.delenv("VFIO_MIG_FAULT")
+    assert js("save", source.name, tmp_path / "image", "--live", "--leave-running")["state"] == "running"
+
+
+@pre_copy
+@pytest.mark.parametrize("point", ["after-live", "after-stop"])
+def test_what_a_killed_live_save_leaves_is_told_and_the_next_command_goes_on_from_there(
+    source: Side, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    for repair in ("start", "save"):
+        monkeypatch.setenv("VFIO_MIG_FAULT", f"save:{point}=kill")
+        cli.run("save", source.name, tmp_path / "image", "--live", rc=-9, warm=True)
+        monkeypatch.delenv("VFIO_MIG_FAULT")
+        assert state(source) == {"after-live": "pre-copy", "after-stop": "stop-copy"}[point]
+        status = js("status", source.name)
+        assert "did not come to its end" in status["left"]
+        assert f"vfio-mig start {source.name}" in status["repair"]
+        words = ["start", source.name] if repair == "start" else ["save", source.name, tmp_path / "again"]
+        assert b"did not come to its end" in cli.run(*words, warm=True).stderr
+        assert state(source) == {"start": "running", "save": "stop"}[repair]
+        js("start", source.name)
+
+
+@pre_copy
+def test_without_precopy_there_is_nothing_to_read_live(tmp_path: Path) -> None:
+    with host.parameter_set("v2", 3), held.side(tmp_path / "memory") as side:
+        text = cli.refused("save", side.name, tmp_path / "image", "--live", code=4, words=("PRE_COPY",), warm=True)
+        assert "leave out --live" in text
+        assert state(side) == "running"
+
+
+@pre_copy
+def test_migrate_live(source: Side, target: Side) -> None:
+    set_knob(source, "v2_extra_bytes", EXTRA)
+    source.guest.device.set_reg(REGISTER, 0x77)
+    report = js("migrate", source.name, target.name, "--live", "--max-downtime", "5000")
+    assert report["precopy_bytes"] > EXTRA
+    assert (state(source), state(target)) == ("stop", "running")
+    assert target.guest.device.reg(REGISTER) == 0x77
+
+
+def test_several_devices_are_stopped_and_started_by_way_of_p2p(source: Side, target: Side, tmp_path: Path) -> None:
+    sides = (source, target)
+    pairs = [f"{side.name}={tmp_path / f'{number}.vfm'}" for number, side in enumerate(sides)]
+    assert [one["state"] for one in js("save", *pairs)] == ["stop", "stop"]
+    # What is between is seen from a hook: none has stopped before all are quiet
+    seen = f"post-stop=cat {source.instance.debugfs}/v2_state {target.instance.debugfs}/v2_state"
+    js("start", *[side.name for side in sides])
+    done = cli.run("--hook", seen, "stop", *[side.name for side in sides], warm=True)
+    assert done.stderr.split() == [b"stop", b"running-p2p", b"stop", b"stop"]
+    assert [state(side) for side in sides] == ["stop", "stop"]
+    js("start", *[side.name for side in sides])
+    assert [state(side) for side in sides] == ["running", "running"]
+
+
+def test_several_devices_of_which_one_lacks_p2p_are_refused(source: Side, tmp_path: Path) -> None:
+    with host.parameter_set("v2", 1), held.side(tmp_path / "memory") as other:
+        for command in ("stop", "start"):
+            cli.refused(command, source.name, other.name, code=4, words=("P2P", other.name, "--no-p2p"), warm=True)
+        pairs = [f"{side.name}={tmp_path / side.name}.vfm" for side in (source, other)]
+        cli.refused("save", *pairs, code=4, words=("P2P",), warm=True)
+        assert (state(source), state(other)) == ("running", "running")
+        js("stop", "--no-p2p", source.name, other.name)
+        assert (state(source), state(other)) == ("stop", "stop")
+
+
+def test_the_log_of_writes_tells_what_was_written_since_it_began(
+    source: Side, tmp_path: Path, *, has_log: bool
+) -> None:
+    if not has_log:
+        cli.refused("dirty", source.name, code=4, words=("DMA logging",), warm=True)
+        copy = tmp_path / "copy"
+        cli.refused("sync", source.name, copy, "--memory", source.memory_option, code=4, words=("log",), warm=True)
+        assert not copy.exists()
+        return
+    engine = gpu.Engine(source.guest)
+    held.run_some_work(source.guest, engine, 2)  # before the log: not in there
+    assert js("dirty", source.name, "--memory", source.memory_option, "--for", "0")["pages_dirty"] == 0
+    process = cli.Forked("--json", "dirty", source.name, "--memory", source.memory_option, "--for", "3", "--list")
+    gma, iova = source.guest.bind()
+    context = engine.context(gpu.store_dword(gma, 0xABCD))
+    while process.runs():
+        source.memory.write(context.image + gpu.CTX_HEAD, bytes(4))  # or its commands are done already
+        engine.submit(context)
+        host.wait_until("an idle engine", lambda: not source.instance.queue())
+    report = json.loads(process.wait().stdout)
+    pages = {address + offset for address, size in report["ranges"] for offset in range(0, size, 4096)}
+    assert iova in pages
+    assert report["pages_dirty"] < 16
+
+
+def test_sync_and_save_copy_every_page_once_and_then_what_the_log_tells(
+    source: Side, target: Side, tmp_path: Path, *, has_log: bool
+) -> None:
+    if not has_log:
+        text = cli.refused(
+            "save", source.name, tmp_path / "x", "--memory", source.memory_option, code=4, words=("log",), warm=True
+        )
+        assert "leave out --memory" in text
+        return
+    engine = gpu.Engine(source.guest)
+    work = held.run_some_work(source.guest, engine, 4)
+    report = js("sync", source.name, tmp_path / "copy", "--memory", source.memory_option)
+    assert report["rounds"][0]["pages_dirty"] == held.PAGES
+    assert report["rounds"][-1]["pages_dirty"] < held.PAGES
+    assert (tmp_path / "copy").read_bytes() == source.file.read_bytes()
+    js("start", source.name)
+    image = tmp_path / "image"
+    live = ["--live"] if HAS_PRE_COPY else ["--rounds", "3"]
+    js("save", source.name, image, "--memory", source.memory_option, *live)
+    js("restore", target.name, image, "--memory", target.memory_option, "--start")
+    assert target.file.read_bytes() == source.file.read_bytes()
+    assert work.done_in(target.memory) == len(work)
+
+
+def peak(*words: str, stdin: int = subprocess.DEVNULL) -> int:
+    """Run a program and return the most bytes that it had resident."""
+    with subprocess.Popen(words, stdin=stdin) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+def test_a_large_state_takes_no_more_memory_than_a_small_one(source: Side, target: Side, tmp_path: Path) -> None:
+    set_knob(source, "v2_extra_bytes", 96 * MIB)
+    program = shutil.which(cli.PROGRAM)
+    assert program is not None
+    bare = peak(sys.executable, "-c", "pass")
+    image = tmp_path / "image"
+    assert peak(program, "-q", "save", source.name, str(image)) - bare < RESIDENT_MAX
+    assert image.stat().st_size > 96 * MIB
+    assert peak(program, "-q", "restore", target.name, str(image)) - bare < RESIDENT_MAX
+    with subprocess.Popen(["cat", image], stdout=subprocess.PIPE) as cat:
+        assert cat.stdout is not None
+        assert peak(program, "-q", "restore", target.name, "-", stdin=cat.stdout.fileno()) - bare < RESIDENT_MAX

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""A device's dirty pages, whether it always knows them or has to be told to log them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vfio_mig.dirty.bitmap import Dirty
+    from vfio_mig.dirty.ranges import PageRange
+    from vfio_mig.jobs.session import Session
+
+PAGE = 4096
+
+
+class DirtyLog:
+    """The dirty pages of one device for one job; nothing is asked before :meth:`begin`.
+
+    Where the device logs, what it wrote before the log began is not in there. So the first bitmap has every page, and
+    each later one those since the one before it. The same holds after a log was lost.
+
+    :param ranges: guest pages to ask for.
+    """
+
+    def __init__(self, session: Session, ranges: Sequence[PageRange]) -> None:
+        # Imported here, before the device is stopped
+        from vfio_mig.dirty.fetch import fetch
+
+        self._session = session
+        self._ranges = list(ranges)
+        self._fetch = fetch
+        self._is_begun = False
+        self._owes_all = False
+
+    def require(self) -> None:
+        """Refuse a device that cannot be asked.
+
+        :raises UnsupportedError: it has no log, and nothing else that knows.
+        """
+        if not self._session.protocol.has_dirty:
+            raise UnsupportedError(
+                f"a {self._session.protocol.name} device without DMA logging cannot be asked for its dirty pages",
+                device=self._session.device.name,
+                hint="leave out --memory",
+            )
+
+    def begin(self) -> None:
+        """Have the device log its writes from now on, if it has to be told.
+
+        :raises UnsupportedError: it, or the kernel, cannot.
+        :raises DeviceBusyError: its owner is migrating it, and what we read would be missing there.
+        :raises DeviceError: refused.
+        """
+        protocol = self._session.protocol
+        if not protocol.logs:
+            return
+        holder = self._session.device.holder
+        if holder is not None and not holder.is_hold:
+            from vfio_mig.host.migrating import is_migrating
+
+            if is_migrating(holder.pid):
+                raise DeviceBusyError(
+                    f"{holder} is migrating it, and a page that is read from the log here would be missing there",
+                    device=self._session.device.name,
+                    hint="wait until that has ended",
+                )
+        protocol.start_log([(one.start * PAGE, one.nr_pages * PAGE) for one in self._ranges])
+        self._is_begun = self._owes_all = True
+
+    def skip_old(self) -> None:
+        """Leave out what was written before the log began."""
+        self._owes_all = False
+
+    def fetch(self) -> list[Dirty]:
+        """Return the dirty bits of now, all ranges.
+
+        :raises DeviceError: refused, by a device that does not log; where a log is lost every page counts as dirty.
+        """
+        if self._owes_all:
+            self._owes_all = False
+            return list(self._every_page())
+        try:
+            return list(self._fetch(self._session.protocol.dirty, self._ranges))
+        except DeviceError as error:
+            if not self._session.protocol.logs:
+                raise
+            self._session.warn(f"{error}; every page is taken as dirty")
+            return list(self._every_page())
+
+    def _every_page(self) -> Iterator[Dirty]:
+        def ones(_: int, nr_pages: int) -> bytes:
+            return b"\xff" * ((nr_pages + 7) // 8)
+
+        return self._fetch(ones, self._ranges)
+
+    def end(self) -> None:
+        """End the log, if there is one; that it cannot be ended is no reason to undo anything."""
+        if not self._is_begun:
+            return
+        self._is_begun = False
+        try:
+            self._session.protocol.stop_log()
+        except DeviceError as error:
+            self._session.warn(f"{error}; the device goes on logging its writes until it is closed")

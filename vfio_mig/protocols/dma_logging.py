@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""A device's own log of its DMA writes: VFIO_DEVICE_FEATURE_DMA_LOGGING_* (<linux/vfio.h>, since Linux 6.1).
+
+The log counts from its start on, and reading it empties it.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING, Final
+
+from vfio_mig import uapi
+from vfio_mig.errors import DeviceError, UnsupportedError
+from vfio_mig.uapi import ffi
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vfio_mig.device import Device
+
+PAGE: Final = 4096
+RANGES_MAX: Final = 256
+"""Ranges of one log: vfio takes a page of them (drivers/vfio/vfio_main.c, LOG_MAX_RANGES)."""
+_GET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_GET")
+_SET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_SET")
+_PROBE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_PROBE")
+_START: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_START")
+_STOP: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP")
+_REPORT: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT")
+_HEAD: Final = struct.Struct("=II")  # vfio_device_feature
+_CONTROL: Final = struct.Struct("=IIQIIQ")  # and vfio_device_feature_dma_logging_control
+_CALL_REPORT: Final = struct.Struct("=IIQQQQ")  # and vfio_device_feature_dma_logging_report
+_RANGE: Final = struct.Struct("=QQ")  # vfio_device_feature_dma_logging_range
+
+
+def merge_closest(ranges: Sequence[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+    """Return at most *limit* ranges (IOVA, bytes) that cover all given, closing the smallest gaps first."""
+    merged: list[list[int]] = []
+    for iova, length in sorted(ranges):
+        if merged and iova <= sum(merged[-1]):
+            merged[-1][1] = max(merged[-1][1], iova + length - merged[-1][0])
+        else:
+            merged.append([iova, length])
+    surplus = len(merged) - limit
+    if surplus > 0:
+        gaps = sorted(range(1, len(merged)), key=lambda at: merged[at][0] - sum(merged[at - 1]))
+        for at in sorted(gaps[:surplus], reverse=True):
+            iova, length = merged.pop(at)
+            merged[at - 1][1] = iova + length - merged[at - 1][0]
+    return [(iova, length) for iova, length in merged]
+
+
+class DmaLog:
+    """The log of one device; it is the device's, so whoever else has it open sees the same one.
+
+    :param device: stays the caller's.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.page_size = 0
+        """Bytes of a page as the device logs it, from :meth:`start` on; 4096 or more."""
+
+    @property
+    def exists(self) -> bool:
+        """Whether the device says that it has a log; only :meth:`start` shows whether the kernel lets it be read."""
+        try:
+            for flags in (_SET | _START, _GET | _REPORT):
+                self._device.call(uapi.DEVICE_FEATURE, bytearray(_HEAD.pack(_HEAD.size, _PROBE | flags)))
+        except DeviceError:
+            return False
+        return True
+
+    def start(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Begin to log writes to *ranges*: (IOVA, bytes), multiples of 4096; more than 256 are merged.
+
+        :raises DeviceError: refused; EEXIST or EINVAL as a rule because somebody is logging already.
+        :raises UnsupportedError: the kernel cannot report: Linux 6.7 or newer without CONFIG_IOMMUFD_DRIVER.
+        """
+        merged = merge_closest(ranges, RANGES_MAX)
+        table = bytearray(b"".join(_RANGE.pack(*range_) for range_ in merged))
+        request = bytearray(_CONTROL.pack(_CONTROL.size, _SET | _START, PAGE, len(merged), 0, uapi.address_of(table)))
+        try:
+            self._device.call(uapi.DEVICE_FEATURE, request)
+        except DeviceError as error:
+            error.problem = f"starting the log of its writes: {error.problem}"
+            error.hint = "somebody may be logging already: its owner, if that migrates the device"
+            raise
+        self.page_size = _CONTROL.unpack(request)[2]
+        try:
+            self.report(merged[0][0] // PAGE, 1)
+        except DeviceError as error:
+            self.stop()
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            raise UnsupportedError(
+                "this kernel cannot report what a device has written",
+                device=self._device.name,
+                hint="it needs CONFIG_IOMMUFD_DRIVER",
+            ) from error
+
+    def report(self, start_page: int, nr_pages: int) -> memoryview:
+        """Return the pages written since the start or the last report, and take them out of the log.
+
+        :returns: ceil(nr_pages / 8) bytes, bit *i* of byte *j* is page 8*j* + *i* from *start_page*; 4096 bytes each.
+        :raises DeviceError: the log is lost; every page has to be taken as written.
+        """
+        bitmap = bytearray((nr_pages + 63) // 64 * 8)  # the kernel sets bits and clears none
+        request = bytearray(
+            _CALL_REPORT.pack(
+                _CALL_REPORT.size,
+                _GET | _REPORT,
+                start_page * PAGE,
+                nr_pages * PAGE,
+                PAGE,
+                uapi.address_of(bitmap),
+            )
+        )
+        try:
+            self._device.call(uapi.DEVICE_FEATURE, request)
+        except DeviceError as error:
+            error.problem = f"reading the log of its writes: {error.problem}"
+            raise
+        return memoryview(bitmap)[: (nr_pages + 7) // 8]
+
+    def stop(self) -> None:
+        """End the log.
+
+        :raises DeviceError: refused.
+        """
+        self._device.call(uapi.DEVICE_FEATURE, bytearray(_HEAD.pack(_HEAD.size, _SET | _STOP)))
