@@ -20,7 +20,8 @@ import pytest
 from tests.vm import cli, gpu, host
 from tests.vm.held import Side, guest_view, queue_one, run_some_work, side
 from tests.vm.raw import PAGE
-from tools.demo.__main__ import Migration, Report
+from tools.demo.__main__ import Migration
+from tools.demo.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

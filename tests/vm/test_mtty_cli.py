@@ -3,28 +3,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.vm import cli, host
-from tests.vm.held import BorrowedGroup
-from tests.vm.raw import GROUP_GET_DEVICE_FD
+from tests.vm.mtty import STATE_SIZE, TWO_PORTS, held_mtty, scratch, set_scratch
+from tools.demo import mainline as demo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.mtty
-
-TWO_PORTS = "mtty-2"
-SCRATCH = 7  # the UART's register that does nothing
-STATE_SIZE = 96
 
 
 def js(*words: str | Path) -> Any:
@@ -33,39 +25,6 @@ def js(*words: str | Path) -> Any:
 
 def state(name: str) -> str:
     return str(js("state", name)["state"])
-
-
-@contextlib.contextmanager
-def registers(name: str) -> Iterator[int]:
-    """Give a second fd of a held device, as its guest would have it; region 0 begins at offset 0."""
-    group = BorrowedGroup(name).group_fd
-    fd = int(fcntl.ioctl(group, GROUP_GET_DEVICE_FD, bytearray(name.encode() + b"\0"), True))
-    os.close(group)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def scratch(name: str) -> int:
-    with registers(name) as fd:
-        return os.pread(fd, 1, SCRATCH)[0]
-
-
-def set_scratch(name: str, value: int) -> None:
-    with registers(name) as fd:
-        os.pwrite(fd, bytes([value]), SCRATCH)
-
-
-@contextlib.contextmanager
-def held_mtty(kind: str = TWO_PORTS) -> Iterator[str]:
-    name = str(uuid.uuid4())
-    (host.MTTY_TYPES / kind / "create").write_text(name)
-    try:
-        with cli.held(name):
-            yield name
-    finally:
-        (Path("/sys/bus/mdev/devices") / name / "remove").write_text("1")
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +152,12 @@ def test_what_it_cannot_do_is_refused_and_changes_nothing(source: str, target: s
         cli.refused("restore", other, image, code=6, words=("device-type",), warm=True)
         assert state(other) == "running"
     assert state(target) == "running"
+
+
+@pytest.mark.slow
+def test_the_demonstration_holds(capfd: pytest.CaptureFixture[str]) -> None:
+    status = demo.main()
+    said = capfd.readouterr().out
+    assert status == 0, said
+    assert said.endswith("All checks hold.\n")
+    assert said.count("  ok    ") >= 12

@@ -8,36 +8,19 @@ helpers; what the host's side looks like comes from the sample driver's debugfs.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from tests.vm import gpu
 from tests.vm.held import Side, Work, guest_view, queue_one, run_some_work, side
 from tests.vm.raw import PAGE
+from tools.demo.report import Report, vfio_mig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-
-class Report:
-    """Says what is done and what was found; counts what does not hold."""
-
-    def __init__(self) -> None:
-        self.failures = 0
-
-    def step(self, text: str) -> None:
-        """Announce a step."""
-        print(f"\n{text}", flush=True)
-
-    def check(self, text: str, holds: bool) -> None:
-        """Print one claim and whether it holds."""
-        print(f"  {'ok  ' if holds else 'FAIL'}  {text}", flush=True)
-        self.failures += not holds
 
 
 @contextlib.contextmanager
@@ -49,14 +32,6 @@ def held(files: Sequence[Path]) -> Iterator[list[Side]]:
             sides.append(stack.enter_context(side(file)))
             print(f"  $ vfio-mig hold {sides[-1].name} --memory {sides[-1].memory_option} &", flush=True)
         yield sides
-
-
-def vfio_mig(*arguments: str) -> dict[str, Any]:
-    """Run the command as a user would, show it, and return its JSON."""
-    print(f"  $ vfio-mig {' '.join(arguments)}", flush=True)
-    done = subprocess.run(["vfio-mig", "--json", *arguments], stdout=subprocess.PIPE, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 class Migration:
@@ -164,8 +139,7 @@ def main() -> int:
         directory = Path(name)
         with held([directory / "source.mem", directory / "target.mem"]) as (source, target):
             Migration(source, target, directory / "gpu.vfm", report).run()
-    print("\nAll checks hold." if not report.failures else f"\n{report.failures} checks FAILED.")
-    return 1 if report.failures else 0
+    return report.end()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tests.vm import gpu, host
 from tests.vm.held import Work, guest_view, queue_one, run_some_work
 from tests.vm.qemu_vm import MEGABYTES, Qemu
 from tests.vm.raw import PAGE
-from tools.demo.__main__ import Report
+from tools.demo.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tests.vm import gpu, image
 from tests.vm.held import Side, Work, guest_view, queue_one, run_some_work, side
 from tests.vm.raw import PAGE
-from tools.demo.__main__ import Report
+from tools.demo.report import Report
 
 if TYPE_CHECKING:
     from tests.vm.raw import Memory

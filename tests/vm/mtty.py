@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""The kernel's own mtty, held open, and its guest's view: a scratch register, through the holder's group fd."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tests.vm import cli, host
+from tests.vm.held import BorrowedGroup
+from tests.vm.raw import GROUP_GET_DEVICE_FD
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TWO_PORTS: Final = "mtty-2"
+SCRATCH: Final = 7  # the UART's register that does nothing
+STATE_SIZE: Final = 96  # samples/vfio-mdev/mtty.c: 24 bytes, and 36 for each port
+
+
+@contextlib.contextmanager
+def registers(name: str) -> Iterator[int]:
+    """Give a second fd of a held device, as its guest would have it; region 0 begins at offset 0."""
+    group = BorrowedGroup(name).group_fd
+    fd = int(fcntl.ioctl(group, GROUP_GET_DEVICE_FD, bytearray(name.encode() + b"\0"), True))
+    os.close(group)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def scratch(name: str) -> int:
+    with registers(name) as fd:
+        return os.pread(fd, 1, SCRATCH)[0]
+
+
+def set_scratch(name: str, value: int) -> None:
+    with registers(name) as fd:
+        os.pwrite(fd, bytes([value]), SCRATCH)
+
+
+@contextlib.contextmanager
+def held_mtty(kind: str = TWO_PORTS) -> Iterator[str]:
+    name = str(uuid.uuid4())
+    (host.MTTY_TYPES / kind / "create").write_text(name)
+    try:
+        with cli.held(name):
+            yield name
+    finally:
+        (Path("/sys/bus/mdev/devices") / name / "remove").write_text("1")
