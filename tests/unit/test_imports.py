@@ -24,11 +24,12 @@ ROOMS: Final[dict[str, frozenset[str]]] = {
     "host": FLOOR | {"uapi", "device"},
     "image": FLOOR | {"uapi"},
     "dirty": FLOOR | {"uapi"},
+    "pictures": FLOOR | {"dirty"},
     "protocols": FLOOR | {"uapi", "device", "host"},
     "jobs": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols"},
-    "cli": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols", "jobs"},
+    "cli": FLOOR | {"uapi", "device", "host", "image", "dirty", "pictures", "protocols", "jobs"},
 }
-NO_DEVICE_CODE: Final = frozenset({"image", "dirty"})
+NO_DEVICE_CODE: Final = frozenset({"image", "dirty", "pictures"})
 CALLERS: Final = frozenset({"uapi", "host"})  # ioctl; flock
 
 

@@ -165,3 +165,41 @@ def test_a_device_without_a_log_is_refused(monkeypatch: pytest.MonkeyPatch, warn
     monkeypatch.setattr(Played, "has_dirty", False)
     with pytest.raises(UnsupportedError, match="without DMA logging"):
         DirtyLog(session(Played(), warned), []).require()
+
+
+class Broken(Played):
+    """Cannot go back to where it was."""
+
+    def __init__(self, state: str, *, holder: Holder | None = None) -> None:
+        super().__init__(holder=holder)
+        self.now = state
+
+    def state(self) -> str:
+        return self.now
+
+    def undo_stop(self) -> None:
+        raise DeviceError("SET running failed: EINVAL", device="fake")
+
+    def reset(self) -> None:
+        self.now = "running"
+
+
+QEMU = Holder(4711, "qemu-system-x86", False, 5)
+
+
+@pytest.mark.parametrize(
+    ("state", "holder", "now", "words"),
+    [
+        ("error", None, "running", "has been reset: what it was doing is lost"),
+        ("error", QEMU, "error", "only 'vfio-mig reset --force fake'"),
+        ("stop", None, "stop", "SET running failed"),
+    ],
+)
+def test_a_device_that_does_not_go_on_is_reset_only_out_of_the_error_state_and_only_if_it_is_ours(
+    state: str, holder: Holder | None, now: str, words: str, warned: list[str]
+) -> None:
+    protocol = Broken(state, holder=holder)
+    with pytest.raises(DeviceError) as caught:
+        session(protocol, warned).go_on()
+    assert words in str(caught.value)
+    assert protocol.now == now

@@ -166,6 +166,23 @@ def test_sync_copies_the_dirty_pages_into_a_sparse_file(source: Side, tmp_path: 
     assert source.instance.run_state() == "stopped"
 
 
+@pytest.mark.slow  # matplotlib takes its time here
+def test_dirty_pages_and_rounds_can_be_looked_at(source: Side, tmp_path: Path) -> None:
+    run_some_work(source.guest, gpu.Engine(source.guest), 2)
+    chart = tmp_path / "rounds.svg"
+    words = ("sync", source.name, tmp_path / "copy", "--memory", source.memory_option, "--plot")
+    cli.refused(*words, tmp_path / "rounds.jpg", code=2, words=(".png or .svg",), warm=True)
+    assert source.instance.run_state() == "running"
+    cli.run(*words, chart, "--leave-running", warm=True)
+    assert b"<svg" in chart.read_bytes()
+    drawing = tmp_path / "map.png"
+    said = text("dirty", source.name, "--memory", source.memory_option, "--map", "--plot", drawing)
+    assert drawing.read_bytes().startswith(b"\x89PNG")
+    (row,) = [line for line in said.splitlines() if line.startswith("0x")][:1]
+    shown = [at for at, letter in enumerate(row.partition("│")[2].rstrip("│")) if letter != " "]
+    assert shown == sorted({page // PAGE for page in source.instance.pinned() if page < 64 * PAGE})
+
+
 @pytest.mark.parametrize("raw", [False, True], ids=["archive", "raw"])
 def test_save_and_restore_through_a_file(source: Side, target: Side, tmp_path: Path, *, raw: bool) -> None:
     image = tmp_path / "gpu.vfm"

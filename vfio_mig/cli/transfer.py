@@ -22,11 +22,13 @@ from vfio_mig.cli.output import (
     settings_of,
     warn,
 )
+from vfio_mig.cli.pictures import plot_dirty, plot_rounds, prepare, rounds_plot_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vfio_mig.cli.main import Options
+    from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.sync import Round
     from vfio_mig.jobs.live import Live, StateRound
 
@@ -250,6 +252,8 @@ def restore_command(
     metavar="SECONDS",
     help="How long a v2 device logs its writes before it is asked; 1 by default.",
 )
+@click.option("--map", "as_map", is_flag=True, help="Draw a map of the pages in characters.")
+@click.option("--plot", metavar="FILE", help="Draw a map of the pages to FILE (.png or .svg; needs matplotlib).")
 @borrow_options
 @click.pass_obj
 def dirty_command(
@@ -260,6 +264,8 @@ def dirty_command(
     *,
     list_ranges: bool,
     log_time: float | None,
+    as_map: bool,
+    plot: str | None,
 ) -> None:
     """Tell which guest pages DEVICE may have written.
 
@@ -271,9 +277,12 @@ def dirty_command(
       vfio-mig dirty $UUID
       vfio-mig dirty 0000:3b:00.1 --for 5 --memory /dev/shm/guest@0
       vfio-mig dirty $UUID --range 0+1G --list
+      vfio-mig dirty $UUID --map
     """
     from vfio_mig.jobs.dirty import fetch_dirty
 
+    prepare(plot)
+    chunks: list[Dirty] = []
     report = fetch_dirty(
         device,
         settings_of(options),
@@ -281,12 +290,19 @@ def dirty_command(
         ranges=parse_ranges(ranges),
         list_ranges=list_ranges,
         log_time=log_time,
+        look=chunks.extend,
     )
+    plot_dirty(plot, report.device, chunks)
     if options.as_json:
         print_json(report._asdict())
         return
     for address, size in report.ranges:
         click.echo(f"{address:#x} {size}")
+    if as_map:
+        from vfio_mig.pictures.terminal import dirty_map
+
+        encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+        click.echo("\n".join(dirty_map(chunks, unicode=encoding.startswith("utf"))))
     if not list_ranges:
         click.echo(
             f"{report.device}: {report.pages_dirty} of {report.pages} pages may have been written "
@@ -302,6 +318,7 @@ def dirty_command(
 @rounds_option
 @max_downtime_option
 @click.option("--leave-running", is_flag=True, help="Start the device again after the last round.")
+@rounds_plot_option
 @borrow_options
 @click.pass_obj
 def sync_command(
@@ -314,6 +331,7 @@ def sync_command(
     rounds: int | None,
     max_downtime: float | None,
     leave_running: bool,
+    plot: str | None,
 ) -> None:
     """Copy the pages that DEVICE may have written from guest memory to FILE, a sparse file.
 
@@ -328,6 +346,7 @@ def sync_command(
     """
     from vfio_mig.jobs.dirty import sync_dirty
 
+    prepare(plot)
     report = sync_dirty(
         device,
         file,
@@ -339,6 +358,7 @@ def sync_command(
         leave_running=leave_running,
         progress=tell_round(options),
     )
+    plot_rounds(plot, report.device, report.rounds)
     if options.as_json and file != "-":
         print_json({**report._asdict(), "rounds": [one.as_dict() for one in report.rounds]})
         return

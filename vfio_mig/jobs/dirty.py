@@ -77,6 +77,7 @@ def fetch_dirty(
     ranges: Sequence[PageRange] = (),
     list_ranges: bool = False,
     log_time: float | None = None,
+    look: Callable[[list[Dirty]], object] = lambda _: None,
 ) -> DirtyReport:
     """Fetch the dirty bitmap. For the RFC: pages the device may write, running or stopped; reading clears nothing.
 
@@ -85,6 +86,7 @@ def fetch_dirty(
     :param ranges: guest pages to ask for; by default those of *memory*, else the first 4 GiB.
     :param list_ranges: fill in the report's ranges.
     :param log_time: seconds, 1 by default; only for a device that logs.
+    :param look: called with the bitmaps, in order of address.
     :raises UnsupportedError: it cannot be asked.
     """
     from vfio_mig.dirty.memory import Memory
@@ -110,6 +112,7 @@ def fetch_dirty(
         log.end()
         point("dirty", "fetched", session)
         device = session.device.name
+    look(chunks)
     return DirtyReport(
         device,
         sum(chunk.nr_pages for chunk in chunks),
