@@ -252,6 +252,23 @@ def peak(*words: str, stdin: int = subprocess.DEVNULL) -> int:
     return usage.ru_maxrss * 1024
 
 
+def test_a_raw_stream_of_any_size_goes_through_a_file_or_a_pipe(source: Side, target: Side, tmp_path: Path) -> None:
+    set_knob(source, "v2_extra_bytes", 20 * MIB)  # more than is spooled in memory, and than the RFC's largest state
+    source.guest.device.set_reg(REGISTER, 0x4321)
+    image, raw = tmp_path / "image", tmp_path / "raw"
+    size = js("save", source.name, image)["state_bytes"]
+    assert size > 20 * MIB
+    assert js("verify", image)["state_bytes"] == size
+    assert js("check", image, target.name)["fits"]
+    assert js("save", "--raw", source.name, raw)["state_bytes"] == size == raw.stat().st_size
+    assert js("restore", "--raw", target.name, raw, "--start")["state_bytes"] == size
+    assert target.guest.device.reg(REGISTER) == 0x4321
+    js("reset", target.name)
+    done = cli.run("--json", "restore", "--raw", target.name, "-", stdin=raw.read_bytes())
+    assert json.loads(done.stdout)["state_bytes"] == size
+    assert target.guest.device.reg(REGISTER) == 0x4321
+
+
 @pytest.mark.slow
 def test_a_large_state_takes_no_more_memory_than_a_small_one(source: Side, target: Side, tmp_path: Path) -> None:
     set_knob(source, "v2_extra_bytes", 96 * MIB)

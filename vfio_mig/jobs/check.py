@@ -188,7 +188,7 @@ def check_image(name: str, file: str, settings: Settings | None = None, *, raw: 
     from vfio_mig.jobs.source import open_input, read_image
 
     with open_input(file) as stream, open_session(name, settings) as session:
-        limit = session.protocol.state_size_max
+        limit = None if session.protocol.streams else session.protocol.state_size_max
         with read_image(stream, limit, raw=raw) as image:
             found = findings(session, image.state, image.archive)
         device = session.device.name
@@ -218,7 +218,7 @@ def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> 
             str(device.get("type")) if isinstance(device, dict) else None,
             header["time"] if type(header.get("time")) is int else None,
             0 if archive is None else len(archive.members),
-            len(image.state),
+            image.state_size,
             0 if archive is None else sum(size // PAGE for _, size, _ in archive.memory()),
             [] if parsed is None else list(parsed.warnings),
         )

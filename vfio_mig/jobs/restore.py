@@ -19,7 +19,7 @@ from vfio_mig.jobs.source import STDIN, open_input, read_image
 from vfio_mig.jobs.together import quiet, require_p2p, wake
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.image.archive import Archive
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 JOB = "restore"
 START = "start"
-RAW_MAX = 64 << 20
-"""Bytes of the largest bare stream: without checksums it is read whole before the device is touched."""
 LOADED = "loaded"
 UNVERIFIED = "--no-verify-state: the device state was NOT checked; the kernel may believe whatever it says"
 NOT_HELD = (
@@ -132,8 +130,7 @@ class _Target:
         session = stack.enter_context(open_session(self.name, settings, memory=guest.maps, job=JOB))
         self.session = session
         point(JOB, "waiting", session)
-        # A stream of any size stays where it is; a bare one has no other place than memory
-        limit = RAW_MAX if session.protocol.streams else session.protocol.state_size_max
+        limit = None if session.protocol.streams else session.protocol.state_size_max
         image = stack.enter_context(read_image(stream, limit, raw=raw, alone=not self._await_word))
         self._image = image
         point(JOB, "opened", session)
@@ -174,16 +171,9 @@ class _Target:
         self._rollback.forget()
         self._rollback.push(lambda: _abandon(session, force=self._force))
         began = time.perf_counter()
-        session.protocol.write_chunks(self._chunks())
+        session.protocol.write_chunks(self._image.chunks())
         self.times["state_write_time"] = time.perf_counter() - began
         point(JOB, "after-state", session)
-
-    def _chunks(self) -> Iterator[bytes | memoryview]:
-        archive = self._image.archive
-        if archive is not None and self.session.protocol.streams:
-            yield from archive.state_chunks()
-        else:
-            yield memoryview(self._image.state)
 
     def start(self) -> None:
         began = time.perf_counter()
@@ -218,7 +208,7 @@ class _Target:
             file=self.file,
             state=self.session.state_after(started=started),
             **self.times,
-            state_bytes=len(self._image.state) if self._image.archive is None else self._image.archive.state_size,
+            state_bytes=self._image.state_size,
             pages_written=self.pages,
             warnings=self.warnings,
         )

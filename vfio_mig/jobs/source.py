@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, cast
 
 from vfio_mig.errors import HostError, ImageError, UsageError, errno_text
 
@@ -17,13 +17,39 @@ if TYPE_CHECKING:
     from vfio_mig.image.archive import Archive
 
 STDIN: Final = "-"
+CHUNK: Final = 1 << 20
+"""Bytes of a raw state that are in memory at a time, where it may be of any size."""
+_SPOOL_IN_MEMORY: Final = 8 << 20
 
 
 class Image(NamedTuple):
-    """A whole image: the state, and the archive it came in unless it was raw."""
+    """A whole image: the archive it came in, unless it was raw, and the state.
+
+    :param state: empty where the state may be of any size; see :meth:`chunks`.
+    :param bare: a raw state of any size.
+    """
 
     state: bytes
     archive: Archive | None
+    bare: BinaryIO | None = None
+
+    @property
+    def state_size(self) -> int:
+        """Bytes of the state."""
+        if self.archive is not None:
+            return self.archive.state_size
+        return len(self.state) if self.bare is None else self.bare.seek(0, os.SEEK_END)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the state, some MiB at a time."""
+        if self.state:
+            yield self.state
+        elif self.archive is not None:
+            yield from self.archive.state_chunks()
+        elif self.bare is not None:
+            self.bare.seek(0)
+            while chunk := self.bare.read(CHUNK):
+                yield chunk
 
 
 @contextmanager
@@ -60,18 +86,35 @@ def _read_raw(stream: BinaryIO, limit: int) -> bytes:
     return state
 
 
+def _spool_raw(stream: BinaryIO, spool: BinaryIO) -> None:
+    """Copy a bare state of any size: without checksums all that can be seen to is that it comes to its end."""
+    try:
+        while chunk := stream.read(CHUNK):
+            spool.write(chunk)
+    except OSError as error:
+        raise HostError(f"cannot read the state: {errno_text(error.errno or 0)}") from error
+
+
 @contextmanager
-def read_image(stream: BinaryIO, limit: int, *, raw: bool = False, alone: bool = True) -> Iterator[Image]:
+def read_image(stream: BinaryIO, limit: int | None, *, raw: bool = False, alone: bool = True) -> Iterator[Image]:
     """Read and verify an image.
 
-    :param limit: bytes of the largest state that is taken into memory; a larger one is left empty.
+    :param limit: bytes of the largest state that is taken into memory; a larger one is left empty. None: the state is
+        a stream of any size and stays where it is, or, if it is raw, in an unnamed temporary file.
     :param alone: whether the stream must end behind the image.
     :raises ImageError: it is not whole, or a raw state is longer than *limit*.
     """
     from vfio_mig.image.archive import read_archive
 
-    if raw:
-        yield Image(_read_raw(stream, limit), None)
-        return
-    with read_archive(stream, alone=alone) as archive:
-        yield Image(archive.state() if archive.state_size <= limit else b"", archive)
+    if raw and limit is None:
+        import tempfile
+
+        with cast("BinaryIO", tempfile.SpooledTemporaryFile(_SPOOL_IN_MEMORY)) as spool:
+            _spool_raw(stream, spool)
+            yield Image(b"", None, spool)
+    elif raw:
+        yield Image(_read_raw(stream, limit or 0), None)
+    else:
+        with read_archive(stream, alone=alone) as archive:
+            is_small = limit is not None and archive.state_size <= limit
+            yield Image(archive.state() if is_small else b"", archive)
