@@ -38,6 +38,16 @@ COMPLAINTS = [
     "[   10.1] WARNING: possible circular locking dependency detected",
     "[   10.1] WARNING: suspicious RCU usage",
     "[   10.1] WARNING: mm/page_alloc.c:4930 at __alloc_pages+0x200/0x340, CPU#0: bash/1",
+    "[   10.1] WARNING: HARDIRQ-safe -> HARDIRQ-unsafe lock order detected",
+    "[   10.1] WARNING: lock held when returning to user space!",
+    "[   10.1] WARNING: Nested lock was not taken",
+    "[   10.1] WARNING: bad unlock balance detected!",
+    "[   10.1] [ BUG: Invalid wait context ]",
+    "[   10.1] INFO: trying to register non-static key.",
+    "[   10.1] BUG: MAX_LOCKDEP_CHAINS too low!",  # the validator is off from here on
+    "[   10.1] kmemleak: Cannot allocate a kmemleak_object structure",
+    "[   10.1] kmemleak: Memory pool empty, consider increasing CONFIG_DEBUG_KMEMLEAK_MEM_POOL_SIZE",
+    "[   10.1] kmemleak: Kernel memory leak detector disabled",
     "[   10.1][  T123] BUG: KASAN: slab-use-after-free in gvt_read+0x10/0x20 [gvt_sample]",
 ]
 
@@ -54,6 +64,8 @@ HARMLESS = [
     "[    0.0] DEBUG: nothing",
     "[    5.1] virtme-ng-init: WARNING: failed to mount /x",
     "[    1.0] kmemleak: Kernel memory leak detector initialized (mem pool available: 15764)",
+    "[    9.0] FAULT_INJECTION: forcing a failure.",
+    "[    1.2] kmemleak: Automatic memory scanning thread started",
     "[   16.4] sysrq: Power Off",
     "[    0.1] rcu: Preemptible hierarchical RCU implementation.",
     "",

@@ -82,7 +82,9 @@ def test_a_shell_without_a_terminal_is_refused(capsys: pytest.CaptureFixture[str
     assert "needs a terminal" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["tools.vm.kernels", "tools.vm.module", "tools.vm.mtty", "tools.vm.cli"])
+@pytest.mark.parametrize(
+    "name", ["tools.vm.kernels", "tools.vm.custom", "tools.vm.module", "tools.vm.mtty", "tools.vm.cli"]
+)
 def test_the_examples_in_docstrings_are_true(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, Never
 
-from tools.vm import guest, kernels, kvm, machine, module, mtty
+from tools.vm import custom, guest, kernels, kvm, machine, module, mtty
 from tools.vm.cache import cache_root
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT, Interrupted, RunnerError
 
@@ -40,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         allow_abbrev=False,
     )
-    result.add_argument("--kernel", default=kernels.SERIES[0], metavar="6.12|6.1|PATH", help="default: %(default)s")
+    result.add_argument(
+        "--kernel", default=kernels.SERIES[0], metavar="6.12|6.1|custom|PATH",
+        help="default: %(default)s; custom: built here once, with iommufd and the kernel's checks, 5 to 15 minutes",
+    )  # fmt: skip
     which = result.add_mutually_exclusive_group()
     which.add_argument("--break", dest="mutation", choices=module.MUTATIONS, help="load the driver with this broken")
     which.add_argument("--no-module", action="store_true", help="do not build or load the sample driver")
@@ -90,7 +93,10 @@ def _precompile() -> None:
 
 def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options, guest.Guest]:
     log = say if options.verbose else _silent
-    kernel = kernels.find(options.kernel, cache, log)
+    if options.kernel == custom.NAME:
+        kernel = custom.fetch(_CHECKOUT, cache, say)  # told always: it takes minutes
+    else:
+        kernel = kernels.find(options.kernel, cache, log)
     modules = None
     loaded = None
     if not options.no_module:

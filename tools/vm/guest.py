@@ -23,6 +23,7 @@ STDOUT: Final = "stdout"
 STDERR: Final = "stderr"
 STATUS: Final = "status"  # appears last, when everything else is written
 DMESG: Final = "dmesg"
+LEAKS: Final = "leaks"  # what kmemleak reports at the end; there only with a kernel that has it
 FAILURE: Final = "failure"  # why COMMAND was not started
 GUEST_LOG: Final = "guest.log"
 
@@ -137,6 +138,20 @@ run_command() {{
 	return $status
 }}
 
+# Twice: the first scan only notes the contents of what nothing points to, the second reports what has not changed
+# since. What is younger than five seconds is not reported.
+find_leaks() {{
+	local file=$root/sys/kernel/debug/kmemleak
+	[[ -e $file ]] || return 0
+	SECONDS=0
+	echo scan >$file || return 0  # it is off; if that was because it failed, the log tells
+	while ((SECONDS < 6)); do
+		busybox sleep 0.2
+	done
+	echo scan >$file
+	busybox cat $file >$run/{LEAKS}
+}}
+
 if ((!interactive)); then
 	exec </dev/null >$run/{GUEST_LOG} 2>&1
 fi
@@ -145,10 +160,12 @@ mount_debugfs || fail 'the guest could not mount debugfs'
 load_modules || fail 'the sample driver could not be loaded'
 if ((interactive)); then
 	inside /bin/bash {_RUN}/command.sh
-else
-	run_command
+	finish $?
 fi
-finish $?
+run_command
+status=$?
+find_leaks
+finish $status
 """
 
 _PASSED_ON: Final = ("VFIO_MIG_", "PYTEST_")

@@ -10,8 +10,10 @@ _FAULT: Final = re.compile(
     r"""(?:\[\s*\d+\.\d+\]\s*(?:\[\s*[TC]\d+\]\s*)?)?  # time and, with CONFIG_PRINTK_CALLER, task or CPU
     (?:
         -+\[\ cut\ here\ \]-+
-      | WARNING:\ (?:CPU:|possible|suspicious|inconsistent|bad\ unlock|held\ lock|[\w./-]+:\d+\ at\ )
-      | BUG:?\ \S
+      | WARNING:\ (?:CPU:|possible|suspicious|inconsistent|bad\ unlock|held\ lock|lock\ held|\w+-safe\ ->|Nested\ lock
+          |chain_key|kernel\ stack|stack\ recursion|[\w./-]+:\d+\ at\ )
+      | (?:\[\ )?BUG:?\ \S
+      | INFO:\ trying\ to\ register\ non-static\ key
       | watchdog:\ BUG:
       | Oops[:\ ]
       | kernel\ BUG\ at
@@ -25,7 +27,8 @@ _FAULT: Final = re.compile(
       | (?:list_add|list_del)\ corruption
       | INFO:\ task\ .*\ blocked\ for\ more\ than
       | (?:rcu:\ )?INFO:\ \w+\ (?:self-)?detected\ (?:expedited\ )?stall
-      | kmemleak:\ [1-9]\d*\ new\ suspected
+      | kmemleak:\ (?:[1-9]\d*\ new\ suspected|Cannot\ allocate|Memory\ pool\ empty
+          |Kernel\ memory\ leak\ detector\ disabled)
       | Bad\ page\ (?:state|map)
     )""",
     re.VERBOSE,

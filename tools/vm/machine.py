@@ -22,6 +22,7 @@ from tools.vm.kernlog import faults
 CONSOLE: Final = "console"
 _POLL_SECONDS: Final = 0.05
 _TAIL_LINES: Final = 25
+_MAX_LEAK_LINES: Final = 200
 _CHUNK: Final = 1 << 16
 
 # Found by a udev in the guest and useless there; loading them takes half of the boot under emulation.
@@ -60,6 +61,7 @@ class Outcome:
     failure: str | None  # why COMMAND was not started
     faults: Sequence[str]  # of the kernel's log
     timed_out: bool
+    leaks: str = ""  # kmemleak's report, when the log says that it found some
 
     def exit_code(self) -> int:
         """Return the runner's exit code. A kernel that complained outweighs whatever COMMAND said."""
@@ -190,11 +192,13 @@ def outcome_of(run: Path, *, timed_out: bool) -> Outcome:
     # The console alone is left after a panic; dmesg is complete otherwise.
     log = _read(run / guest.DMESG) or _read(run / CONSOLE) or ""
     failure = _read(run / guest.FAILURE)
+    complaints = faults(log)
     return Outcome(
         status=int(status) if status is not None and failure is None else None,
         failure=failure.strip() if failure is not None else None,
-        faults=faults(log),
+        faults=complaints,
         timed_out=timed_out and status is None,
+        leaks=_read(run / guest.LEAKS) or "" if complaints else "",
     )
 
 
@@ -253,7 +257,7 @@ def shell(options: Options, what: Guest, directory: Path) -> int:
 def explain(outcome: Outcome, options: Options, directory: Path) -> str:
     """Say why a run counts as failed beyond COMMAND's own status; empty if it does not."""
     if outcome.faults:
-        return "the kernel complained:\n" + "\n".join(outcome.faults)
+        return "\n".join(["the kernel complained:", *outcome.faults, *outcome.leaks.splitlines()[:_MAX_LEAK_LINES]])
     if outcome.timed_out:
         return f"the time ran out after {options.timeout:g} s; the VM was ended"
     if outcome.failure is not None:
