@@ -3,6 +3,7 @@
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,25 @@ def test_it_is_a_kernel_that_can_be_named() -> None:
 
 
 # Leaks at a run's end
+
+
+def find_leaks(root: Path) -> subprocess.CompletedProcess[str]:
+    """Run that part of the guest's script, with a busybox whose sleep takes no time."""
+    function = re.search(r"^find_leaks\(\) \{\n.*?^\}$", guest._ENTRY, re.MULTILINE | re.DOTALL)
+    assert function is not None
+    busybox = 'busybox() { if [[ $1 == sleep ]]; then SECONDS=99; else "$@"; fi; }'
+    script = f"root={root} run={root}\n{busybox}\n{function[0]}\nfind_leaks\necho went on"
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+
+
+def test_the_guest_asks_for_leaks_where_the_kernel_looks_for_them(tmp_path: Path) -> None:
+    assert find_leaks(tmp_path).stdout == "went on\n"
+    assert not (tmp_path / guest.LEAKS).exists()
+    file = tmp_path / "sys/kernel/debug/kmemleak"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert find_leaks(tmp_path).stdout == "went on\n"
+    assert (tmp_path / guest.LEAKS).read_text() == "scan\n"
 
 
 def test_the_report_on_leaks_is_shown_when_the_kernel_found_some(tmp_path: Path) -> None:

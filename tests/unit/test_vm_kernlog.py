@@ -64,6 +64,7 @@ HARMLESS = [
     "[    0.0] DEBUG: nothing",
     "[    5.1] virtme-ng-init: WARNING: failed to mount /x",
     "[    1.0] kmemleak: Kernel memory leak detector initialized (mem pool available: 15764)",
+    "[    9.0] kmemleak: Cannot allocate a scan area, scanning the full object",  # slower, and as good
     "[    9.0] FAULT_INJECTION: forcing a failure.",
     "[    1.2] kmemleak: Automatic memory scanning thread started",
     "[   16.4] sysrq: Power Off",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import host
+from tests.vm import alloc_faults, host
 from tests.vm.raw import Guest
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ HERE = Path(__file__).parent
 WHERE_TO_RUN = (
     "needs the VM with the sample driver: run `scripts/test --vm`, or `scripts/vm --build-all -- pytest tests/vm`"
 )
+WHERE_TO_RUN_CUSTOM = (
+    "needs a kernel that makes allocations fail: run `scripts/test --vm --kernel custom`, or "
+    "`scripts/vm --kernel custom -- pytest tests/vm/test_alloc_faults.py`"
+)
 WHERE_TO_RUN_MTTY = "needs the VM with mtty: run `scripts/vm --mtty -- pytest tests/vm/test_mtty.py` (kernel 6.12)"
 
 
@@ -31,14 +35,16 @@ def in_vm() -> bool:
 
 
 def runnable(item: pytest.Item) -> bool:
-    """Tests of the mtty sample need no other driver."""
+    """Tests of the mtty sample need no other driver; those for the custom kernel need what other kernels lack."""
     if item.get_closest_marker("mtty"):
         return "VFIO_MIG_VM" in os.environ and host.MTTY_TYPES.exists()
-    return in_vm()
+    return in_vm() and (alloc_faults.available() or not item.get_closest_marker("custom"))
 
 
 def where_to_run(item: pytest.Item) -> str:
-    return WHERE_TO_RUN_MTTY if item.get_closest_marker("mtty") else WHERE_TO_RUN
+    if item.get_closest_marker("mtty"):
+        return WHERE_TO_RUN_MTTY
+    return WHERE_TO_RUN_CUSTOM if item.get_closest_marker("custom") else WHERE_TO_RUN
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

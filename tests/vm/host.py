@@ -33,8 +33,8 @@ _SYS_FINIT_MODULE: Final = 313
 _SYS_DELETE_MODULE: Final = 176
 
 _BAD_LINE: Final = re.compile(
-    r"\b(WARNING:|BUG:|Oops|KASAN|UBSAN|kmemleak:|general protection|refcount_t:|kernel BUG|"
-    r"blocked for more than|soft lockup|scheduling while atomic|circular locking)"
+    r"\b(WARNING:|BUG:|Oops|KASAN|UBSAN|kmemleak: (?!Cannot allocate a scan area)|general protection|refcount_t:|"
+    r"kernel BUG|blocked for more than|soft lockup|scheduling while atomic|circular locking)"
 )
 
 

@@ -27,7 +27,7 @@ _FAULT: Final = re.compile(
       | (?:list_add|list_del)\ corruption
       | INFO:\ task\ .*\ blocked\ for\ more\ than
       | (?:rcu:\ )?INFO:\ \w+\ (?:self-)?detected\ (?:expedited\ )?stall
-      | kmemleak:\ (?:[1-9]\d*\ new\ suspected|Cannot\ allocate|Memory\ pool\ empty
+      | kmemleak:\ (?:[1-9]\d*\ new\ suspected|Cannot\ allocate\ a\ kmemleak_object|Memory\ pool\ empty
           |Kernel\ memory\ leak\ detector\ disabled)
       | Bad\ page\ (?:state|map)
     )""",
