@@ -16,6 +16,7 @@ Names are imported when they are first used, so ``import vfio_mig`` costs nothin
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vfio_mig.conform.runner import conform_device
     from vfio_mig.dirty.memory import MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.errors import (
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
+    "conform.runner": ("conform_device",),
     "dirty.memory": ("MemoryMap",),
     "dirty.ranges": ("PageRange",),
     "errors": (
@@ -108,6 +110,7 @@ __all__ = [
     "UsageError",
     "VfioMigError",
     "check_image",
+    "conform_device",
     "device_info",
     "device_status",
     "fetch_dirty",

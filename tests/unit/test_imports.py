@@ -27,7 +27,8 @@ ROOMS: Final[dict[str, frozenset[str]]] = {
     "pictures": FLOOR | {"dirty"},
     "protocols": FLOOR | {"uapi", "device", "host"},
     "jobs": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols"},
-    "cli": FLOOR | {"uapi", "device", "host", "image", "dirty", "pictures", "protocols", "jobs"},
+    "conform": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols", "jobs"},
+    "cli": FLOOR | {"uapi", "device", "host", "image", "dirty", "pictures", "protocols", "jobs", "conform"},
 }
 NO_DEVICE_CODE: Final = frozenset({"image", "dirty", "pictures"})
 CALLERS: Final = frozenset({"uapi", "host"})  # ioctl; flock
@@ -141,6 +142,9 @@ def test_the_program_s_entry_is_nothing_but_the_command_line() -> None:
         ("vfio_mig.errors", "from vfio_mig import uapi", ["vfio_mig.uapi"]),
         ("vfio_mig.interrupts", "from vfio_mig.jobs import save", ["vfio_mig.jobs.save"]),
         ("vfio_mig.jobs.x", "from vfio_mig.cli.output import say", ["vfio_mig.cli.output.say"]),
+        ("vfio_mig.jobs.x", "from vfio_mig.conform import check", ["vfio_mig.conform.check"]),
+        ("vfio_mig.conform.x", "from vfio_mig.cli import output", ["vfio_mig.cli.output"]),
+        ("vfio_mig.conform.x", "import fcntl", ["fcntl"]),
         ("vfio_mig.jobs.x", "import fcntl", ["fcntl"]),
         ("vfio_mig.jobs.x", "def f():\n    if True:\n        import vfio_mig.cli", ["vfio_mig.cli"]),
         ("vfio_mig.jobs.x", "class A:\n    from vfio_mig import cli", ["vfio_mig.cli"]),

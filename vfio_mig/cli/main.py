@@ -20,6 +20,7 @@ COMPLETION = "_VFIO_MIG_COMPLETE"
 
 COMMANDS = {  # command: module below vfio_mig.cli
     "check": "image",
+    "conform": "conform",
     "dirty": "transfer",
     "hold": "hold",
     "info": "devices",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 VARIABLE: Final = "VFIO_MIG_FAULT"
 POINTS: Final[dict[str, tuple[str, ...]]] = {
+    "conform": ("opened", "checking"),
     "dirty": ("opened", "fetched"),
     "migrate": ("opened", "after-live", "after-stop", "after-dirty", "after-pages", "after-state", "sent", "restored"),
     "reset": ("opened",),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vfio_mig.uapi.profile import RfcProfile
 
 ABIS = ("auto", "gvt-rfc", "mainline-v2")
+FROM_ANY_STATE = ("conform", "reset")
+"""Jobs that may begin with a device in the middle of something."""
 RUNNING = "running"
 STOP = "stop"
 CLOSED = "closed"
@@ -277,7 +279,7 @@ def _take_over(session: Session, lock: DeviceLock, job: str) -> None:
 
     left = lock.take_over(session.device.holder)
     if left is None:
-        if job != "reset":
+        if job not in FROM_ANY_STATE:
             session.protocol.require_rest()
         return
     session.was_left = True
@@ -289,5 +291,5 @@ def _take_over(session: Session, lock: DeviceLock, job: str) -> None:
             hint=left.repair(session.device.name),
         )
     session.warn(str(left))
-    if job != "reset":
+    if job not in FROM_ANY_STATE:
         session.protocol.end_left(may_reset=job == "restore" and session.is_ours)

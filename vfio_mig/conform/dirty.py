@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: MIT
+"""DMA logging: START, REPORT, STOP and their edges.
+
+No check can make an unknown device write memory. So content is checked where it is known without: a range that nothing
+maps has no bits, and a buffer keeps what was in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import struct
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from vfio_mig.conform.check import (
+    LOG_CORE,
+    LOGGING,
+    REPORT,
+    REPORT_CORE,
+    Checks,
+    Deviation,
+    NotApplicable,
+    Weakness,
+    recommend,
+    require,
+)
+from vfio_mig.conform.feature import refusal
+from vfio_mig.conform.raw import (
+    GET,
+    LOG_REPORT,
+    LOG_START,
+    LOG_STOP,
+    PROBE,
+    RUNNING,
+    SET,
+    errno_name,
+    state_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vfio_mig.conform.bench import Bench
+    from vfio_mig.conform.raw import V2Device
+
+CHECKS: Final = Checks("v2.dirty", LOGGING)
+PAGE: Final = 4096
+BASE: Final = 1 << 32
+"""IOVA of the range that is logged."""
+SIZE: Final = 16 << 20
+"""Bytes of it."""
+CONTROL: Final = struct.Struct("=QIIQ")  # struct vfio_device_feature_dma_logging_control
+RANGE: Final = struct.Struct("=QQ")  # struct vfio_device_feature_dma_logging_range
+REQUEST: Final = struct.Struct("=QQQQ")  # struct vfio_device_feature_dma_logging_report
+RANGES_MAX: Final = mmap.PAGESIZE // RANGE.size
+"""Ranges that the core takes: as many as fit into a page."""
+PATTERN: Final = 0xA5A5A5A5A5A5A5A5
+GUARD: Final = 4
+"""Words behind a bitmap that must stay as they are."""
+NO_BITMAPS: Final = "REPORT is EOPNOTSUPP: this kernel is built without CONFIG_IOMMUFD_DRIVER, which has the bitmaps"
+Span = tuple[int, int]
+
+
+def start(
+    v2: V2Device, spans: Sequence[Span] = ((BASE, SIZE),), *, page_size: int = PAGE, count: int | None = None
+) -> int:
+    """Start logging (iova, bytes) ranges; returns the page size that the driver chose."""
+    table = ctypes.create_string_buffer(b"".join(RANGE.pack(*span) for span in spans) or bytes(RANGE.size))
+    number = len(spans) if count is None else count
+    reply = v2.feature(SET | LOG_START, CONTROL.pack(page_size, number, 0, ctypes.addressof(table)))
+    chosen: int = CONTROL.unpack(reply)[0]
+    return chosen
+
+
+def stop(v2: V2Device) -> None:
+    """Stop logging."""
+    v2.feature(SET | LOG_STOP)
+
+
+class Bitmap:
+    """A bitmap of a range, with guard words behind it."""
+
+    def __init__(self, size: int, page_size: int, *, fill: int = 0) -> None:
+        self._pages = -(-size // page_size)
+        self._words = -(-self._pages // 64)
+        self.words = (ctypes.c_uint64 * (self._words + GUARD))(*[fill] * self._words, *[PATTERN] * GUARD)
+
+    def bits(self) -> int:
+        """Count the bits of the range."""
+        whole = int.from_bytes(bytes(self.words)[: self._words * 8], "little")
+        return (whole & ((1 << self._pages) - 1)).bit_count()
+
+    def is_clean_behind(self) -> bool:
+        """Tell whether nothing was written behind the range's last bit; it must have been filled with 0."""
+        whole = int.from_bytes(bytes(self.words)[: self._words * 8], "little")
+        return not whole >> self._pages and all(word == PATTERN for word in self.words[self._words :])
+
+    def is_full(self) -> bool:
+        """Tell whether every word of it is all ones."""
+        return all(word == (1 << 64) - 1 for word in self.words[: self._words])
+
+
+def report(
+    v2: V2Device, iova: int = BASE, size: int = SIZE, *, page_size: int = PAGE, into: Bitmap | None = None
+) -> Bitmap:
+    """Ask for the dirty pages of a range."""
+    bitmap = Bitmap(size, page_size) if into is None else into
+    v2.feature(GET | LOG_REPORT, REQUEST.pack(iova, size, page_size, ctypes.addressof(bitmap.words)))
+    return bitmap
+
+
+def _device(bench: Bench) -> V2Device:
+    """Skip a device that logs nothing; what another check has left is stopped."""
+    v2 = bench.v2
+    if not v2.offers(LOG_START, SET):
+        raise NotApplicable("it has no DMA logging")
+    with suppress(OSError):
+        stop(v2)
+    return v2
+
+
+@contextmanager
+def _logging(v2: V2Device, spans: Sequence[Span] = ((BASE, SIZE),)) -> Iterator[None]:
+    try:
+        start(v2, spans)
+    except OSError as error:
+        raise Deviation(f"START: {errno_name(error)}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            stop(v2)
+
+
+@contextmanager
+def _reporting(bench: Bench) -> Iterator[V2Device]:
+    """Start logging; skip where the kernel cannot report."""
+    v2 = _device(bench)
+    with _logging(v2):
+        try:
+            report(v2)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                raise NotApplicable(NO_BITMAPS) from error
+            raise Deviation(f"REPORT: {errno_name(error)}") from error
+        yield v2
+
+
+@CHECKS.add("probe", "START, STOP and REPORT are offered together", "0, 0, 0")
+def _probe(bench: Bench) -> str:
+    v2 = _device(bench)
+    for feature, operation, name in ((LOG_STOP, SET, "STOP"), (LOG_REPORT, GET, "REPORT")):
+        try:
+            v2.feature(PROBE | operation | feature)
+        except OSError as error:
+            raise Deviation(f"{name}: {errno_name(error)}") from error
+    return "0, 0, 0"
+
+
+@CHECKS.add("start", "logging of a range can be started; the page size that is used comes back", "0, a power of two")
+def _start(bench: Bench) -> str:
+    v2 = _device(bench)
+    chosen = [start(v2)]
+    stop(v2)
+    chosen.append(start(v2, page_size=SIZE))
+    stop(v2)
+    for size in chosen:
+        require(size > 0 and not size & (size - 1), f"page size {size}")
+    return f"page size {chosen[0]} for {PAGE}, {chosen[1]} for {SIZE}"
+
+
+def _refused(bench: Bench, number: int, spans: Sequence[Span], count: int | None = None) -> str:
+    v2 = _device(bench)
+    try:
+        return refusal(lambda: start(v2, spans, count=count), number)
+    finally:
+        with suppress(OSError):
+            stop(v2)
+
+
+@CHECKS.add("no-range", "START without a range is refused", "EINVAL", source=LOG_CORE)
+def _no_range(bench: Bench) -> str:
+    return _refused(bench, errno.EINVAL, [])
+
+
+@CHECKS.add("most-ranges", "as many ranges as fit into a page are taken", "0")
+def _most(bench: Bench) -> str:
+    v2 = _device(bench)
+    spans = [(BASE + 2 * PAGE * at, PAGE) for at in range(RANGES_MAX)]
+    try:
+        start(v2, spans)
+    except OSError as error:
+        raise Weakness(
+            f"{RANGES_MAX} ranges: {errno_name(error)}", "the core takes them; a driver may have less"
+        ) from error
+    stop(v2)
+    return f"{RANGES_MAX} ranges"
+
+
+@CHECKS.add("too-many", "more ranges than fit into a page are refused", "E2BIG", source=LOG_CORE)
+def _too_many(bench: Bench) -> str:
+    spans = [(BASE + 2 * PAGE * at, PAGE) for at in range(RANGES_MAX + 1)]
+    return _refused(bench, errno.E2BIG, spans)
+
+
+@CHECKS.add("unaligned", "a range that is not made of whole pages is refused", "EINVAL", source=LOG_CORE)
+def _unaligned(bench: Bench) -> str:
+    _refused(bench, errno.EINVAL, [(BASE + 512, PAGE)])
+    return _refused(bench, errno.EINVAL, [(BASE, PAGE + 512)])
+
+
+@CHECKS.add("overlap", "ranges that overlap are refused", "EINVAL", source=LOG_CORE)
+def _overlap(bench: Bench) -> str:
+    return _refused(bench, errno.EINVAL, [(BASE, 2 * PAGE), (BASE + PAGE, 2 * PAGE)])
+
+
+@CHECKS.add("wrap", "a range beyond 2^64 is refused", "EOVERFLOW", source=LOG_CORE)
+def _wrap(bench: Bench) -> str:
+    return _refused(bench, errno.EOVERFLOW, [((1 << 64) - PAGE, 2 * PAGE)])
+
+
+@CHECKS.add("bad-pointer", "ranges that cannot be read are refused", "EFAULT", source=LOG_CORE)
+def _bad_pointer(bench: Bench) -> str:
+    v2 = _device(bench)
+    return refusal(lambda: v2.feature(SET | LOG_START, CONTROL.pack(PAGE, 1, 0, 8)), errno.EFAULT)
+
+
+@CHECKS.add("short-argsz", "argsz without room for the payload is refused", "EINVAL", source=LOG_CORE)
+def _short(bench: Bench) -> str:
+    v2 = _device(bench)
+    for feature, payload in ((SET | LOG_START, CONTROL), (GET | LOG_REPORT, REQUEST)):
+        refusal(partial(v2.feature, feature, bytes(payload.size), 8 + payload.size - 1), errno.EINVAL)
+    return "EINVAL"
+
+
+@CHECKS.add("refused-stays-off", "after a START that was refused logging is off, and can be started", "0")
+def _refused_stays_off(bench: Bench) -> str:
+    v2 = _device(bench)
+    refusal(lambda: start(v2, [(BASE, 2 * PAGE), (BASE + PAGE, 2 * PAGE)]))
+    with _logging(v2):
+        return "0"
+
+
+@CHECKS.add("start-twice", "a second START is refused", "an error")
+def _start_twice(bench: Bench) -> str:
+    v2 = _device(bench)
+    with _logging(v2):
+        return refusal(lambda: start(v2))
+
+
+@CHECKS.add("stop", "logging can be stopped", "0")
+def _stop(bench: Bench) -> str:
+    v2 = _device(bench)
+    start(v2)
+    stop(v2)
+    return "0"
+
+
+@CHECKS.add("stop-twice", "a STOP too many does no harm", "START works afterwards")
+def _stop_twice(bench: Bench) -> str:
+    v2 = _device(bench)
+    start(v2)
+    stop(v2)
+    try:
+        stop(v2)
+        seen = "0"
+    except OSError as error:
+        seen = errno_name(error)
+    with _logging(v2):
+        return f"{seen}, and START works"
+
+
+@CHECKS.add("report", "the log of a range that is logged can be read", "0", source=REPORT)
+def _report(bench: Bench) -> str:
+    v2 = _device(bench)
+    with _logging(v2):
+        try:
+            bits = report(v2).bits()
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                raise Weakness("EOPNOTSUPP", f"START succeeds, but {NO_BITMAPS}") from error
+            raise
+    return f"0, {bits} bits"
+
+
+@CHECKS.add("report-not-started", "the log cannot be read when nothing is logged", "an error", source=REPORT)
+def _report_not_started(bench: Bench) -> str:
+    with _reporting(bench) as v2:
+        stop(v2)
+        return refusal(lambda: report(v2))
+
+
+@CHECKS.add("report-page-size", "a page size below 4096 or no power of two is refused", "EINVAL", source=REPORT_CORE)
+def _report_page_size(bench: Bench) -> str:
+    v2 = _device(bench)
+    with _logging(v2):
+        for size in (0, 2048, 12288):
+            refusal(lambda wrong=size: v2.feature(GET | LOG_REPORT, REQUEST.pack(BASE, SIZE, wrong, 8)), errno.EINVAL)  # type: ignore[misc]
+    return "EINVAL"
+
+
+@CHECKS.add("report-page-sizes", "the log can be read in other page sizes than it is kept in", "0", source=REPORT)
+def _report_page_sizes(bench: Bench) -> str:
+    sizes = (PAGE, 2 * PAGE, 16 * PAGE, 512 * PAGE)
+    with _reporting(bench) as v2:
+        for size in sizes:
+            try:
+                report(v2, page_size=size)
+            except OSError as error:
+                raise Deviation(f"{size}: {errno_name(error)}") from error
+    return f"0 for {', '.join(map(str, sizes))}"
+
+
+@CHECKS.add("report-wrap", "a range beyond 2^64 cannot be read", "EOVERFLOW", source=REPORT_CORE)
+def _report_wrap(bench: Bench) -> str:
+    v2 = _device(bench)
+    with _logging(v2):
+        return refusal(lambda: report(v2, (1 << 64) - PAGE, 2 * PAGE), errno.EOVERFLOW)
+
+
+@CHECKS.add("report-idle", "where the device has no memory nothing is dirty", "0 bits", source=REPORT)
+def _report_idle(bench: Bench) -> str:
+    bench.require_own()
+    with _reporting(bench) as v2:
+        bits = report(v2).bits()
+    require(not bits, f"{bits} bits")
+    return "0 bits"
+
+
+@CHECKS.add("report-twice", "reading the log clears it", "0 bits in the second of two", source=REPORT)
+def _report_twice(bench: Bench) -> str:
+    bench.require_own()
+    with _reporting(bench) as v2:
+        report(v2)
+        bits = report(v2).bits()
+    require(not bits, f"{bits} bits")
+    return "0 bits"
+
+
+@CHECKS.add("report-keeps-bits", "bits that are set in the buffer stay", "all ones", source=REPORT)
+def _report_keeps(bench: Bench) -> str:
+    with _reporting(bench) as v2:
+        bitmap = report(v2, into=Bitmap(SIZE, PAGE, fill=(1 << 64) - 1))
+    require(bitmap.is_full(), "bits were cleared")
+    return "all ones"
+
+
+@CHECKS.add("report-tail", "nothing is written behind the bits of the range", "as it was", source=REPORT)
+def _report_tail(bench: Bench) -> str:
+    with _reporting(bench) as v2:
+        for pages in (1, 63, 64, 65, 4096):
+            require(report(v2, size=pages * PAGE).is_clean_behind(), f"something, for {pages} pages")
+    return "as it was"
+
+
+@CHECKS.add("report-outside", "outside of what is logged nothing is dirty", "0 bits, or an error", source=REPORT)
+def _report_outside(bench: Bench) -> str:
+    with _reporting(bench) as v2:
+        try:
+            bits = report(v2, BASE + 4 * SIZE).bits()
+        except OSError as error:
+            return errno_name(error)
+    require(not bits, f"{bits} bits")
+    return "0 bits"
+
+
+@CHECKS.add("restart", "after a STOP logging can be started again, with an empty log", "0, 0 bits")
+def _restart(bench: Bench) -> str:
+    bench.require_own()
+    with _reporting(bench) as v2:
+        stop(v2)
+        start(v2)
+        bits = report(v2).bits()
+    require(not bits, f"{bits} bits")
+    return "0, 0 bits"
+
+
+@CHECKS.add("every-state", "logging has nothing to do with the device's state", "0 in every state")
+def _every_state(bench: Bench) -> str:
+    with _reporting(bench) as v2:
+        states = v2.states()
+        for state in states:
+            v2.go(RUNNING)
+            bench.bring_to(state)
+            try:
+                report(v2)
+            except OSError as error:
+                raise Deviation(f"REPORT in {state_name(state)}: {errno_name(error)}") from error
+    recommend(states, "no state", "")
+    return f"0 in {len(states)} states"

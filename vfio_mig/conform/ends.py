@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: MIT
+"""How it ends: reset and close in every state, and two devices beside each other."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from vfio_mig.conform.check import (
+    CLOSE,
+    FSM,
+    LEAVING,
+    Check,
+    Checks,
+    Deviation,
+    NotApplicable,
+    Weakness,
+    require,
+)
+from vfio_mig.conform.dirty import start, stop
+from vfio_mig.conform.raw import (
+    ERROR,
+    LOG_START,
+    NAMES,
+    RESUMING,
+    RUNNING,
+    SET,
+    STATES,
+    STOP,
+    STOP_COPY,
+    errno_name,
+    state_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vfio_mig.conform.bench import Bench
+
+RESET_FLAG: Final = 1
+"""VFIO_DEVICE_FLAGS_RESET."""
+KEEPS: Final = "no rule says what the next user finds; but most begin with a device that runs"
+CLOSED_IN_RESUMING: Final = "mtty oopses when a device that was closed in it leaves it by anything but a reset"
+HINT: Final = "no rule, but whoever believes the flags, as QEMU does, never resets it"
+
+
+def _whole_save(bench: Bench) -> str:
+    """Make sure that the device works: it saves a state of the size that it always had."""
+    own = bench.stream()
+    saved = bench.v2.save()
+    require(len(saved) == len(own), f"{len(saved)} bytes saved afterwards, {len(own)} before")
+    return f"{len(saved)} bytes saved afterwards"
+
+
+def _reset(state: int, bench: Bench) -> str:
+    v2 = bench.v2
+    fd = bench.bring_to(state)
+    try:
+        v2.reset()
+    except OSError as error:
+        raise Deviation(f"RESET: {errno_name(error)}") from error
+    now = v2.state()
+    require(now == RUNNING, f"after RESET it is in {state_name(now)}")
+    dead = f", fd {bench.require_dead(fd, writing=state == RESUMING)}" if fd >= 0 else ""
+    return f"running{dead}, {_whole_save(bench)}"
+
+
+def _close(state: int, bench: Bench) -> str:
+    bench.require_own()
+    v2 = bench.v2
+    bench.stream()
+    fd = bench.bring_to(state)
+    fates = []
+
+    def look() -> None:
+        if fd >= 0:
+            fates.append(bench.fate(fd, writing=state == RESUMING))
+
+    bench.reopen(before=look)
+    found = v2.state()
+    require("" not in fates, "the data fd of a device that was closed still works")
+    v2.settle()
+    saved = _whole_save(bench)
+    fate = "".join(f"fd {name}, " for name in fates)
+    if found != RUNNING:
+        raise Weakness(f"{fate}the next user finds it in {state_name(found)}; after RESET {saved}", KEEPS)
+    return f"{fate}the next user finds it running, {saved}"
+
+
+def _by_state() -> Iterator[Check]:
+    for state in STATES:
+        has_fd = state in (STOP_COPY, RESUMING) or NAMES[state].startswith("pre-copy")
+        yield Check(
+            f"v2.reset.{NAMES[state]}",
+            f"RESET in {NAMES[state]} leads to RUNNING" + (" and ends the session" if has_fd else ""),
+            FSM,
+            "running" + (", ENODEV on the fd" if has_fd else ""),
+            partial(_reset, state),
+        )
+    for state in STATES:
+        yield Check(
+            f"v2.close.{NAMES[state]}",
+            f"who opens a device that was closed in {NAMES[state]} can use it",
+            CLOSE,
+            "running, and works",
+            partial(_close, state),
+            danger=CLOSED_IN_RESUMING if state == RESUMING else "",
+        )
+
+
+MORE: Final = Checks("v2", FSM)
+
+
+@MORE.add("reset.twice", "RESET may be repeated", "running")
+def _reset_twice(bench: Bench) -> str:
+    for _ in range(2):
+        bench.v2.reset()
+        require(bench.v2.state() == RUNNING, state_name(bench.v2.state()))
+    return "running"
+
+
+@MORE.add(
+    "reset.flag",
+    "a device that can be reset says so",
+    "VFIO_DEVICE_FLAGS_RESET",
+    source="linux/vfio.h, VFIO_DEVICE_GET_INFO",
+)
+def _reset_flag(bench: Bench) -> str:
+    flags = bench.device.info().flags
+    try:
+        bench.v2.reset()
+    except OSError as error:
+        raise Deviation(f"flags {flags:#x}, RESET: {errno_name(error)}") from error
+    if not flags & RESET_FLAG:
+        raise Weakness(f"flags {flags:#x} without it, but RESET works", HINT)
+    return f"flags {flags:#x}"
+
+
+@MORE.add("reset.error", "RESET leads out of ERROR", "running")
+def _reset_error(bench: Bench) -> str:
+    v2 = bench.v2
+    if not bench.fail_into_error():
+        raise NotApplicable(f"a refused stream leaves it in {state_name(v2.state())}")
+    require(v2.state() == ERROR, state_name(v2.state()))
+    v2.reset()
+    require(v2.state() == RUNNING, state_name(v2.state()))
+    return f"running, {_whole_save(bench)}"
+
+
+@MORE.add("close.logging", "a device that was closed while it logged can log for the next user", "0", source=CLOSE)
+def _close_logging(bench: Bench) -> str:
+    bench.require_own()
+    v2 = bench.v2
+    if not v2.offers(LOG_START, SET):
+        raise NotApplicable("it has no DMA logging")
+    start(v2)
+    bench.reopen()
+    try:
+        start(v2)
+    except OSError as error:
+        raise Deviation(f"START: {errno_name(error)}") from error
+    stop(v2)
+    return "0"
+
+
+def _second(bench: Bench, *, same_type: bool | None = None) -> Bench:
+    if bench.second is None:
+        raise NotApplicable("no --second device")
+    if same_type is not None and same_type != bench.same_type:
+        raise NotApplicable(f"--second is of {'the same' if bench.same_type else 'another'} type")
+    return bench.second
+
+
+@MORE.add("second.independent", "what is done to one device is not done to another", "each its own state")
+def _independent(bench: Bench) -> str:
+    other = _second(bench)
+    other.stream()
+    fd = bench.v2.session(STOP_COPY)
+    require(other.v2.state() == RUNNING, f"the second is in {state_name(other.v2.state())}")
+    other.v2.go(STOP)
+    other.v2.reset()
+    require(bench.v2.state() == STOP_COPY, f"a reset of the second led to {state_name(bench.v2.state())}")
+    require(not bench.fate(fd), "a reset of the second ended the session")
+    return "each its own state"
+
+
+@MORE.add("second.round-trip", "a device of the same type takes the stream, and saves the same", "the same bytes")
+def _second_round_trip(bench: Bench) -> str:
+    other = _second(bench, same_type=True)
+    stream = bench.stream()
+    other.stream()
+    refused = other.try_to_load(stream)
+    require(refused is None, str(refused))
+    saved = other.v2.save()
+    if saved != stream and bench.v2.save() != bench.v2.save():
+        raise NotApplicable("it never saves the same bytes twice")
+    require(saved == stream, f"{len(stream)} bytes loaded, other {len(saved)} saved")
+    return f"the same {len(saved)} bytes"
+
+
+@MORE.add("second.other-type", "a device of another type refuses the stream", "an error", source=LEAVING)
+def _other_type(bench: Bench) -> str:
+    other = _second(bench, same_type=False)
+    other.stream()
+    refused = other.try_to_load(bench.stream())
+    require(refused is not None, "it was loaded")
+    return str(refused)
+
+
+CHECKS: Final = [*_by_state(), *MORE]

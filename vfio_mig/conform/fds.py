@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: MIT
+"""The data fd: direction, position, end, life."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Final
+
+from vfio_mig import uapi
+from vfio_mig.conform.check import DATA_FD, FSM, STATE, Checks, Deviation, NotApplicable, require
+from vfio_mig.conform.feature import refusal
+from vfio_mig.conform.raw import RESUMING, RUNNING, STOP, STOP_COPY, errno_name, state_name
+
+if TYPE_CHECKING:
+    from vfio_mig.conform.bench import Bench
+
+CHECKS: Final = Checks("v2.fd", DATA_FD)
+SINGLE: Final = 512
+"""Bytes that are moved one by one; the rest in odd sizes."""
+ODD: Final = 4093
+_END_READS: Final = 3
+_NO_SUCH_IOCTL: Final = uapi.vfio_request("an ioctl that there is not", 99)
+
+
+@CHECKS.add("save-direction", "a saving session's fd cannot be written to", "EBADF")
+def _save_direction(bench: Bench) -> str:
+    fd = bench.v2.session(STOP_COPY)
+    return refusal(lambda: bench.v2.kernel.write(fd, b"x"), errno.EBADF)
+
+
+@CHECKS.add("save-seek", "a saving session's fd has no position to choose", "ESPIPE")
+def _save_seek(bench: Bench) -> str:
+    fd, kernel = bench.v2.session(STOP_COPY), bench.v2.kernel
+    refusal(lambda: kernel.seek(fd), errno.ESPIPE)
+    return refusal(lambda: kernel.pread(fd, 1, 0), errno.ESPIPE)
+
+
+@CHECKS.add(
+    "save-cloexec",
+    "a saving session's fd is closed on exec",
+    "close-on-exec",
+    source="vfio_main.c, vfio_ioct_mig_return_fd(): O_CLOEXEC",
+)
+def _save_cloexec(bench: Bench) -> str:
+    require(not bench.v2.kernel.is_inheritable(bench.v2.session(STOP_COPY)), "inherited")
+    return "close-on-exec"
+
+
+@CHECKS.add("resume-direction", "a resuming session's fd cannot be read", "EBADF")
+def _resume_direction(bench: Bench) -> str:
+    fd = bench.v2.session(RESUMING)
+    return refusal(lambda: bench.v2.kernel.read(fd, 1), errno.EBADF)
+
+
+@CHECKS.add("resume-seek", "a resuming session's fd has no position to choose", "ESPIPE")
+def _resume_seek(bench: Bench) -> str:
+    fd, kernel = bench.v2.session(RESUMING), bench.v2.kernel
+    refusal(lambda: kernel.seek(fd), errno.ESPIPE)
+    return refusal(lambda: kernel.pwrite(fd, b"x", 0), errno.ESPIPE)
+
+
+@CHECKS.add(
+    "resume-cloexec",
+    "a resuming session's fd is closed on exec",
+    "close-on-exec",
+    source="vfio_main.c, vfio_ioct_mig_return_fd(): O_CLOEXEC",
+)
+def _resume_cloexec(bench: Bench) -> str:
+    require(not bench.v2.kernel.is_inheritable(bench.v2.session(RESUMING)), "inherited")
+    return "close-on-exec"
+
+
+def _same_as_saved(bench: Bench, stream: bytes) -> str:
+    """Compare with the device's own stream, or at least its size where the device is not deterministic."""
+    own = bench.stream()
+    if stream == own:
+        return f"the same {len(own)} bytes"
+    bench.v2.settle()
+    require(len(stream) == len(own), f"{len(stream)} bytes, {len(own)} in one piece")
+    if bench.v2.save() == own:
+        raise Deviation(f"other bytes, the first at {first_difference(stream, own)}")
+    raise NotApplicable("it never saves the same bytes twice")
+
+
+def first_difference(one: bytes, other: bytes) -> int:
+    """Return the offset of the first byte that differs."""
+    both = min(len(one), len(other))
+    low, high = 0, both
+    while low < high:  # the longest common prefix, by halves
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@CHECKS.add("zero-read", "a read of no bytes takes none", "0, and the stream from its first byte")
+def _zero_read(bench: Bench) -> str:
+    bench.stream()
+    fd = bench.v2.session(STOP_COPY)
+    require(bench.v2.kernel.read(fd, 0) == b"", "bytes were returned")
+    return _same_as_saved(bench, bench.v2.read_all(fd))
+
+
+@CHECKS.add("zero-write", "a write of no bytes adds none", "0, and the stream loads")
+def _zero_write(bench: Bench) -> str:
+    stream = bench.stream()
+    fd = bench.v2.session(RESUMING)
+    done = bench.v2.kernel.write(fd, b"")
+    require(done == 0, f"write() of 0 bytes returned {done}")
+    bench.v2.write_all(fd, stream)
+    bench.v2.go(STOP)
+    return "0, and the stream loads"
+
+
+@CHECKS.add(
+    "eof-sticky", "in STOP_COPY the end of the stream is final: read() gives 0 from then on", "0, 0, 0", source=FSM
+)
+def _eof_sticky(bench: Bench) -> str:
+    fd = bench.v2.session(STOP_COPY)
+    bench.v2.read_all(fd)
+    for _ in range(_END_READS):
+        more = bench.v2.kernel.read(fd, ODD)
+        require(more == b"", f"{len(more)} bytes behind the end")
+    return "0, 0, 0"
+
+
+@CHECKS.add("byte-reads", "how the stream is cut into reads makes no difference", "the same bytes", source=STATE)
+def _byte_reads(bench: Bench) -> str:
+    bench.stream()
+    fd = bench.v2.session(STOP_COPY)
+    parts = []
+    for _ in range(SINGLE):
+        byte = bench.v2.kernel.read(fd, 1)
+        require(len(byte) <= 1, f"{len(byte)} bytes for 1")
+        parts.append(byte)
+    parts.append(bench.v2.read_all(fd, ODD << 6))
+    return _same_as_saved(bench, b"".join(parts))
+
+
+@CHECKS.add("byte-writes", "how the stream is cut into writes makes no difference", "the same state", source=STATE)
+def _byte_writes(bench: Bench) -> str:
+    stream = bench.stream()
+    fd = bench.v2.session(RESUMING)
+    head, body, last = stream[:SINGLE], stream[SINGLE:-1], stream[max(SINGLE, len(stream) - 1) :]
+    try:
+        bench.v2.write_all(fd, head, 1)
+        bench.v2.write_all(fd, body, ODD << 6)
+        bench.v2.write_all(fd, last)
+    except OSError as error:
+        raise Deviation(f"write(): {errno_name(error)}") from error
+    bench.v2.go(STOP)
+    return _same_as_saved(bench, bench.v2.save())
+
+
+@CHECKS.add("shared-position", "a duplicate of the fd shares its position", "each byte once")
+def _shared_position(bench: Bench) -> str:
+    v2, own = bench.v2, bench.stream()
+    if len(own) < 2:  # noqa: PLR2004 -- one for each fd
+        raise NotApplicable("its stream has one byte")
+    fd = v2.session(STOP_COPY)
+    copy = v2.keep(v2.kernel.dup(fd))
+    first, rest = v2.kernel.read(copy, 1), v2.read_all(fd)
+    return _same_as_saved(bench, first + rest)
+
+
+@CHECKS.add(
+    "close-early",
+    "closing the fd half-read loses no more than the session",
+    "stop-copy, stop, and a whole save",
+    source=STATE,
+)
+def _close_early(bench: Bench) -> str:
+    v2 = bench.v2
+    bench.stream()
+    fd = v2.session(STOP_COPY)
+    v2.kernel.read(fd, 1)
+    v2.close(fd)
+    now = v2.state()
+    require(now == STOP_COPY, f"closing it led to {state_name(now)}")
+    v2.go(STOP)
+    return _same_as_saved(bench, v2.save())
+
+
+@CHECKS.add("new-session", "a second session begins at the first byte", "the same bytes", source=FSM)
+def _new_session(bench: Bench) -> str:
+    v2 = bench.v2
+    bench.stream()
+    v2.kernel.read(v2.session(STOP_COPY), ODD)
+    v2.go(STOP)
+    return _same_as_saved(bench, v2.read_all(v2.session(STOP_COPY)))
+
+
+@CHECKS.add(
+    "unknown-ioctl",
+    "an ioctl that a data fd does not have is refused",
+    "ENOTTY",
+    source="ioctl(2); PRECOPY_INFO is the only one",
+)
+def _unknown_ioctl(bench: Bench) -> str:
+    fd, kernel = bench.v2.session(STOP_COPY), bench.v2.kernel
+    refusal(lambda: kernel.ioctl(fd, uapi.DEVICE_RESET), errno.ENOTTY)
+    return refusal(lambda: kernel.ioctl(fd, _NO_SUCH_IOCTL, bytearray(64)), errno.ENOTTY)
+
+
+@CHECKS.add(
+    "emfile",
+    "without a free fd the request fails, and a reset recovers",
+    "EMFILE, then a whole save",
+    source="vfio_main.c, vfio_ioct_mig_return_fd()",
+)
+def _emfile(bench: Bench) -> str:
+    import resource
+
+    v2 = bench.v2
+    bench.stream()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for state in (STOP_COPY, RESUMING):
+        lowest = os.dup(v2.fd)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+        try:
+            refusal(lambda to=state: v2.set(to), errno.EMFILE)  # type: ignore[misc]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        v2.reset()
+        require(v2.state() == RUNNING, f"after RESET it is in {state_name(v2.state())}")
+    return f"EMFILE, then {_same_as_saved(bench, v2.save())}"

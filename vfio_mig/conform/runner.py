@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: MIT
+"""Run the checks on a device, one after the other, and leave it RUNNING whatever happens."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from vfio_mig import interrupts
+from vfio_mig.conform.bench import Bench
+from vfio_mig.conform.check import FAIL, OUTCOMES, PASS, RFC, SKIP, V2, WARN, Deviation, NotApplicable, Result, Weakness
+from vfio_mig.conform.raw import Kernel, V2Device, errno_name
+from vfio_mig.conform.registry import select
+from vfio_mig.conform.rfc_raw import Rfc
+from vfio_mig.errors import DeviceBusyError, DeviceError, UsageError, VfioMigError, printable
+from vfio_mig.host.lock import LOADING
+from vfio_mig.interrupts import protected
+from vfio_mig.jobs.points import point
+from vfio_mig.jobs.session import Settings, find, holder_of, open_session
+from vfio_mig.protocols.gvt_rfc import GvtRfc
+from vfio_mig.protocols.mainline_v2 import MainlineV2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from vfio_mig.conform.check import Check
+    from vfio_mig.device import Device
+    from vfio_mig.jobs.session import Session
+
+PATIENCE: Final = 30.0
+"""Seconds after which a check that has not ended is named."""
+UNDEFINED: Final = "undefined"
+NOT_ASKED: Final = "only with --dangerous: "
+
+
+class Report(NamedTuple):
+    """What came of all checks.
+
+    :param protocol: with its flags, as `vfio-mig info` says it.
+    :param found: state in which a v2 device was found; ``unknown`` for the RFC.
+    :param state: in which it is left: ``running``, ``closed`` when nobody else has it open, ``undefined`` when it could
+        not be brought back.
+    :param seconds: of all checks.
+    """
+
+    device: str
+    type: str
+    driver: str
+    kernel: str
+    protocol: str
+    found: str
+    state: str
+    seconds: float
+    checks: list[Result]
+
+    def count(self, outcome: str) -> int:
+        """Count the checks that ended so."""
+        return sum(result.outcome == outcome for result in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        counts = {outcome: self.count(outcome) for outcome in OUTCOMES}
+        return {**self._asdict(), "counts": counts, "checks": [result._asdict() for result in self.checks]}
+
+
+class Watchdog:
+    """Names a check that does not end. It kills nothing: an ioctl that hangs cannot be killed either.
+
+    :param warn: takes a sentence, in a thread of its own.
+    """
+
+    def __init__(self, warn: Callable[[str], object] | None, what: str) -> None:
+        self._timer = None
+        if warn is not None:
+            self._timer = threading.Timer(PATIENCE, warn, [f"still in {what} after {PATIENCE:.0f} s"])
+            self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        if self._timer is not None:
+            self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def run_check(check: Check, bench: Bench, *, dangerous: bool = False) -> Result:
+    """Run one check; whatever it raises becomes its result."""
+    began = time.perf_counter()
+    outcome, seen, note = PASS, "", ""
+    if check.danger and not dangerous:
+        return _result(check, SKIP, NOT_ASKED + check.danger, "", 0.0)
+    try:
+        bench.begin()
+        seen = check.run(bench)
+    except NotApplicable as reason:
+        outcome, seen = SKIP, str(reason)
+    except Weakness as found:
+        outcome, seen, note = WARN, found.seen, found.note
+    except Deviation as found:
+        outcome, seen, note = FAIL, found.seen, found.note
+    except VfioMigError as error:
+        outcome, seen = FAIL, str(error)
+    except OSError as error:
+        outcome, seen = FAIL, errno_name(error)
+    except Exception as error:  # noqa: BLE001 -- one check's trouble is not the others'
+        outcome, seen, note = FAIL, f"{type(error).__name__}: {error}", "the check itself could not go on"
+    return _result(check, outcome, seen, note, time.perf_counter() - began)
+
+
+def _result(check: Check, outcome: str, seen: str, note: str, seconds: float) -> Result:
+    return Result(
+        check.id, check.rule, check.source, check.expected, printable(seen), outcome, printable(note), seconds
+    )
+
+
+def conform_device(
+    name: str,
+    settings: Settings | None = None,
+    *,
+    checks: Sequence[str] = (),
+    second: str | None = None,
+    dangerous: bool = False,
+    force: bool = False,
+) -> Report:
+    """Check a device's migration driver against the rules of the header; the device's state is lost.
+
+    :param checks: ids or patterns of the checks to run; all without any.
+    :param second: another device, for what takes two.
+    :param dangerous: also do what is known to hang or crash kernels.
+    :param force: also when another process has the device open; it loses its device's state and interrupts.
+    :raises DeviceBusyError: another process has it open, and *force* is not set.
+    :raises UnsupportedError: it speaks no migration protocol.
+    :raises UsageError: a pattern matches no check, or both devices are the same.
+    """
+    settings = settings or Settings()
+    select(checks)
+    with ExitStack() as stack:
+        session = stack.enter_context(_open(name, settings, force=force))
+        other = None
+        if second is not None:
+            if find(second).name == session.found.name:
+                raise UsageError("--second is the device itself", device=session.found.name)
+            other = stack.enter_context(_open(second, settings, force=force))
+        point("conform", "opened", session)
+        return _run(session, other, settings, select(checks, _family(session)), dangerous=dangerous)
+
+
+def _open(name: str, settings: Settings, *, force: bool) -> Session:
+    found = find(name)
+    holder = holder_of(found)
+    if holder is not None and not force:
+        raise _busy(found.name, str(holder))
+    session = open_session(name, settings, job="conform")
+    if session.device.borrowed and not force:
+        session.close()
+        raise _busy(found.name, "another process")
+    return session
+
+
+def _busy(name: str, holder: str) -> DeviceBusyError:
+    return DeviceBusyError(
+        f"{holder} has it open, and would lose the device's state",
+        device=name,
+        hint="use --force if that is what you want",
+    )
+
+
+def _family(session: Session) -> str:
+    return V2 if isinstance(session.protocol, MainlineV2) else RFC
+
+
+class _Bench:
+    """The bench of a session; at the end the device runs, with its own state, or the user is told that it does not."""
+
+    def __init__(
+        self, session: Session, settings: Settings, *, second: Bench | None, same_type: bool, dangerous: bool
+    ) -> None:
+        self._session = session
+        self._warn = settings.warn
+        self.left = ""
+        """State in which the device was left."""
+        device, protocol = session.device, session.protocol
+        v2 = rfc = None
+        if isinstance(protocol, MainlineV2):
+            v2 = V2Device(Kernel(), device.fileno(), dangerous=dangerous)
+            v2.flags = protocol.flags
+        elif isinstance(protocol, GvtRfc):
+            region = device.region(protocol.profile.state_index)
+            rfc = Rfc(Kernel(), device.fileno(), protocol.profile, region)
+        self.bench: Final = Bench(
+            device,
+            v2=v2,
+            rfc=rfc,
+            opener=None if device.borrowed else self._open_again,
+            second=second,
+            same_type=same_type,
+        )
+
+    def _open_again(self) -> Device:
+        from vfio_mig.host.opening import open_device
+
+        return open_device(self._session.found)
+
+    def __enter__(self) -> Bench:
+        self._session.note(LOADING)
+        return self.bench
+
+    @protected
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        problem = self._settle()
+        self.left = self._session.state_after(started=True) if problem is None else UNDEFINED
+        self.bench.device.close()
+        if problem is None:
+            self._session.note("")
+        elif isinstance(error, VfioMigError):
+            error.undo_errors.append(problem)
+        elif self._warn is not None:
+            self._warn(str(problem))
+
+    def _settle(self) -> DeviceError | None:
+        name = self._session.device.name
+        try:
+            self.bench.begin()
+        except (Deviation, NotApplicable, OSError, VfioMigError) as problem:
+            what = errno_name(problem) if isinstance(problem, OSError) else str(problem)
+            return DeviceError(
+                f"it cannot be brought back to running: {what}", device=name, hint=f"try 'vfio-mig reset {name}'"
+            )
+        return None
+
+
+def _run(
+    session: Session, other: Session | None, settings: Settings, checks: list[Check], *, dangerous: bool
+) -> Report:
+    found = session.protocol.state()
+    began = time.perf_counter()
+    same_type = other is not None and (other.found.type, _family(other)) == (session.found.type, _family(session))
+    with ExitStack() as stack:
+        second = None
+        if other is not None:
+            second = stack.enter_context(_Bench(other, settings, second=None, same_type=False, dangerous=dangerous))
+        one = _Bench(session, settings, second=second, same_type=same_type, dangerous=dangerous)
+        bench = stack.enter_context(one)
+        results = list(_results(session, bench, settings, checks, dangerous=dangerous))
+        seconds = time.perf_counter() - began
+    return Report(
+        device=session.device.name,
+        type=session.found.type,
+        driver=session.found.driver,
+        kernel=os.uname().release,
+        protocol=session.protocol.describe(),
+        found=found,
+        state=one.left,
+        seconds=seconds,
+        checks=results,
+    )
+
+
+def _results(
+    session: Session, bench: Bench, settings: Settings, checks: list[Check], *, dangerous: bool
+) -> Iterator[Result]:
+    for check in checks:
+        point("conform", "checking", session)
+        with Watchdog(settings.warn, check.id):
+            result = run_check(check, bench, dangerous=dangerous)
+        interrupts.check()
+        if settings.tell is not None:
+            settings.tell(f"{result.outcome} {result.id}: {result.seen}")
+        yield result

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: MIT
+"""The stream: there and back, and every way in which it can be wrong.
+
+What was only almost the device's own state may have been loaded: then its own is loaded again before the next check.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Final
+
+from vfio_mig.conform.check import FSM, LEAVING, STATE, Checks, Deviation, NotApplicable, Weakness, require
+from vfio_mig.conform.fds import first_difference
+from vfio_mig.conform.raw import RESUMING, RUNNING, STOP, errno_name, state_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vfio_mig.conform.bench import Bench
+
+CHECKS: Final = Checks("v2.stream", LEAVING)
+HEAD: Final = 64
+"""Bytes at the beginning of a stream that are likely to be a header."""
+PAGE: Final = 4096
+FLIPS: Final = 16
+NO_INTEGRITY: Final = (
+    "the header asks a driver for consistency checks, not for a checksum; whoever keeps a stream has to keep one"
+)
+NOT_DETERMINISTIC: Final = "no rule; but saved states of it cannot be compared"
+MAGICS: Final = {
+    "mtty": bytes.fromhex("4e2c3e8c89099d7e"),
+    "hisi_acc": bytes.fromhex("dedecaedfecc"),
+    "qat": bytes.fromhex("eacaf5ad"),
+    "gvt_sample": b"gvt_v2\0\0",
+}
+"""The first bytes of other drivers' streams, from their sources."""
+
+
+@CHECKS.add("not-empty", "a stopped device's stream has bytes and an end", "bytes, then 0", source=FSM)
+def _not_empty(bench: Bench) -> str:
+    stream = bench.v2.save()
+    require(stream, "0 bytes")
+    return f"{len(stream)} bytes"
+
+
+@CHECKS.add("repeat", "a stopped device's state saved twice is the same", "the same bytes", source=FSM)
+def _repeat(bench: Bench) -> str:
+    v2 = bench.v2
+    one, other = v2.save(), v2.save()
+    if one != other:
+        raise Weakness(f"{len(one)} and {len(other)} bytes, other at {first_difference(one, other)}", NOT_DETERMINISTIC)
+    return f"the same {len(one)} bytes"
+
+
+def _is_deterministic(bench: Bench) -> bool:
+    return bench.v2.save() == bench.v2.save()
+
+
+def _compare(bench: Bench, loaded: bytes, saved: bytes) -> str:
+    if loaded == saved:
+        return f"the same {len(saved)} bytes"
+    if not _is_deterministic(bench):
+        raise NotApplicable("it never saves the same bytes twice")
+    raise Deviation(f"{len(loaded)} bytes loaded, {len(saved)} saved, other at {first_difference(loaded, saved)}")
+
+
+@CHECKS.add("round-trip", "what was saved is saved again after it was restored", "the same bytes", source=FSM)
+def _round_trip(bench: Bench) -> str:
+    stream = bench.stream()
+    bench.v2.load(stream)
+    return _compare(bench, stream, bench.v2.save())
+
+
+@CHECKS.add("restore-running", "RESUMING can be left for RUNNING at once", "the same bytes", source=FSM)
+def _restore_running(bench: Bench) -> str:
+    v2, stream = bench.v2, bench.stream()
+    bench.bring_to(RESUMING)
+    v2.go(RUNNING)
+    return _compare(bench, stream, v2.save())
+
+
+# --- cut off
+
+
+def _cut(bench: Bench, length: int) -> str:
+    stream = bench.stream()
+    if not 0 <= length < len(stream):
+        raise NotApplicable(f"the stream has {len(stream)} bytes")
+    refused = bench.try_to_load(stream[:length])
+    if refused is None:
+        raise Deviation(f"{length} of {len(stream)} bytes were loaded, now in {state_name(bench.v2.state())}")
+    return f"{refused}, now in {state_name(bench.v2.state())}"
+
+
+@CHECKS.add("empty", "RESUMING cannot be left with nothing written", "an error")
+def _empty(bench: Bench) -> str:
+    return _cut(bench, 0)
+
+
+@CHECKS.add("cut-first-byte", "a stream cut off behind its first byte is refused", "an error")
+def _cut_first(bench: Bench) -> str:
+    return _cut(bench, 1)
+
+
+@CHECKS.add("cut-head", "a stream cut off behind 16 bytes is refused", "an error")
+def _cut_head(bench: Bench) -> str:
+    return _cut(bench, 16)
+
+
+@CHECKS.add("cut-half", "half a stream is refused", "an error")
+def _cut_half(bench: Bench) -> str:
+    return _cut(bench, len(bench.stream()) // 2)
+
+
+@CHECKS.add("cut-last-byte", "a stream without its last byte is refused", "an error")
+def _cut_last(bench: Bench) -> str:
+    return _cut(bench, len(bench.stream()) - 1)
+
+
+def _recovers(bench: Bench) -> str:
+    """Reset the device, and load its own state."""
+    v2, stream = bench.v2, bench.stream()
+    v2.reset()
+    now = v2.state()
+    require(now == RUNNING, f"after RESET it is in {state_name(now)}")
+    v2.load(stream)
+    return f"running after RESET, {_compare(bench, stream, v2.save())}"
+
+
+@CHECKS.add(
+    "cut-recovers", "after a stream cut off a reset recovers", "running, and the whole stream loads", source=FSM
+)
+def _cut_recovers(bench: Bench) -> str:
+    _cut(bench, len(bench.stream()) // 2)
+    return _recovers(bench)
+
+
+# --- too much
+
+
+def _longer(bench: Bench, more: bytes) -> str:
+    refused = bench.try_to_load(bench.stream() + more)
+    if refused is None:
+        raise Deviation(f"{len(more)} bytes behind the end were taken")
+    return str(refused)
+
+
+@CHECKS.add("trailing-byte", "a byte behind the end is refused", "an error")
+def _trailing_byte(bench: Bench) -> str:
+    return _longer(bench, b"\0")
+
+
+@CHECKS.add("trailing-page", "a page behind the end is refused", "an error")
+def _trailing_page(bench: Bench) -> str:
+    return _longer(bench, bytes(PAGE))
+
+
+# --- changed
+
+
+def flipped(stream: bytes, at: int) -> bytes:
+    """Return a copy with one bit the other way round."""
+    changed = bytearray(stream)
+    changed[at] ^= 1
+    return bytes(changed)
+
+
+def _flip(bench: Bench, places: Iterable[int]) -> str:
+    stream = bench.stream()
+    tried, taken = 0, []
+    for at in places:
+        tried += 1
+        if bench.try_to_load(flipped(stream, at)) is None:
+            taken.append(at)
+    if not tried:
+        raise NotApplicable(f"the stream has {len(stream)} bytes")
+    if taken:
+        shown = ", ".join(map(str, taken[:4])) + (", …" if len(taken) > 4 else "")  # noqa: PLR2004 -- enough to look into
+        raise Weakness(f"{len(taken)} of {tried} were loaded, at {shown}", NO_INTEGRITY)
+    return f"all {tried} refused"
+
+
+def _body(length: int) -> list[int]:
+    """Return places all over the stream behind its head, the last byte among them."""
+    if length <= HEAD:
+        return []
+    step = max((length - HEAD) // FLIPS, 1)
+    return sorted({*range(HEAD, length, step)[:FLIPS], length - 1})
+
+
+@CHECKS.add("flip-head", "a flipped bit in the first 64 bytes is refused", "an error for each")
+def _flip_head(bench: Bench) -> str:
+    return _flip(bench, range(0, min(HEAD, len(bench.stream())), HEAD // FLIPS))
+
+
+@CHECKS.add("flip-body", "a flipped bit behind them is refused", "an error for each")
+def _flip_body(bench: Bench) -> str:
+    return _flip(bench, _body(len(bench.stream())))
+
+
+@CHECKS.add("takes-effect", "what is loaded is what the device has then", "a bit that was loaded is saved", source=FSM)
+def _takes_effect(bench: Bench) -> str:
+    stream, taken = bench.stream(), 0
+    for at in (*_body(len(stream)), *range(min(HEAD, len(stream)))):
+        changed = flipped(stream, at)
+        if bench.try_to_load(changed) is not None:
+            continue
+        taken += 1
+        if bench.v2.save() == changed:
+            return f"the bit at {at} is there"
+    if not taken:
+        raise NotApplicable("it takes no stream with a flipped bit")
+    raise Deviation(f"none of {taken} bits that were loaded is in the next save")
+
+
+@CHECKS.add("swapped", "a stream in another order is refused", "an error", source=STATE)
+def _swapped(bench: Bench) -> str:
+    stream = bench.stream()
+    half = len(stream) // 2
+    changed = stream[half:] + stream[:half]
+    if changed == stream:
+        raise NotApplicable("both halves are the same")
+    refused = bench.try_to_load(changed)
+    if refused is None:
+        raise Weakness("it was loaded", NO_INTEGRITY)
+    return str(refused)
+
+
+def _foreign(bench: Bench, stream: bytes) -> str:
+    """Write what is nothing of this device's; if write() takes it, leaving RESUMING must not."""
+    refused = bench.try_to_load(stream)
+    if refused is None:
+        raise Deviation("it was loaded")
+    return str(refused)
+
+
+@CHECKS.add("random", "random bytes are refused", "an error")
+def _random(bench: Bench) -> str:
+    return _foreign(bench, random.Random(2017).randbytes(len(bench.stream())))  # noqa: S311 -- no secret
+
+
+@CHECKS.add("zeros", "zeros are refused", "an error")
+def _zeros(bench: Bench) -> str:
+    if not any(bench.stream()):
+        raise NotApplicable("its own stream is all zeros")
+    return _foreign(bench, bytes(len(bench.stream())))
+
+
+@CHECKS.add("foreign-magic", "a stream that begins as another driver's is refused", "an error for each")
+def _foreign_magic(bench: Bench) -> str:
+    stream, seen = bench.stream(), []
+    for name, magic in MAGICS.items():
+        if stream.startswith(magic) or len(stream) < len(magic):
+            continue
+        if bench.try_to_load(magic + stream[len(magic) :]) is None:
+            raise Deviation(f"{name}'s was loaded")
+        seen.append(name)
+    return f"{', '.join(seen)} refused"
+
+
+@CHECKS.add(
+    "refused-then-stop", "after a write that was refused RESUMING cannot be left with success either", "an error"
+)
+def _refused_then_stop(bench: Bench) -> str:
+    stream = bench.stream()
+    fd = bench.v2.session(RESUMING)
+    try:
+        bench.v2.write_all(fd, flipped(stream, 0))
+    except OSError as error:
+        name = errno_name(error)
+    else:
+        raise NotApplicable("no write is refused; leaving resuming decides")
+    refused = bench.try_to_leave(STOP)
+    if refused is None:
+        raise Deviation(f"write() {name}, but going to stop succeeds and loads it")
+    return f"write() {name}, {refused}"
+
+
+@CHECKS.add(
+    "refused-recovers", "after a stream was refused a reset recovers", "running, and the whole stream loads", source=FSM
+)
+def _refused_recovers(bench: Bench) -> str:
+    _foreign(bench, random.Random(5).randbytes(len(bench.stream())))  # noqa: S311 -- no secret
+    return _recovers(bench)
+
+
+@CHECKS.add(
+    "abandoned", "RESUMING is given up by a reset", "running, fd ENODEV, and the whole stream loads", source=FSM
+)
+def _abandoned(bench: Bench) -> str:
+    stream = bench.stream()
+    fd = bench.v2.session(RESUMING)
+    bench.v2.write_all(fd, stream[: len(stream) // 2])
+    bench.v2.reset()
+    dead = bench.require_dead(fd, writing=True)
+    return f"fd {dead}, {_recovers(bench)}"
