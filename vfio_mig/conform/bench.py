@@ -26,6 +26,18 @@ class Refusal(NamedTuple):
         return f"{self.where}: {self.name}"
 
 
+def first_difference(one: bytes, other: bytes) -> int:
+    """Return the offset of the first byte that differs."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # the longest common prefix, by halves
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 class Bench:
     """One device under test.
 
@@ -53,6 +65,7 @@ class Bench:
         self.second: Final = second
         self.same_type: Final = same_type
         self._stream: bytes | None = None
+        self._repeats = True
         self._altered = False
         self._is_closed = False
 
@@ -118,12 +131,39 @@ class Bench:
         :raises NotApplicable: it is too large to be kept.
         """
         if self._stream is None:
-            stream = self.v2.save()
+            saves = []
+            for _ in range(2):
+                self.v2.settle()
+                self.v2.reset()  # so that no check's reset changes what is compared with
+                saves.append(self.v2.save())
             self.v2.go(RUNNING)
-            if not stream:
+            if not all(saves):
                 raise Deviation("its saved stream is empty")
-            self._stream = stream
+            self._stream, self._repeats = saves[0], saves[0] == saves[1]
         return self._stream
+
+    def require_repeatable(self) -> None:
+        """Skip where two states that should be the same cannot be told from two that are not."""
+        self.stream()
+        if not self._repeats:
+            raise NotApplicable("it never saves the same bytes twice")
+
+    def compare(self, saved: bytes, expected: bytes | None = None) -> str:
+        """Compare what was saved with what was loaded, or saved before; the device's own stream by default.
+
+        :raises Deviation: it differs, on a device that can save the same bytes twice.
+        """
+        own = self.stream() if expected is None else expected
+        if saved == own:
+            return f"the same {len(own)} bytes"
+        if not saved:
+            raise Deviation("0 bytes")
+        self.require_repeatable()
+        if len(saved) != len(own):
+            raise Deviation(
+                f"{len(saved)} bytes, not {len(own)}; the first other one at {first_difference(saved, own)}"
+            )
+        raise Deviation(f"other bytes, the first at {first_difference(saved, own)}")
 
     def bring_to(self, state: int) -> int:
         """Go from RUNNING to a state; in RESUMING the device's own stream is written. Returns the data fd or -1."""

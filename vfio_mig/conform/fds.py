@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
@@ -71,37 +70,12 @@ def _resume_cloexec(bench: Bench) -> str:
     return "close-on-exec"
 
 
-def _same_as_saved(bench: Bench, stream: bytes) -> str:
-    """Compare with the device's own stream, or at least its size where the device is not deterministic."""
-    own = bench.stream()
-    if stream == own:
-        return f"the same {len(own)} bytes"
-    bench.v2.settle()
-    require(len(stream) == len(own), f"{len(stream)} bytes, {len(own)} in one piece")
-    if bench.v2.save() == own:
-        raise Deviation(f"other bytes, the first at {first_difference(stream, own)}")
-    raise NotApplicable("it never saves the same bytes twice")
-
-
-def first_difference(one: bytes, other: bytes) -> int:
-    """Return the offset of the first byte that differs."""
-    both = min(len(one), len(other))
-    low, high = 0, both
-    while low < high:  # the longest common prefix, by halves
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 @CHECKS.add("zero-read", "a read of no bytes takes none", "0, and the stream from its first byte")
 def _zero_read(bench: Bench) -> str:
     bench.stream()
     fd = bench.v2.session(STOP_COPY)
     require(bench.v2.kernel.read(fd, 0) == b"", "bytes were returned")
-    return _same_as_saved(bench, bench.v2.read_all(fd))
+    return bench.compare(bench.v2.read_all(fd))
 
 
 @CHECKS.add("zero-write", "a write of no bytes adds none", "0, and the stream loads")
@@ -137,7 +111,7 @@ def _byte_reads(bench: Bench) -> str:
         require(len(byte) <= 1, f"{len(byte)} bytes for 1")
         parts.append(byte)
     parts.append(bench.v2.read_all(fd, ODD << 6))
-    return _same_as_saved(bench, b"".join(parts))
+    return bench.compare(b"".join(parts))
 
 
 @CHECKS.add("byte-writes", "how the stream is cut into writes makes no difference", "the same state", source=STATE)
@@ -152,7 +126,7 @@ def _byte_writes(bench: Bench) -> str:
     except OSError as error:
         raise Deviation(f"write(): {errno_name(error)}") from error
     bench.v2.go(STOP)
-    return _same_as_saved(bench, bench.v2.save())
+    return bench.compare(bench.v2.save())
 
 
 @CHECKS.add("shared-position", "a duplicate of the fd shares its position", "each byte once")
@@ -163,7 +137,7 @@ def _shared_position(bench: Bench) -> str:
     fd = v2.session(STOP_COPY)
     copy = v2.keep(v2.kernel.dup(fd))
     first, rest = v2.kernel.read(copy, 1), v2.read_all(fd)
-    return _same_as_saved(bench, first + rest)
+    return bench.compare(first + rest)
 
 
 @CHECKS.add(
@@ -181,7 +155,7 @@ def _close_early(bench: Bench) -> str:
     now = v2.state()
     require(now == STOP_COPY, f"closing it led to {state_name(now)}")
     v2.go(STOP)
-    return _same_as_saved(bench, v2.save())
+    return bench.compare(v2.save())
 
 
 @CHECKS.add("new-session", "a second session begins at the first byte", "the same bytes", source=FSM)
@@ -190,7 +164,41 @@ def _new_session(bench: Bench) -> str:
     bench.stream()
     v2.kernel.read(v2.session(STOP_COPY), ODD)
     v2.go(STOP)
-    return _same_as_saved(bench, v2.read_all(v2.session(STOP_COPY)))
+    return bench.compare(v2.read_all(v2.session(STOP_COPY)))
+
+
+@CHECKS.add("old-stays-dead", "a new session does not revive the fd of an old one", "ENODEV", source=FSM)
+def _old_stays_dead(bench: Bench) -> str:
+    v2 = bench.v2
+    old = v2.session(STOP_COPY)
+    v2.go(STOP)
+    new = v2.session(STOP_COPY)
+    dead = bench.require_dead(old)
+    require(not bench.fate(new), f"the new one: {bench.fate(new)}")
+    return dead
+
+
+@CHECKS.add("bad-read-pointer", "a read into memory that there is not loses nothing", "EFAULT, the same bytes")
+def _bad_read(bench: Bench) -> str:
+    v2 = bench.v2
+    bench.stream()
+    fd = v2.session(STOP_COPY)
+    head = v2.kernel.read(fd, 3)
+    refusal(lambda: v2.kernel.read_nowhere(fd, 8), errno.EFAULT)
+    return f"EFAULT, {bench.compare(head + v2.read_all(fd))}"
+
+
+@CHECKS.add("bad-write-pointer", "a write from memory that there is not adds nothing", "EFAULT, and the stream loads")
+def _bad_write(bench: Bench) -> str:
+    v2, stream = bench.v2, bench.stream()
+    fd = v2.session(RESUMING)
+    refusal(lambda: v2.kernel.write_nowhere(fd, 8), errno.EFAULT)
+    try:
+        v2.write_all(fd, stream)
+    except OSError as error:
+        raise Deviation(f"EFAULT, then write(): {errno_name(error)}") from error
+    v2.go(STOP)
+    return f"EFAULT, {bench.compare(v2.save())}"
 
 
 @CHECKS.add(
@@ -218,8 +226,8 @@ def _emfile(bench: Bench) -> str:
     bench.stream()
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     for state in (STOP_COPY, RESUMING):
-        lowest = os.dup(v2.fd)
-        os.close(lowest)
+        lowest = v2.kernel.dup(v2.fd)
+        v2.kernel.close(lowest)
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
         try:
             refusal(lambda to=state: v2.set(to), errno.EMFILE)  # type: ignore[misc]
@@ -227,4 +235,4 @@ def _emfile(bench: Bench) -> str:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         v2.reset()
         require(v2.state() == RUNNING, f"after RESET it is in {state_name(v2.state())}")
-    return f"EMFILE, then {_same_as_saved(bench, v2.save())}"
+    return f"EMFILE, then {bench.compare(v2.save())}"

@@ -71,6 +71,17 @@ def errno_name(error: OSError) -> str:
     return errno.errorcode.get(error.errno or 0, f"errno {error.errno}")
 
 
+def _into_nowhere(call: str, fd: int, size: int) -> int:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    done: int = libc[call](fd, ctypes.c_void_p(8), ctypes.c_size_t(size))
+    if done < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return done
+
+
 class Kernel:
     """The system calls of the checks; a unit test plays another."""
 
@@ -85,6 +96,14 @@ class Kernel:
     def write(self, fd: int, data: bytes | memoryview) -> int:
         """Write to a data fd."""
         return os.write(fd, data)
+
+    def read_nowhere(self, fd: int, size: int) -> int:
+        """Read to an address that is never mapped."""
+        return _into_nowhere("read", fd, size)
+
+    def write_nowhere(self, fd: int, size: int) -> int:
+        """Write from there."""
+        return _into_nowhere("write", fd, size)
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         """Read at a position."""

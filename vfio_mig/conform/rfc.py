@@ -12,8 +12,8 @@ import random
 import struct
 from typing import TYPE_CHECKING, Final
 
+from vfio_mig.conform.bench import first_difference
 from vfio_mig.conform.check import RFC, Checks, Deviation, NotApplicable, require
-from vfio_mig.conform.fds import first_difference
 from vfio_mig.conform.feature import refusal
 from vfio_mig.conform.rfc_raw import PAGE, STATUS
 from vfio_mig.device import MMAP, READ, WRITE
