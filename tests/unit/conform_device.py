@@ -370,6 +370,9 @@ class Played(Kernel):
         self.files[copy] = self.files.get(fd, Session(b"", saving=True))
         return copy
 
+    def is_readable(self, fd: int) -> bool:
+        return fd in self.files and "poll" not in self
+
     def is_inheritable(self, fd: int) -> bool:  # noqa: ARG002
         return "inherited" in self
 

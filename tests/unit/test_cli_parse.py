@@ -31,6 +31,7 @@ PROGRAM: Final = Path(sys.executable).parent / "vfio-mig"
 MISSING: Final = "deadbeef-0000-4000-8000-00000000dead"
 # Each command with what it needs after DEVICE
 ON_DEVICES: Final[dict[str, list[str]]] = {
+    "conform": [],
     "dirty": [],
     "hold": [],
     "info": [],

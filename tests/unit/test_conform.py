@@ -150,6 +150,7 @@ DEFECTS: Final = [
     ("seek", "v2.fd.save-seek", FAIL),
     ("inherited", "v2.fd.save-cloexec", FAIL),
     ("eof", "v2.fd.eof-sticky", FAIL),
+    ("poll", "v2.fd.poll", FAIL),
     ("position", "v2.fd.new-session", FAIL),
     ("loses bytes", "v2.fd.bad-read-pointer", FAIL),
     ("adds bytes", "v2.fd.bad-write-pointer", FAIL),

@@ -7,7 +7,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
-from vfio_mig.conform.check import DATA_FD, FSM, STATE, Checks, Deviation, NotApplicable, require
+from vfio_mig.conform.check import DATA_FD, FSM, PRECOPY, STATE, Checks, Deviation, NotApplicable, require
 from vfio_mig.conform.feature import refusal
 from vfio_mig.conform.raw import RESUMING, RUNNING, STOP, STOP_COPY, errno_name, state_name
 
@@ -99,6 +99,14 @@ def _eof_sticky(bench: Bench) -> str:
         more = bench.v2.kernel.read(fd, ODD)
         require(more == b"", f"{len(more)} bytes behind the end")
     return "0, 0, 0"
+
+
+@CHECKS.add("poll", "in STOP_COPY poll() says readable, at the end of the stream too", "POLLIN", source=PRECOPY)
+def _poll(bench: Bench) -> str:
+    fd = bench.v2.session(STOP_COPY)
+    bench.v2.read_all(fd)
+    require(bench.v2.kernel.is_readable(fd), "nothing at the end")
+    return "POLLIN"
 
 
 @CHECKS.add("byte-reads", "how the stream is cut into reads makes no difference", "the same bytes", source=STATE)

@@ -121,6 +121,14 @@ class Kernel:
         """Make another number for the same open file."""
         return os.dup(fd)
 
+    def is_readable(self, fd: int) -> bool:
+        """Tell what poll() says of reading, without waiting."""
+        import select
+
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return any(events & select.POLLIN for _, events in poll.poll(0))
+
     def is_inheritable(self, fd: int) -> bool:
         """Tell whether a program that is started gets it."""
         return os.get_inheritable(fd)
