@@ -880,6 +880,27 @@ def test_states_reads_and_resets_at_once_do_no_harm(vgpu: V2) -> None:
     assert runs(vgpu.guest)
 
 
+def test_a_reset_while_a_state_is_loaded_leaves_nothing_of_it(vgpu: V2) -> None:
+    device = vgpu.guest.device
+    device.set_reg(0x5000, 0x77)
+    stream = vgpu.save()
+    began = time.monotonic()
+    device.reset()
+    span = time.monotonic() - began
+    turns = 20
+    for turn in range(turns):
+        with vgpu.session(RESUMING) as fd:
+            write_all(fd, stream)
+            thread = threading.Thread(target=device.reset)
+            thread.start()
+            time.sleep(span * turn / turns)
+            vgpu.go(STOP)  # loads and is undone, or stops a device that was reset
+            thread.join()
+        assert vgpu.state() in {RUNNING, STOP}
+        assert device.reg(0x5000) == 0
+        device.reset()
+
+
 # --- DMA logging
 
 

@@ -190,8 +190,6 @@ struct gvt_mig_file;			/* mig.c: a v2 session */
 /* The v2 protocol, mig.c */
 struct gvt_mig {
 	struct mutex		state_mutex;
-	spinlock_t		reset_lock;	/* deferred_reset; mig.c */
-	bool			deferred_reset;
 	u32			state;		/* enum vfio_device_mig_state */
 	struct gvt_mig_file	*file;		/* the session, if there is one */
 	u64			extra_bytes;	/* filler in the state */
@@ -375,7 +373,7 @@ void gvt_ppgtt_free(struct list_head *roots);
 /* replace the roots by a list of struct gvt_ppgtt; takes the list over */
 void gvt_ppgtt_replace(struct vgpu *vgpu, struct list_head *roots,
 		       unsigned int nr);
-/* VFIO_DEVICE_RESET; takes lock, waits for the running workload */
+/* reset of the hardware; takes lock, waits for the running workload */
 void gvt_device_reset(struct vgpu *vgpu);
 
 /* state.c: the RFC's state region; takes state_lock and lock */
@@ -398,13 +396,14 @@ void gvt_image_free(struct gvt_image *image);	/* NULL is fine */
 
 /*
  * mig.c: the v2 protocol. Without the parameter v2 all of these do nothing but
- * gvt_mig_set_active(), which then is gvt_submit_start() or _stop().
+ * gvt_mig_set_active(), which then is gvt_submit_start() or _stop(), and
+ * gvt_mig_reset(), which is gvt_device_reset().
  */
 void gvt_mig_init(struct vgpu *vgpu);	/* before the device is registered */
 void gvt_mig_fini(struct vgpu *vgpu);
 bool gvt_mig_enabled(const struct vgpu *vgpu);
 void gvt_mig_close(struct vgpu *vgpu);	/* the last device fd */
-void gvt_mig_reset(struct vgpu *vgpu);	/* after the hardware's reset */
+void gvt_mig_reset(struct vgpu *vgpu);	/* VFIO_DEVICE_RESET */
 /* the RFC's START and STOP; -EBUSY in a state of v2 that is no run state */
 int gvt_mig_set_active(struct vgpu *vgpu, bool active);
 /* the hardware has written guest memory; any lock but gtt_lock's inner ones */

@@ -962,41 +962,26 @@ static struct file *gvt_mig_go(struct vgpu *vgpu, u32 target)
 }
 
 /*
- * As in the drivers of mainline a reset never waits for state_mutex: whoever
- * holds it finds out in here and finishes the reset.
+ * The hardware's reset and v2's are one step to whoever changes the state or
+ * loads one meanwhile. Who has the mutex may wait for a workload: drop it first.
  */
-static void gvt_mig_unlock(struct vgpu *vgpu)
-{
-	struct gvt_mig *mig = &vgpu->mig;
-
-again:
-	spin_lock(&mig->reset_lock);
-	if (mig->deferred_reset) {
-		mig->deferred_reset = false;
-		spin_unlock(&mig->reset_lock);
-		gvt_session_end(vgpu);
-		WRITE_ONCE(mig->state, VFIO_DEVICE_STATE_RUNNING);
-		gvt_submit_start(vgpu);
-		goto again;
-	}
-	mutex_unlock(&mig->state_mutex);
-	spin_unlock(&mig->reset_lock);
-}
-
 void gvt_mig_reset(struct vgpu *vgpu)
 {
 	struct gvt_mig *mig = &vgpu->mig;
 
-	if (!gvt_mig_enabled(vgpu))
-		return;
-	spin_lock(&mig->reset_lock);
-	mig->deferred_reset = true;
-	if (!mutex_trylock(&mig->state_mutex)) {
-		spin_unlock(&mig->reset_lock);
+	if (!gvt_mig_enabled(vgpu)) {
+		gvt_device_reset(vgpu);
 		return;
 	}
-	spin_unlock(&mig->reset_lock);
-	gvt_mig_unlock(vgpu);
+	mutex_lock(&vgpu->lock);
+	gvt_submit_reset(vgpu, GENMASK(GVT_RING_COUNT - 1, 0));
+	mutex_unlock(&vgpu->lock);
+	mutex_lock(&mig->state_mutex);
+	gvt_session_end(vgpu);
+	gvt_device_reset(vgpu);
+	WRITE_ONCE(mig->state, VFIO_DEVICE_STATE_RUNNING);
+	gvt_submit_start(vgpu);
+	mutex_unlock(&mig->state_mutex);
 }
 
 int gvt_mig_set_active(struct vgpu *vgpu, bool active)
@@ -1018,7 +1003,7 @@ int gvt_mig_set_active(struct vgpu *vgpu, bool active)
 			 gvt_mig_state_name(vgpu));
 		filp = ERR_PTR(-EBUSY);
 	}
-	gvt_mig_unlock(vgpu);
+	mutex_unlock(&vgpu->mig.state_mutex);
 	return PTR_ERR_OR_ZERO(filp);
 }
 
@@ -1038,7 +1023,7 @@ static struct file *gvt_mig_set_state(struct vfio_device *vdev,
 		return ERR_PTR(ret);
 	mutex_lock(&vgpu->mig.state_mutex);
 	filp = gvt_mig_go(vgpu, target);
-	gvt_mig_unlock(vgpu);
+	mutex_unlock(&vgpu->mig.state_mutex);
 	if (IS_ERR(filp))
 		return filp;
 	ret = gvt_fault_end(&fault, 0);
@@ -1056,7 +1041,7 @@ static int gvt_mig_get_state(struct vfio_device *vdev,
 
 	mutex_lock(&vgpu->mig.state_mutex);
 	*state = vgpu->mig.state;
-	gvt_mig_unlock(vgpu);
+	mutex_unlock(&vgpu->mig.state_mutex);
 	return 0;
 }
 
@@ -1080,7 +1065,7 @@ gvt_mig_get_data_size(struct vfio_device *vdev, unsigned long *size)
 			READ_ONCE(vgpu->mig.extra_bytes) +
 			sizeof(struct gvt_mig_record) + gvt_image_now(vgpu);
 	}
-	gvt_mig_unlock(vgpu);
+	mutex_unlock(&vgpu->mig.state_mutex);
 	return 0;
 }
 
@@ -1132,7 +1117,7 @@ static int gvt_log_start(struct vfio_device *vdev,
 		*page_size = GVT_PAGE_SIZE;
 		ret = 0;
 	}
-	gvt_mig_unlock(vgpu);
+	mutex_unlock(&vgpu->mig.state_mutex);
 	return ret;
 }
 
@@ -1142,7 +1127,7 @@ static int gvt_log_stop(struct vfio_device *vdev)
 
 	mutex_lock(&vgpu->mig.state_mutex);
 	gvt_log_off(vgpu);
-	gvt_mig_unlock(vgpu);
+	mutex_unlock(&vgpu->mig.state_mutex);
 	return 0;
 }
 
@@ -1175,7 +1160,7 @@ static int gvt_log_read_and_clear(struct vfio_device *vdev, unsigned long iova,
 		ret = -EIO;
 	else if (length)
 		gvt_log_move(vgpu, iova, length, dirty);
-	gvt_mig_unlock(vgpu);
+	mutex_unlock(&vgpu->mig.state_mutex);
 	return ret;
 }
 
@@ -1218,7 +1203,7 @@ void gvt_mig_set_rate(struct vgpu *vgpu, u64 rate)
 		mutex_unlock(&migf->lock);
 	}
 	WRITE_ONCE(vgpu->mig.dirty_rate, rate);
-	gvt_mig_unlock(vgpu);
+	mutex_unlock(&vgpu->mig.state_mutex);
 }
 
 /* --- life ------------------------------------------------------------ */
@@ -1237,7 +1222,7 @@ void gvt_mig_close(struct vgpu *vgpu)
 	gvt_session_end(vgpu);
 	gvt_log_off(vgpu);
 	WRITE_ONCE(vgpu->mig.state, VFIO_DEVICE_STATE_RUNNING);
-	gvt_mig_unlock(vgpu);
+	mutex_unlock(&vgpu->mig.state_mutex);
 }
 
 void gvt_mig_init(struct vgpu *vgpu)
@@ -1246,7 +1231,6 @@ void gvt_mig_init(struct vgpu *vgpu)
 	unsigned int flags = READ_ONCE(gvt_v2);
 
 	mutex_init(&mig->state_mutex);
-	spin_lock_init(&mig->reset_lock);
 	xa_init_flags(&mig->log, XA_FLAGS_ACCOUNT);
 	mig->state = VFIO_DEVICE_STATE_RUNNING;
 	mig->extra_bytes = min_t(u64, READ_ONCE(gvt_v2_extra_bytes),

@@ -358,7 +358,6 @@ static int gvt_reset(struct vgpu *vgpu)
 	ret = gvt_fault_begin(vgpu, GVT_FAULT_RESET, &fault);
 	if (ret)
 		return ret;
-	gvt_device_reset(vgpu);
 	gvt_mig_reset(vgpu);
 	return gvt_fault_end(&fault, 0);
 }
