@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import itertools
+import mmap
 import os
 import platform
 import resource
@@ -899,6 +900,26 @@ def test_a_reset_while_a_state_is_loaded_leaves_nothing_of_it(vgpu: V2) -> None:
         assert vgpu.state() in {RUNNING, STOP}
         assert device.reg(0x5000) == 0
         device.reset()
+
+
+def test_a_reset_does_not_wait_for_a_long_read_to_end(vgpu: V2) -> None:
+    vgpu.set_knob("v2_extra_bytes", 1 << 30)
+    got: list[int] = []
+    with vgpu.session(STOP_COPY) as fd, mmap.mmap(-1, 128 << 20) as room:
+        began = time.monotonic()
+        os.readv(fd, [memoryview(room)[: 16 << 20]])
+        span = (time.monotonic() - began) * 8  # what all of the room would take
+        thread = threading.Thread(target=lambda: got.append(os.readv(fd, [room])))
+        thread.start()
+        time.sleep(span / 16)
+        began = time.monotonic()
+        vgpu.guest.device.reset()
+        took = time.monotonic() - began
+        thread.join()
+        assert 0 < got[0] < 128 << 20
+        assert took < span / 4
+        fails(errno.ENODEV, os.read, fd, 1)
+    assert vgpu.state() == RUNNING
 
 
 # --- DMA logging

@@ -108,6 +108,7 @@ enum gvt_mig_stage {
 
 struct gvt_mig_file {
 	struct file		*filp;		/* the vGPU has a reference */
+	bool			over;		/* set before lock is waited for */
 	struct mutex		lock;		/* everything below */
 	struct vgpu		*vgpu;		/* NULL: the session is over */
 	u8			*chunk;		/* two of GVT_MIG_CHUNK */
@@ -198,6 +199,14 @@ static size_t gvt_stage_part(const struct gvt_mig_file *migf, size_t bytes)
 {
 	return min_t(u64, min_t(size_t, bytes, GVT_MIG_CHUNK),
 		     migf->size - migf->pos);
+}
+
+/* Nobody who ends a session waits for the whole of a large read() or write() */
+static int gvt_stage_interrupted(const struct gvt_mig_file *migf)
+{
+	if (READ_ONCE(migf->over))
+		return -ENODEV;
+	return signal_pending(current) ? -ERESTARTSYS : 0;
 }
 
 /* --- saving; under migf->lock ---------------------------------------- */
@@ -353,10 +362,9 @@ static ssize_t gvt_save(struct gvt_mig_file *migf, char __user *buf,
 	while (done < count) {
 		if (migf->pos == migf->size && !gvt_save_next(migf))
 			break;
-		if (signal_pending(current)) {
-			ret = -ERESTARTSYS;
+		ret = gvt_stage_interrupted(migf);
+		if (ret)
 			break;
-		}
 		part = gvt_stage_part(migf, count - done);
 		ret = gvt_save_part(migf, buf + done, part);
 		if (ret)
@@ -504,7 +512,7 @@ static ssize_t gvt_load(struct gvt_mig_file *migf, const char __user *buf,
 			size_t count)
 {
 	size_t done = 0, part;
-	int ret = migf->broken;
+	int ret = migf->broken, stop;
 
 	while (done < count && !ret) {
 		if (migf->stage == GVT_STAGE_END) {
@@ -512,8 +520,9 @@ static ssize_t gvt_load(struct gvt_mig_file *migf, const char __user *buf,
 			ret = -ENOMEM;	/* as in other drivers */
 			break;
 		}
-		if (signal_pending(current))
-			return done ? done : -ERESTARTSYS;
+		stop = gvt_stage_interrupted(migf);
+		if (stop)
+			return done ? done : stop;
 		part = gvt_stage_part(migf, count - done);
 		ret = gvt_load_part(migf, buf + done, part);
 		if (ret == -EFAULT)
@@ -707,6 +716,7 @@ static void gvt_session_end(struct vgpu *vgpu)
 	if (!migf)
 		return;
 	vgpu->mig.file = NULL;
+	WRITE_ONCE(migf->over, true);
 	mutex_lock(&migf->lock);
 	migf->vgpu = NULL;
 	gvt_mig_file_empty(migf);
