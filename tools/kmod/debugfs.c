@@ -346,6 +346,8 @@ void gvt_debugfs_add(struct vgpu *vgpu)
 				    vgpu, gvt_vgpu_files[i].fops);
 	debugfs_create_file("fault", 0600, vgpu->debugfs, vgpu,
 			    &gvt_fault_fops);
+	debugfs_create_file("defect", 0600, vgpu->debugfs, vgpu,
+			    &gvt_defect_fops);
 	debugfs_create_u32("exec_delay_ms", 0600, vgpu->debugfs,
 			   &vgpu->exec_delay_ms);
 	if (gvt_mig_enabled(vgpu))
@@ -365,6 +367,8 @@ void gvt_debugfs_init(void)
 			    &host_ggtt_fops);
 	debugfs_create_file("host_fence", 0400, gvt_debugfs_root, NULL,
 			    &host_fence_fops);
+	debugfs_create_file("defects", 0400, gvt_debugfs_root, NULL,
+			    &gvt_defects_fops);
 }
 
 void gvt_debugfs_fini(void)

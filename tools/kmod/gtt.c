@@ -371,6 +371,19 @@ int gvt_host_rw(struct vgpu *vgpu, u64 hgma, void *buf, size_t len, bool write)
 	return 0;
 }
 
+static long gvt_dirty_copy(struct vgpu *vgpu, void __user *out,
+			   unsigned long *bitmap, u64 pages, size_t bytes)
+{
+	if (pages % BITS_PER_LONG && gvt_defect(vgpu, GVT_DEFECT_DIRTY_TAIL))
+		__set_bit(pages, bitmap);
+	if (pages && gvt_defect(vgpu, GVT_DEFECT_DIRTY_INVENTED))
+		__set_bit(0, bitmap);
+	if (gvt_defect(vgpu, GVT_DEFECT_DIRTY_KEEPS_BUFFER) &&
+	    bitmap_empty(bitmap, bytes * BITS_PER_BYTE))
+		return 0;
+	return copy_to_user(out, bitmap, bytes) ? -EFAULT : 0;
+}
+
 /*
  * RFC patch 8. A page may have been written while it is pinned: what the
  * hardware can reach it reaches through a present host entry.
@@ -383,10 +396,11 @@ long gvt_dirty_ioctl(struct vgpu *vgpu, void __user *arg)
 	unsigned long first, gfn, *bitmap;
 	struct gvt_pin *pin;
 	size_t bytes;
-	long ret = 0;
+	long ret;
 
-	if (copy_from_user(&request, arg, head))
-		return -EFAULT;
+	ret = copy_from_user(&request, arg, head);
+	if (ret)
+		return gvt_defect(vgpu, GVT_DEFECT_DIRTY_FAULT) ? ret : -EFAULT;
 	if (request.page_nr > READ_ONCE(gvt_dirty_max_pages)) {
 		gvt_note(vgpu, "dirty bitmap: %llu pages in one call",
 			 request.page_nr);
@@ -394,6 +408,8 @@ long gvt_dirty_ioctl(struct vgpu *vgpu, void __user *arg)
 	}
 	/* one word more than needed: the RFC's kernels copy that back too */
 	bytes = (DIV_ROUND_UP_ULL(request.page_nr, 64) + 1) * sizeof(u64);
+	if (gvt_defect(vgpu, GVT_DEFECT_DIRTY_OVERRUN))
+		bytes += sizeof(u64);
 	bitmap = kvzalloc(bytes, GFP_KERNEL_ACCOUNT);
 	if (!bitmap)
 		return -ENOMEM;
@@ -406,8 +422,7 @@ long gvt_dirty_ioctl(struct vgpu *vgpu, void __user *arg)
 			__set_bit(gfn - first, bitmap);
 	mutex_unlock(&vgpu->gtt_lock);
 
-	if (copy_to_user(arg + head, bitmap, bytes))
-		ret = -EFAULT;
+	ret = gvt_dirty_copy(vgpu, arg + head, bitmap, request.page_nr, bytes);
 	kvfree(bitmap);
 	return ret;
 }

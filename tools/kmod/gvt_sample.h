@@ -43,6 +43,7 @@
 #include "gvt_rfc.h"
 #include "gvt_image.h"
 #include "gvt_pvinfo.h"
+#include "defect.h"
 
 #define GVT_NAME		"gvt_sample"
 
@@ -262,6 +263,7 @@ struct vgpu {
 	char			last_error[96];	/* why something was refused */
 	spinlock_t		fault_lock;	/* innermost */
 	struct gvt_fault	faults[GVT_FAULT_OPS];
+	DECLARE_BITMAP(defects, GVT_DEFECTS);
 };
 
 static inline struct vgpu *vdev_to_vgpu(struct vfio_device *vdev)

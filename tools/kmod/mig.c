@@ -339,6 +339,13 @@ static bool gvt_save_next(struct gvt_mig_file *migf)
 	}
 }
 
+/* A mistake: the stream from its first byte on once more */
+static void gvt_save_restart(struct gvt_mig_file *migf)
+{
+	migf->seq = 0;
+	gvt_stage_enter(migf, GVT_STAGE_HEADER, sizeof(migf->header));
+}
+
 static int gvt_save_part(struct gvt_mig_file *migf, char __user *buf,
 			 size_t bytes)
 {
@@ -351,6 +358,25 @@ static int gvt_save_part(struct gvt_mig_file *migf, char __user *buf,
 		memory = migf->chunk;
 	}
 	return copy_to_user(buf, memory, bytes) ? -EFAULT : 0;
+}
+
+/* Bytes that a read of @part bytes takes away */
+static size_t gvt_save_taken(const struct gvt_mig_file *migf, size_t part)
+{
+	if (part < sizeof(u64) && gvt_defect(migf->vgpu, GVT_DEFECT_READ_LOSES))
+		return min_t(u64, sizeof(u64), migf->size - migf->pos);
+	return part;
+}
+
+/* At the end, and nothing was read: what does read() return? */
+static int gvt_save_end(struct gvt_mig_file *migf)
+{
+	if (migf->precopy || (migf->header.flags & GVT_MIG_PRE_COPY &&
+			      gvt_defect(migf->vgpu, GVT_DEFECT_PRECOPY_ENOMSG)))
+		return -ENOMSG;
+	if (gvt_defect(migf->vgpu, GVT_DEFECT_READ_RESTARTS))
+		gvt_save_restart(migf);
+	return 0;
 }
 
 static ssize_t gvt_save(struct gvt_mig_file *migf, char __user *buf,
@@ -367,14 +393,16 @@ static ssize_t gvt_save(struct gvt_mig_file *migf, char __user *buf,
 			break;
 		part = gvt_stage_part(migf, count - done);
 		ret = gvt_save_part(migf, buf + done, part);
+		if (ret && gvt_defect(migf->vgpu, GVT_DEFECT_READ_FAULT))
+			migf->pos += part;
 		if (ret)
 			break;
-		migf->pos += part;
+		migf->pos += gvt_save_taken(migf, part);
 		done += part;
 		cond_resched();
 	}
-	if (!done && !ret && count && migf->precopy)
-		ret = -ENOMSG;
+	if (!done && !ret && count)
+		ret = gvt_save_end(migf);
 	return done ? done : ret;
 }
 
@@ -392,7 +420,8 @@ static int gvt_check_header(struct gvt_mig_file *migf)
 	char type[sizeof(header->type)] = {};
 
 	strscpy(type, migf->vgpu->type->name, sizeof(type));
-	if (header->magic != GVT_MIG_MAGIC)
+	if (header->magic != GVT_MIG_MAGIC &&
+	    !gvt_defect(migf->vgpu, GVT_DEFECT_LOAD_FOREIGN))
 		return gvt_refuse(migf, "not a stream of this driver");
 	if (header->version != GVT_MIG_VERSION || header->check ||
 	    header->flags & ~GVT_MIG_PRE_COPY)
@@ -507,6 +536,14 @@ static int gvt_load_part(struct gvt_mig_file *migf, const char __user *buf,
 	       gvt_refuse(migf, "filler differs") : 0;
 }
 
+/* A mistake: as if write() never came with less than a header */
+static bool gvt_load_pieces(const struct gvt_mig_file *migf, size_t count)
+{
+	return migf->stage == GVT_STAGE_HEADER && !migf->pos &&
+	       count < sizeof(migf->header) &&
+	       gvt_defect(migf->vgpu, GVT_DEFECT_LOAD_PIECES);
+}
+
 /* Refused bytes spoil the session; memory that cannot be read does not */
 static ssize_t gvt_load(struct gvt_mig_file *migf, const char __user *buf,
 			size_t count)
@@ -514,8 +551,12 @@ static ssize_t gvt_load(struct gvt_mig_file *migf, const char __user *buf,
 	size_t done = 0, part;
 	int ret = migf->broken, stop;
 
+	if (!ret && count && gvt_load_pieces(migf, count))
+		ret = gvt_refuse(migf, "a header in pieces");
 	while (done < count && !ret) {
 		if (migf->stage == GVT_STAGE_END) {
+			if (gvt_defect(migf->vgpu, GVT_DEFECT_LOAD_SURPLUS))
+				return count;
 			gvt_note(migf->vgpu, "v2: more than a state");
 			ret = -ENOMEM;	/* as in other drivers */
 			break;
@@ -596,6 +637,17 @@ static ssize_t gvt_data_write(struct file *filp, const char __user *buf,
 	return gvt_fault_end(&fault, ret);
 }
 
+static void gvt_precopy_bytes(struct gvt_mig_file *migf,
+			      struct vfio_precopy_info *info)
+{
+	gvt_dirty_grow(migf);
+	info->flags = 0;
+	info->initial_bytes = gvt_left_initial(migf);
+	info->dirty_bytes = gvt_left_dirty(migf);
+	if (gvt_defect(migf->vgpu, GVT_DEFECT_PRECOPY_INITIAL_STUCK))
+		info->initial_bytes = sizeof(migf->header) + migf->header.filler;
+}
+
 static long gvt_precopy_info(struct gvt_mig_file *migf, void __user *arg)
 {
 	const size_t minsz = offsetofend(struct vfio_precopy_info, dirty_bytes);
@@ -604,23 +656,31 @@ static long gvt_precopy_info(struct gvt_mig_file *migf, void __user *arg)
 
 	if (copy_from_user(&info, arg, minsz))
 		return -EFAULT;
-	if (info.argsz < minsz)
-		return -EINVAL;
 	mutex_lock(&migf->lock);
-	if (!migf->vgpu) {
+	if (!migf->vgpu)
 		ret = -ENODEV;
-	} else if (!migf->precopy) {
+	else if (info.argsz < minsz &&
+		 !gvt_defect(migf->vgpu, GVT_DEFECT_PRECOPY_INFO_ARGSZ))
 		ret = -EINVAL;
-	} else {
-		gvt_dirty_grow(migf);
-		info.flags = 0;
-		info.initial_bytes = gvt_left_initial(migf);
-		info.dirty_bytes = gvt_left_dirty(migf);
-	}
+	else if (!migf->precopy &&
+		 !gvt_defect(migf->vgpu, GVT_DEFECT_PRECOPY_INFO_LATE))
+		ret = -EINVAL;
+	else
+		gvt_precopy_bytes(migf, &info);
 	mutex_unlock(&migf->lock);
 	if (!ret && copy_to_user(arg, &info, minsz))
 		ret = -EFAULT;
 	return ret;
+}
+
+static long gvt_data_other_ioctl(struct gvt_mig_file *migf)
+{
+	bool fine;
+
+	mutex_lock(&migf->lock);
+	fine = migf->vgpu && gvt_defect(migf->vgpu, GVT_DEFECT_FD_ANY_IOCTL);
+	mutex_unlock(&migf->lock);
+	return fine ? 0 : -ENOTTY;
 }
 
 static long gvt_data_ioctl(struct file *filp, unsigned int cmd,
@@ -629,7 +689,7 @@ static long gvt_data_ioctl(struct file *filp, unsigned int cmd,
 	struct gvt_mig_file *migf = filp->private_data;
 
 	if (cmd != VFIO_MIG_GET_PRECOPY_INFO || !migf->saving)
-		return -ENOTTY;
+		return gvt_data_other_ioctl(migf);
 	return gvt_precopy_info(migf, (void __user *)arg);
 }
 
@@ -660,16 +720,25 @@ static const struct file_operations gvt_save_fops = {
 	.read		= gvt_data_read,
 	.unlocked_ioctl	= gvt_data_ioctl,
 	.compat_ioctl	= compat_ptr_ioctl,
+	.llseek		= noop_llseek,		/* never reached: a stream */
 	.release	= gvt_data_release,
 };
 
 static const struct file_operations gvt_load_fops = {
 	.owner		= THIS_MODULE,
 	.write		= gvt_data_write,
+	.llseek		= noop_llseek,		/* never reached: a stream */
 	.release	= gvt_data_release,
 };
 
 /* --- sessions; under state_mutex ------------------------------------- */
+
+static int gvt_data_flags(const struct vgpu *vgpu, bool saving)
+{
+	if (gvt_defect(vgpu, GVT_DEFECT_FD_BOTH_WAYS))
+		return O_RDWR;
+	return saving ? O_RDONLY : O_WRONLY;
+}
 
 static struct gvt_mig_file *gvt_mig_file_new(struct vgpu *vgpu, bool saving)
 {
@@ -690,23 +759,16 @@ static struct gvt_mig_file *gvt_mig_file_new(struct vgpu *vgpu, bool saving)
 	}
 	filp = anon_inode_getfile(GVT_NAME "_mig",
 				  saving ? &gvt_save_fops : &gvt_load_fops,
-				  migf, saving ? O_RDONLY : O_WRONLY);
+				  migf, gvt_data_flags(vgpu, saving));
 	if (IS_ERR(filp)) {
 		gvt_mig_file_free(migf);
 		return ERR_CAST(filp);
 	}
 	stream_open(filp->f_inode, filp);
+	if (gvt_defect(vgpu, GVT_DEFECT_FD_SEEKABLE))
+		filp->f_mode |= FMODE_LSEEK;
 	migf->filp = filp;
 	return migf;
-}
-
-/* The vGPU's session from now on; what is returned is the caller's reference */
-static struct file *gvt_session_begin(struct vgpu *vgpu,
-				      struct gvt_mig_file *migf)
-{
-	get_file(migf->filp);
-	vgpu->mig.file = migf;
-	return migf->filp;
 }
 
 static void gvt_session_end(struct vgpu *vgpu)
@@ -722,6 +784,23 @@ static void gvt_session_end(struct vgpu *vgpu)
 	gvt_mig_file_empty(migf);
 	mutex_unlock(&migf->lock);
 	fput(migf->filp);
+}
+
+/* But with the mistake it lives on, until another begins or the vGPU ends */
+static void gvt_session_end_unless(struct vgpu *vgpu, enum gvt_defect mistake)
+{
+	if (!gvt_defect(vgpu, mistake))
+		gvt_session_end(vgpu);
+}
+
+/* The vGPU's session from now on; what is returned is the caller's reference */
+static struct file *gvt_session_begin(struct vgpu *vgpu,
+				      struct gvt_mig_file *migf)
+{
+	gvt_session_end(vgpu);		/* there is none, but for a mistake */
+	get_file(migf->filp);
+	vgpu->mig.file = migf;
+	return migf->filp;
 }
 
 /* What the device is behind the filler. It must not run any more. */
@@ -808,12 +887,13 @@ static void gvt_pre_copy_start(struct vgpu *vgpu)
 
 	mutex_lock(&migf->lock);
 	gvt_dirty_go(migf, true);
+	if (gvt_defect(vgpu, GVT_DEFECT_PRECOPY_RESTARTS))
+		gvt_save_restart(migf);
 	mutex_unlock(&migf->lock);
 	gvt_submit_start(vgpu);
 }
 
-/* PRE_COPY is over: the same session goes on, and will come to an end */
-static int gvt_pre_copy_end(struct vgpu *vgpu, bool running)
+static int gvt_pre_copy_last(struct vgpu *vgpu, bool running)
 {
 	struct gvt_mig_file *migf = vgpu->mig.file;
 	u32 room = gvt_image_max(vgpu);
@@ -841,6 +921,18 @@ static int gvt_pre_copy_end(struct vgpu *vgpu, bool running)
 	return ret;
 }
 
+/* PRE_COPY is over: the same session goes on, and will come to an end */
+static struct file *gvt_pre_copy_end(struct vgpu *vgpu, bool running)
+{
+	int ret = gvt_pre_copy_last(vgpu, running);
+
+	if (ret)
+		return ERR_PTR(ret);
+	if (gvt_defect(vgpu, GVT_DEFECT_PRECOPY_NEW_FD))
+		return get_file(vgpu->mig.file->filp);
+	return NULL;
+}
+
 static struct file *gvt_resuming(struct vgpu *vgpu)
 {
 	struct gvt_mig_file *migf = gvt_mig_file_new(vgpu, false);
@@ -848,6 +940,22 @@ static struct file *gvt_resuming(struct vgpu *vgpu)
 	if (IS_ERR(migf))
 		return ERR_CAST(migf);
 	return gvt_session_begin(vgpu, migf);
+}
+
+/* The whole state has come: the vGPU becomes what it says */
+static int gvt_resumed_apply(struct vgpu *vgpu, struct gvt_mig_file *migf)
+{
+	int ret;
+
+	if (gvt_defect(vgpu, GVT_DEFECT_LOAD_NOTHING))
+		return 0;
+	ret = gvt_image_apply(vgpu, migf->parsed);
+	if (ret)
+		return ret;
+	WRITE_ONCE(vgpu->mig.extra_bytes, migf->header.filler);
+	if (!gvt_defect(vgpu, GVT_DEFECT_LOAD_LOSES_SEED))
+		vgpu->mig.seed = migf->header.seed;
+	return 0;
 }
 
 /*
@@ -861,18 +969,31 @@ static int gvt_resumed(struct vgpu *vgpu)
 
 	mutex_lock(&migf->lock);
 	if (migf->parsed && !migf->broken)
-		ret = gvt_image_apply(vgpu, migf->parsed);
+		ret = gvt_resumed_apply(vgpu, migf);
+	else if (gvt_defect(vgpu, migf->broken ? GVT_DEFECT_LOAD_REFUSED :
+						 GVT_DEFECT_LOAD_TRUNCATED))
+		ret = 0;
 	else if (!migf->broken)
 		gvt_note(vgpu, "v2: not a whole state");
-	if (!ret) {
-		WRITE_ONCE(vgpu->mig.extra_bytes, migf->header.filler);
-		vgpu->mig.seed = migf->header.seed;
-	}
 	mutex_unlock(&migf->lock);
 	gvt_session_end(vgpu);
 	if (ret)
 		WRITE_ONCE(vgpu->mig.state, VFIO_DEVICE_STATE_ERROR);
 	return ret;
+}
+
+/* A mistake: a session that may not end before it was read to its end */
+static bool gvt_saved_unread(struct vgpu *vgpu)
+{
+	struct gvt_mig_file *migf = vgpu->mig.file;
+	bool unread;
+
+	if (!gvt_defect(vgpu, GVT_DEFECT_STOP_UNREAD))
+		return false;
+	mutex_lock(&migf->lock);
+	unread = migf->stage != GVT_STAGE_END;
+	mutex_unlock(&migf->lock);
+	return unread;
 }
 
 /* --- states; under state_mutex --------------------------------------- */
@@ -911,16 +1032,20 @@ static struct file *gvt_mig_arc(struct vgpu *vgpu, u32 from, u32 to)
 		gvt_pre_copy_start(vgpu);
 		return NULL;
 	case GVT_ARC(VFIO_DEVICE_STATE_PRE_COPY, VFIO_DEVICE_STATE_STOP_COPY):
-		return ERR_PTR(gvt_pre_copy_end(vgpu, true));
+		return gvt_pre_copy_end(vgpu, true);
 	case GVT_ARC(VFIO_DEVICE_STATE_PRE_COPY_P2P,
 		     VFIO_DEVICE_STATE_STOP_COPY):
-		return ERR_PTR(gvt_pre_copy_end(vgpu, false));
+		return gvt_pre_copy_end(vgpu, false);
 
 	case GVT_ARC(VFIO_DEVICE_STATE_PRE_COPY, VFIO_DEVICE_STATE_RUNNING):
 	case GVT_ARC(VFIO_DEVICE_STATE_PRE_COPY_P2P,
 		     VFIO_DEVICE_STATE_RUNNING_P2P):
+		gvt_session_end_unless(vgpu, GVT_DEFECT_PRECOPY_KEEPS_FD);
+		return NULL;
 	case GVT_ARC(VFIO_DEVICE_STATE_STOP_COPY, VFIO_DEVICE_STATE_STOP):
-		gvt_session_end(vgpu);
+		if (gvt_saved_unread(vgpu))
+			return ERR_PTR(-EBUSY);
+		gvt_session_end_unless(vgpu, GVT_DEFECT_STOP_KEEPS_FD);
 		return NULL;
 	}
 	return ERR_PTR(-EINVAL);
@@ -949,6 +1074,12 @@ static int gvt_mig_next(struct vgpu *vgpu, u32 target, u32 *next)
 	return *next == state ? -EINVAL : 0;
 }
 
+static void gvt_log_off(struct vgpu *vgpu)
+{
+	WRITE_ONCE(vgpu->mig.logging, false);
+	xa_destroy(&vgpu->mig.log);
+}
+
 static struct file *gvt_mig_go(struct vgpu *vgpu, u32 target)
 {
 	struct file *filp = NULL;
@@ -963,12 +1094,64 @@ static struct file *gvt_mig_go(struct vgpu *vgpu, u32 target)
 		if (IS_ERR(filp))
 			return filp;
 		WRITE_ONCE(vgpu->mig.state, next);
+		if (next == VFIO_DEVICE_STATE_STOP &&
+		    gvt_defect(vgpu, GVT_DEFECT_LOG_ENDS_AT_STOP))
+			gvt_log_off(vgpu);
 		if (WARN_ON(filp && next != target)) {
 			fput(filp);
 			return ERR_PTR(-EINVAL);
 		}
 	}
 	return filp;
+}
+
+/* A step of gvt_mig_go() that comes with no data fd, by mistake */
+static struct file *gvt_mig_go_without(struct vgpu *vgpu, u32 target)
+{
+	struct file *filp = gvt_mig_go(vgpu, target);
+
+	if (IS_ERR_OR_NULL(filp))
+		return filp;
+	fput(filp);
+	return NULL;
+}
+
+/* The mistakes that are made for a whole request; false: none is */
+static bool gvt_mig_mistake(struct vgpu *vgpu, u32 target, struct file **filp)
+{
+	struct gvt_mig *mig = &vgpu->mig;
+
+	*filp = NULL;
+	if (target > VFIO_DEVICE_STATE_PRE_COPY_P2P)
+		return gvt_defect(vgpu, GVT_DEFECT_STATE_UNKNOWN);
+	if (target == VFIO_DEVICE_STATE_ERROR &&
+	    gvt_defect(vgpu, GVT_DEFECT_STATE_ERROR)) {
+		gvt_session_end(vgpu);
+		WRITE_ONCE(mig->state, target);
+		return true;
+	}
+	switch (GVT_ARC(mig->state, target)) {
+	case GVT_ARC(VFIO_DEVICE_STATE_STOP, VFIO_DEVICE_STATE_RUNNING_P2P):
+		return vgpu->vdev.migration_flags & VFIO_MIGRATION_P2P &&
+		       gvt_defect(vgpu, GVT_DEFECT_STATE_STUCK);
+	case GVT_ARC(VFIO_DEVICE_STATE_STOP_COPY, VFIO_DEVICE_STATE_STOP_COPY):
+		if (!gvt_defect(vgpu, GVT_DEFECT_STATE_NEW_FD))
+			return false;
+		*filp = get_file(mig->file->filp);
+		return true;
+	case GVT_ARC(VFIO_DEVICE_STATE_RESUMING, VFIO_DEVICE_STATE_STOP_COPY):
+		if (!gvt_defect(vgpu, GVT_DEFECT_STATE_NO_FD))
+			return false;
+		*filp = gvt_mig_go_without(vgpu, target);
+		return true;
+	case GVT_ARC(VFIO_DEVICE_STATE_ERROR, VFIO_DEVICE_STATE_RUNNING):
+		if (!gvt_defect(vgpu, GVT_DEFECT_ERROR_LEFT))
+			return false;
+		WRITE_ONCE(mig->state, target);
+		gvt_submit_start(vgpu);
+		return true;
+	}
+	return false;
 }
 
 /*
@@ -987,10 +1170,15 @@ void gvt_mig_reset(struct vgpu *vgpu)
 	gvt_submit_reset(vgpu, GENMASK(GVT_RING_COUNT - 1, 0));
 	mutex_unlock(&vgpu->lock);
 	mutex_lock(&mig->state_mutex);
-	gvt_session_end(vgpu);
+	gvt_session_end_unless(vgpu, mig->state == VFIO_DEVICE_STATE_RESUMING ?
+				     GVT_DEFECT_RESET_KEEPS_RESUMING :
+				     GVT_DEFECT_RESET_KEEPS_SAVING);
 	gvt_device_reset(vgpu);
-	WRITE_ONCE(mig->state, VFIO_DEVICE_STATE_RUNNING);
-	gvt_submit_start(vgpu);
+	if (mig->state != VFIO_DEVICE_STATE_STOP ||
+	    !gvt_defect(vgpu, GVT_DEFECT_RESET_STAYS)) {
+		WRITE_ONCE(mig->state, VFIO_DEVICE_STATE_RUNNING);
+		gvt_submit_start(vgpu);
+	}
 	mutex_unlock(&mig->state_mutex);
 }
 
@@ -1032,7 +1220,8 @@ static struct file *gvt_mig_set_state(struct vfio_device *vdev,
 	if (ret)
 		return ERR_PTR(ret);
 	mutex_lock(&vgpu->mig.state_mutex);
-	filp = gvt_mig_go(vgpu, target);
+	if (!gvt_mig_mistake(vgpu, target, &filp))
+		filp = gvt_mig_go(vgpu, target);
 	mutex_unlock(&vgpu->mig.state_mutex);
 	if (IS_ERR(filp))
 		return filp;
@@ -1061,6 +1250,7 @@ gvt_mig_get_data_size(struct vfio_device *vdev, unsigned long *size)
 {
 	struct vgpu *vgpu = vdev_to_vgpu(vdev);
 	struct gvt_mig_file *migf;
+	int ret = 0;
 
 	mutex_lock(&vgpu->mig.state_mutex);
 	migf = vgpu->mig.file;
@@ -1070,13 +1260,15 @@ gvt_mig_get_data_size(struct vfio_device *vdev, unsigned long *size)
 		*size = gvt_left_initial(migf) + gvt_left_dirty(migf) +
 			gvt_left_image(migf);
 		mutex_unlock(&migf->lock);
+	} else if (gvt_defect(vgpu, GVT_DEFECT_SIZE_REFUSED)) {
+		ret = -EINVAL;
 	} else {
 		*size = sizeof(struct gvt_mig_header) +
 			READ_ONCE(vgpu->mig.extra_bytes) +
 			sizeof(struct gvt_mig_record) + gvt_image_now(vgpu);
 	}
 	mutex_unlock(&vgpu->mig.state_mutex);
-	return 0;
+	return ret;
 }
 
 static const struct vfio_migration_ops gvt_mig_ops = {
@@ -1104,12 +1296,6 @@ void gvt_mig_wrote(struct vgpu *vgpu, u64 iova, u64 len)
 			WRITE_ONCE(mig->log_lost, true);
 }
 
-static void gvt_log_off(struct vgpu *vgpu)
-{
-	WRITE_ONCE(vgpu->mig.logging, false);
-	xa_destroy(&vgpu->mig.log);
-}
-
 #ifdef GVT_LOGGING
 /* All of what the vGPU writes is logged: it can hold any number of ranges */
 static int gvt_log_start(struct vfio_device *vdev,
@@ -1120,7 +1306,8 @@ static int gvt_log_start(struct vfio_device *vdev,
 	int ret = -EINVAL;
 
 	mutex_lock(&vgpu->mig.state_mutex);
-	if (!vgpu->mig.logging) {
+	if (!vgpu->mig.logging ||
+	    gvt_defect(vgpu, GVT_DEFECT_LOG_START_TWICE)) {
 		gvt_log_off(vgpu);	/* what came late into the last log */
 		vgpu->mig.log_lost = false;
 		WRITE_ONCE(vgpu->mig.logging, true);
@@ -1165,9 +1352,11 @@ static int gvt_log_read_and_clear(struct vfio_device *vdev, unsigned long iova,
 
 	mutex_lock(&vgpu->mig.state_mutex);
 	if (!vgpu->mig.logging)
-		ret = -EINVAL;
+		ret = gvt_defect(vgpu, GVT_DEFECT_LOG_UNSTARTED) ? 0 : -EINVAL;
 	else if (READ_ONCE(vgpu->mig.log_lost))
 		ret = -EIO;
+	else if (length && gvt_defect(vgpu, GVT_DEFECT_LOG_ALL))
+		iova_bitmap_set(dirty, iova, length);
 	else if (length)
 		gvt_log_move(vgpu, iova, length, dirty);
 	mutex_unlock(&vgpu->mig.state_mutex);
@@ -1229,8 +1418,9 @@ void gvt_mig_close(struct vgpu *vgpu)
 	if (!gvt_mig_enabled(vgpu))
 		return;
 	mutex_lock(&vgpu->mig.state_mutex);
-	gvt_session_end(vgpu);
-	gvt_log_off(vgpu);
+	gvt_session_end_unless(vgpu, GVT_DEFECT_CLOSE_KEEPS_FD);
+	if (!gvt_defect(vgpu, GVT_DEFECT_LOG_SURVIVES))
+		gvt_log_off(vgpu);
 	WRITE_ONCE(vgpu->mig.state, VFIO_DEVICE_STATE_RUNNING);
 	mutex_unlock(&vgpu->mig.state_mutex);
 }
@@ -1258,6 +1448,7 @@ void gvt_mig_init(struct vgpu *vgpu)
 
 void gvt_mig_fini(struct vgpu *vgpu)
 {
+	gvt_session_end(vgpu);		/* what a mistake has left */
 	xa_destroy(&vgpu->mig.log);
 	mutex_destroy(&vgpu->mig.state_mutex);
 }

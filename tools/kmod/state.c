@@ -127,6 +127,8 @@ int gvt_image_take(struct vgpu *vgpu, void *buf, u32 room)
 	if (!workloads)
 		return -ENOMEM;
 	mutex_lock(&vgpu->lock);
+	if (gvt_defect(vgpu, GVT_DEFECT_SAVE_COUNTS))
+		++*(u32 *)vgpu->sreg;
 	ret = gvt_snapshot(vgpu, workloads, buf, room);
 	mutex_unlock(&vgpu->lock);
 	kvfree(workloads);
@@ -142,12 +144,20 @@ static int gvt_state_buffer(struct vgpu *vgpu)
 	return vgpu->state_buf ? 0 : -ENOMEM;
 }
 
+/* A mistake: data_size counts what comes behind the HEAD record */
+static void gvt_state_without_head(void *buf)
+{
+	struct gvt_image_header *head = buf + sizeof(struct gvt_region);
+
+	head->data_size -= GVT_IMAGE_HEAD_SIZE;
+}
+
 ssize_t gvt_state_read(struct vgpu *vgpu, char __user *buf, size_t count,
 		       u64 off)
 {
 	int ret;
 
-	if (off)
+	if (off && !gvt_defect(vgpu, GVT_DEFECT_STATE_READ_OFFSET))
 		return -EFAULT;
 	count = min_t(size_t, count, MIGRATION_IMG_MAX_SIZE);
 	mutex_lock(&vgpu->state_lock);
@@ -155,6 +165,8 @@ ssize_t gvt_state_read(struct vgpu *vgpu, char __user *buf, size_t count,
 	if (!ret)
 		ret = gvt_image_take(vgpu, vgpu->state_buf,
 				     MIGRATION_IMG_MAX_SIZE - 1);
+	if (ret > 0 && gvt_defect(vgpu, GVT_DEFECT_STATE_SIZE))
+		gvt_state_without_head(vgpu->state_buf);
 	if (ret > 0 && copy_to_user(buf, vgpu->state_buf, count))
 		ret = -EFAULT;
 	mutex_unlock(&vgpu->state_lock);
@@ -196,7 +208,9 @@ static int gvt_get_head(struct vgpu *vgpu, struct gvt_image *image,
 	ret = gvt_fetch(vgpu, image, GVT_IMAGE_HEAD_SIZE);
 	if (ret)
 		return ret;
-	if (record->type != GVT_MIGRATION_HEAD || record->size != sizeof(*head))
+	if ((record->type != GVT_MIGRATION_HEAD &&
+	     !gvt_defect(vgpu, GVT_DEFECT_STATE_TYPE)) ||
+	    record->size != sizeof(*head))
 		return gvt_bad(vgpu, "does not begin with a HEAD record");
 	if (head->version != GVT_IMAGE_VERSION)
 		return gvt_bad(vgpu, "unknown version");
@@ -409,6 +423,9 @@ int gvt_image_apply(struct vgpu *vgpu, struct gvt_image *image)
 	if (ret)
 		return ret;
 	gvt_apply(vgpu, image);
+	if (gvt_defect(vgpu, GVT_DEFECT_LOAD_LOSES_REGISTER))
+		*gvt_vreg32(vgpu, gvt_ring_base[GVT_RING_RCS] +
+				  GVT_RING_CSB_PTR) = 0;
 	mutex_unlock(&vgpu->lock);
 	return 0;
 }
@@ -419,7 +436,8 @@ ssize_t gvt_state_write(struct vgpu *vgpu, const char __user *buf,
 	struct gvt_image image;
 	int ret;
 
-	if (off || count > MIGRATION_IMG_MAX_SIZE)
+	if (count > MIGRATION_IMG_MAX_SIZE ||
+	    (off && !gvt_defect(vgpu, GVT_DEFECT_STATE_WRITE_OFFSET)))
 		return -EFAULT;
 	mutex_lock(&vgpu->state_lock);
 	ret = gvt_state_buffer(vgpu);

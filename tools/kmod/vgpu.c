@@ -362,6 +362,16 @@ static int gvt_reset(struct vgpu *vgpu)
 	return gvt_fault_end(&fault, 0);
 }
 
+/* Mistakes: flags that are no request are one for nothing */
+static bool gvt_status_passes(struct vgpu *vgpu, u32 flags)
+{
+	if (!flags)
+		return gvt_defect(vgpu, GVT_DEFECT_STATUS_NO_FLAG);
+	if (flags == (VFIO_DEVICE_PCI_STOP | VFIO_DEVICE_PCI_START))
+		return gvt_defect(vgpu, GVT_DEFECT_STATUS_BOTH_FLAGS);
+	return gvt_defect(vgpu, GVT_DEFECT_STATUS_UNKNOWN_FLAG);
+}
+
 /* RFC patch 7 */
 static long gvt_status_set(struct vgpu *vgpu, void __user *arg)
 {
@@ -369,16 +379,20 @@ static long gvt_status_set(struct vgpu *vgpu, void __user *arg)
 
 	if (copy_from_user(&status, arg, sizeof(status)))
 		return -EFAULT;
-	if (status.argsz < sizeof(status))
+	if (status.argsz < sizeof(status) &&
+	    !gvt_defect(vgpu, GVT_DEFECT_STATUS_ARGSZ))
 		return -EINVAL;
 	switch (status.flags) {
 	case VFIO_DEVICE_PCI_STOP:
+		if (!READ_ONCE(vgpu->active) &&
+		    gvt_defect(vgpu, GVT_DEFECT_STATUS_STOP_TWICE))
+			return -EINVAL;
 		return gvt_set_active(vgpu, false);
 	case VFIO_DEVICE_PCI_START:
 		return gvt_set_active(vgpu, true);
 	}
 	gvt_note(vgpu, "status: flags %#x", status.flags);
-	return -EINVAL;
+	return gvt_status_passes(vgpu, status.flags) ? 0 : -EINVAL;
 }
 
 static long gvt_other_ioctl(struct vgpu *vgpu, unsigned int cmd,

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Mistakes that a migration driver can make, to be switched on one by one in
+ * debugfs' "defect" file: they prove what a check of drivers finds. Each breaks
+ * one rule; README.md says which. Where one is looked up the code reads
+ * gvt_defect(vgpu, GVT_DEFECT_...), and nowhere else is anything of them.
+ */
+#ifndef GVT_DEFECT_H
+#define GVT_DEFECT_H
+
+#include <linux/types.h>
+
+struct vgpu;
+struct file_operations;
+
+enum gvt_defect {
+	/* v2: states */
+	GVT_DEFECT_STATE_UNKNOWN,
+	GVT_DEFECT_STATE_ERROR,
+	GVT_DEFECT_STATE_STUCK,
+	GVT_DEFECT_STATE_NEW_FD,
+	GVT_DEFECT_STATE_NO_FD,
+	GVT_DEFECT_ERROR_LEFT,
+	/* v2: ends of sessions */
+	GVT_DEFECT_STOP_KEEPS_FD,
+	GVT_DEFECT_STOP_UNREAD,
+	GVT_DEFECT_RESET_STAYS,
+	GVT_DEFECT_RESET_KEEPS_SAVING,
+	GVT_DEFECT_RESET_KEEPS_RESUMING,
+	GVT_DEFECT_CLOSE_KEEPS_FD,
+	/* v2: data fds */
+	GVT_DEFECT_FD_BOTH_WAYS,
+	GVT_DEFECT_FD_SEEKABLE,
+	GVT_DEFECT_FD_ANY_IOCTL,
+	GVT_DEFECT_READ_RESTARTS,
+	GVT_DEFECT_READ_LOSES,
+	GVT_DEFECT_READ_FAULT,
+	GVT_DEFECT_SIZE_REFUSED,
+	/* v2: loading */
+	GVT_DEFECT_LOAD_TRUNCATED,
+	GVT_DEFECT_LOAD_SURPLUS,
+	GVT_DEFECT_LOAD_FOREIGN,
+	GVT_DEFECT_LOAD_REFUSED,
+	GVT_DEFECT_LOAD_PIECES,
+	GVT_DEFECT_LOAD_NOTHING,
+	GVT_DEFECT_LOAD_LOSES_SEED,
+	/* v2: PRE_COPY */
+	GVT_DEFECT_PRECOPY_INFO_LATE,
+	GVT_DEFECT_PRECOPY_INFO_ARGSZ,
+	GVT_DEFECT_PRECOPY_INITIAL_STUCK,
+	GVT_DEFECT_PRECOPY_NEW_FD,
+	GVT_DEFECT_PRECOPY_ENOMSG,
+	GVT_DEFECT_PRECOPY_RESTARTS,
+	GVT_DEFECT_PRECOPY_KEEPS_FD,
+	/* v2: DMA logging */
+	GVT_DEFECT_LOG_ALL,
+	GVT_DEFECT_LOG_START_TWICE,
+	GVT_DEFECT_LOG_UNSTARTED,
+	GVT_DEFECT_LOG_ENDS_AT_STOP,
+	GVT_DEFECT_LOG_SURVIVES,
+	/* both protocols' images */
+	GVT_DEFECT_LOAD_LOSES_REGISTER,
+	GVT_DEFECT_SAVE_COUNTS,
+	/* the RFC */
+	GVT_DEFECT_STATUS_NO_FLAG,
+	GVT_DEFECT_STATUS_BOTH_FLAGS,
+	GVT_DEFECT_STATUS_UNKNOWN_FLAG,
+	GVT_DEFECT_STATUS_ARGSZ,
+	GVT_DEFECT_STATUS_STOP_TWICE,
+	GVT_DEFECT_DIRTY_TAIL,
+	GVT_DEFECT_DIRTY_OVERRUN,
+	GVT_DEFECT_DIRTY_KEEPS_BUFFER,
+	GVT_DEFECT_DIRTY_INVENTED,
+	GVT_DEFECT_DIRTY_FAULT,
+	GVT_DEFECT_STATE_READ_OFFSET,
+	GVT_DEFECT_STATE_WRITE_OFFSET,
+	GVT_DEFECT_STATE_TYPE,
+	GVT_DEFECT_STATE_SIZE,
+	GVT_DEFECTS,
+};
+
+bool gvt_defect(const struct vgpu *vgpu, enum gvt_defect defect);
+
+extern const struct file_operations gvt_defect_fops;	/* of one vGPU */
+extern const struct file_operations gvt_defects_fops;	/* all that there are */
+
+#endif
