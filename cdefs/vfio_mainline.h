@@ -96,6 +96,29 @@ struct vfio_iommu_type1_dma_map {
 	__u64 size;
 };
 
+struct vfio_device_bind_iommufd {
+	__u32 argsz;
+	__u32 flags;
+	__s32 iommufd;
+	__u32 out_devid;
+};
+
+struct vfio_device_attach_iommufd_pt {
+	__u32 argsz;
+	__u32 flags;
+	__u32 pt_id;
+};
+
+#define VFIO_IOMMU_DIRTY_PAGES_FLAG_START 0x1
+#define VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP 0x2
+#define VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP 0x4
+
+struct vfio_iommu_type1_dirty_bitmap {
+	__u32 argsz;
+	__u32 flags;
+	__u8 data[];
+};
+
 #define VFIO_DEVICE_FEATURE_MASK 0xffff
 #define VFIO_DEVICE_FEATURE_GET 0x10000
 #define VFIO_DEVICE_FEATURE_SET 0x20000

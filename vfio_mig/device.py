@@ -14,12 +14,22 @@ from vfio_mig.uapi import IoctlError, ffi
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
-    from typing import Self
+    from typing import Protocol, Self
 
+    from vfio_mig.host.dma import ContainerDma, IommufdDma
     from vfio_mig.host.holders import Holder
     from vfio_mig.uapi import Request
     from vfio_mig.uapi._generated import CData
 
+    class Closeable(Protocol):
+        """An open file that is no bare fd."""
+
+        def close(self) -> None:
+            """Close it; a second call does nothing."""
+
+
+OWN: Final = ("group", "cdev")
+"""Ways to a device that nobody else has open."""
 READ: Final = ffi.integer_const("VFIO_REGION_INFO_FLAG_READ")
 WRITE: Final = ffi.integer_const("VFIO_REGION_INFO_FLAG_WRITE")
 MMAP: Final = ffi.integer_const("VFIO_REGION_INFO_FLAG_MMAP")
@@ -80,10 +90,13 @@ class Device:
 
     :param name: what the kernel calls it: mdev UUID or PCI address.
     :param fd: the device's fd; this object closes it.
-    :param how: how it was reached: ``group``, ``borrowed`` from its holder, or ``inherited`` as a group's fd.
+    :param how: how it was reached: opened through its ``group`` or its own node (``cdev``), ``borrowed`` from its
+        holder, or ``inherited`` as a group's fd or its own.
+    :param node: the node in /dev that it was reached through.
     :param holder: whose it is, if it is borrowed.
     :param pidfd: of the holder, -1 when it has ended; this object closes it. None: its end is not seen.
-    :param owned: other fds to close after it: its group and container.
+    :param dma: the guest memory that we have mapped for it, None when that is nobody's or somebody else's business.
+    :param owned: what to close after it: its group and container, or its iommufd.
     """
 
     def __init__(
@@ -92,16 +105,20 @@ class Device:
         fd: int,
         *,
         how: str = "group",
+        node: str | None = None,
         holder: Holder | None = None,
         pidfd: int | None = None,
-        owned: Sequence[int] = (),
+        dma: ContainerDma | IommufdDma | None = None,
+        owned: Sequence[int | Closeable] = (),
     ) -> None:
         self.name: Final = name
         self.how: Final = how
+        self.node: Final = node
         self.holder: Final = holder
+        self.dma: Final = dma
         self._fd = fd
         self._pidfd = pidfd
-        self._owned = [*owned, -1 if pidfd is None else pidfd]
+        self._owned: list[int | Closeable] = [*owned, -1 if pidfd is None else pidfd]
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +131,7 @@ class Device:
     @property
     def borrowed(self) -> bool:
         """Whether another process has the device open, too."""
-        return self.how != "group"
+        return self.how not in OWN
 
     @property
     def is_held(self) -> bool:
@@ -138,10 +155,12 @@ class Device:
 
     def close(self) -> None:
         """Close the fd and what came with it; a second call does nothing."""
-        fds, self._fd, self._pidfd, self._owned = [self._fd, *self._owned], -1, -1, []
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
+        files, self._fd, self._pidfd, self._owned = [self._fd, *self._owned], -1, -1, []
+        for file in files:
+            if not isinstance(file, int):
+                file.close()
+            elif file >= 0:
+                os.close(file)
 
     def call(self, request: Request, arg: CData | bytearray | int = 0) -> int:
         """Do one ioctl and return the kernel's result.

@@ -18,7 +18,7 @@ import pytest
 
 from tools.gen_uapi import HEADERS, declarations, write_module, write_stub
 from vfio_mig import uapi
-from vfio_mig.uapi import IoctlError, Request, call, ffi, vfio_request
+from vfio_mig.uapi import IoctlError, Request, call, ffi, iommufd, vfio_request
 from vfio_mig.uapi.profile import DEFAULT_PROFILE, GET_DIRTY, STATUS_SET
 
 ROOT: Final = Path(__file__).parents[2]
@@ -155,16 +155,25 @@ REQUESTS: Final = [value for value in vars(uapi).values() if isinstance(value, R
 RFC_REQUESTS: Final = [DEFAULT_PROFILE.status_set, DEFAULT_PROFILE.get_dirty]
 
 
+# Newer than Linux 6.1's header: the numbers stand in the comments of later ones
+NEWER: Final = {
+    "VFIO_DEVICE_BIND_IOMMUFD": 18,
+    "VFIO_DEVICE_ATTACH_IOMMUFD_PT": 19,
+    "VFIO_MIG_GET_PRECOPY_INFO": 21,
+}
+
+
 @needs_compiler
 def test_every_request_has_the_number_of_its_macro(tmp_path: Path) -> None:
     rfc = [print_constant(one.name, f"_IO(VFIO_TYPE, VFIO_BASE + {one.name}_NR)") for one in RFC_REQUESTS]
     lines = [*(print_constant(one.name) for one in REQUESTS), *rfc]
-    # Newer than Linux 6.1's header: its number stands in the kernel's documentation
-    newer = ["#ifndef VFIO_MIG_GET_PRECOPY_INFO", "#define VFIO_MIG_GET_PRECOPY_INFO _IO(VFIO_TYPE, VFIO_BASE + 21)"]
-    head = ["#include <linux/vfio.h>", *newer, "#endif", '#include "gvt_rfc.h"', "int main(void) {"]
+    newer = [
+        f"#ifndef {name}\n#define {name} _IO(VFIO_TYPE, VFIO_BASE + {number})\n#endif" for name, number in NEWER.items()
+    ]
+    head = ["#include <linux/vfio.h>", *newer, '#include "gvt_rfc.h"', "int main(void) {"]
     said = run_c(tmp_path, [*head, *lines])
     assert said == {one.name: (one.number,) for one in REQUESTS + RFC_REQUESTS}
-    assert len(said) == 14
+    assert len(said) == 17
 
 
 def test_every_public_request_is_called_as_its_variable() -> None:
@@ -172,6 +181,59 @@ def test_every_public_request_is_called_as_its_variable() -> None:
         one.name for one in REQUESTS
     }
     assert [one.name for one in RFC_REQUESTS] == [STATUS_SET, GET_DIRTY]
+
+
+# Sizes and last fields of Linux 6.12's <linux/iommufd.h>, which a system's header may be too old to have
+IOMMUFD_LAYOUTS: Final = {
+    "iommu_ioas_alloc": (12, "out_ioas_id", 8),
+    "iommu_ioas_map": (40, "iova", 32),
+    "iommu_hwpt_alloc": (40, "data_uptr", 32),
+    "iommu_hw_info": (40, "out_capabilities", 32),
+    "iommu_hwpt_set_dirty_tracking": (16, "hwpt_id", 8),
+    "iommu_hwpt_get_dirty_bitmap": (48, "data", 40),
+}
+IOMMUFD_CONSTANTS: Final = {
+    "IOMMU_IOAS_MAP_FIXED_IOVA": 1,
+    "IOMMU_IOAS_MAP_WRITEABLE": 2,
+    "IOMMU_IOAS_MAP_READABLE": 4,
+    "IOMMU_HWPT_ALLOC_DIRTY_TRACKING": 2,
+    "IOMMU_HW_CAP_DIRTY_TRACKING": 1,
+    "IOMMU_HWPT_DIRTY_TRACKING_ENABLE": 1,
+}
+IOMMUFD_REQUESTS: Final = {
+    "IOMMU_IOAS_ALLOC": 0x3B81,
+    "IOMMU_IOAS_MAP": 0x3B85,
+    "IOMMU_HWPT_ALLOC": 0x3B89,
+    "IOMMU_GET_HW_INFO": 0x3B8A,
+    "IOMMU_HWPT_SET_DIRTY_TRACKING": 0x3B8B,
+    "IOMMU_HWPT_GET_DIRTY_BITMAP": 0x3B8C,
+}
+
+
+def test_iommufds_structs_constants_and_requests_are_those_of_linux_6_12() -> None:
+    layouts = {
+        name: (RAW.sizeof(f"struct {name}"), field, RAW.offsetof(f"struct {name}", field))
+        for name, (_, field, _) in IOMMUFD_LAYOUTS.items()
+    }
+    assert layouts == IOMMUFD_LAYOUTS
+    assert set(layouts) == set(structs_in("iommufd.h"))
+    assert {name: RAW.integer_const(name) for name in constants_in("iommufd.h")} == IOMMUFD_CONSTANTS
+    requests = [value for value in vars(iommufd).values() if isinstance(value, Request)]
+    assert {one.name: one.number for one in requests} == IOMMUFD_REQUESTS
+
+
+@needs_compiler
+def test_iommufds_words_are_those_of_the_systems_header(tmp_path: Path) -> None:
+    command = ["gcc", "-E", "-include", "linux/iommufd.h", "-xc", "/dev/null"]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("the system's headers are older than iommufd")
+    lines = [print_constant(name) for name in (*IOMMUFD_CONSTANTS, *IOMMUFD_REQUESTS)]
+    for name, (_, field, _) in IOMMUFD_LAYOUTS.items():
+        lines.append(print_constant(f"{name}.{field}", f"offsetof(struct {name}, {field})"))
+    said = run_c(tmp_path, ["#include <linux/iommufd.h>", "int main(void) {", *lines])
+    known = {**IOMMUFD_CONSTANTS, **IOMMUFD_REQUESTS}
+    known |= {f"{name}.{field}": offset for name, (_, field, offset) in IOMMUFD_LAYOUTS.items()}
+    assert said == {name: (number,) for name, number in known.items()}
 
 
 def test_a_requests_number_counts_from_vfios_base() -> None:

@@ -41,6 +41,7 @@ COMMANDS = {  # command: module below vfio_mig.cli
 
 
 ABIS = ("auto", "gvt-rfc", "mainline-v2")
+WAYS = ("auto", "group", "cdev")
 
 
 class Lazy(click.Group):
@@ -65,9 +66,11 @@ class Lazy(click.Group):
 class Options:
     """The global options, as every command finds them in its context."""
 
-    __slots__ = ("abi", "as_json", "events", "fd", "hooks", "pid", "quiet", "uapi_header", "verbose")
+    __slots__ = ("abi", "as_json", "events", "fd", "hooks", "pid", "quiet", "uapi_header", "verbose", "via")
 
-    def __init__(self, *, as_json: bool, verbose: bool, quiet: bool, abi: str, uapi_header: str | None) -> None:
+    def __init__(
+        self, *, as_json: bool, verbose: bool, quiet: bool, abi: str, uapi_header: str | None, via: str
+    ) -> None:
         self.events: Events | None = None
         self.hooks: Hooks | None = None
         self.as_json = as_json
@@ -75,6 +78,7 @@ class Options:
         self.quiet = quiet
         self.abi = abi
         self.uapi_header = uapi_header
+        self.via = via
         self.pid: int | None = None  # set by the options of a command, as is fd
         self.fd: int | None = None
 
@@ -90,6 +94,13 @@ class Options:
     metavar="FILE",
     envvar="VFIO_MIG_UAPI_HEADER",
     help="Take the RFC's numbers from this linux/vfio.h of a patched kernel.",
+)
+@click.option(
+    "--via",
+    type=click.Choice(WAYS),
+    default="auto",
+    show_default=True,
+    help="Open a device that nobody has through its group, or its own node (cdev) and an iommufd.",
 )
 @click.option("--events", metavar="FILE", help="Append one JSON object per step of a job to FILE.")
 @click.option("--status-fd", type=click.IntRange(min=0), metavar="N", help="Write the same to this inherited fd.")
@@ -109,13 +120,15 @@ def cli(
     quiet: bool,
     abi: str,
     uapi_header: str | None,
+    via: str,
     events: str | None,
     status_fd: int | None,
     hooks: tuple[str, ...],
 ) -> None:
     """Stop, save and restore VFIO devices without a VMM in the way.
 
-    DEVICE is an mdev's UUID, a PCI address, a path in /sys, or /dev/vfio/N for a group of one device.
+    DEVICE is an mdev's UUID, a PCI address, a path in /sys, /dev/vfio/devices/vfioN, or /dev/vfio/N for a group of one
+    device.
 
     \b
     Example: move a vGPU's state from one device to another
@@ -127,7 +140,7 @@ def cli(
     Exit codes: 0 done, 2 wrong usage, 3 no such device or it cannot be opened, 4 not supported by the device,
     5 the device or kernel failed, 6 the image is invalid or does not fit, 7 the host failed, 130 interrupted.
     """
-    options = Options(as_json=as_json, verbose=verbose, quiet=quiet, abi=abi, uapi_header=uapi_header)
+    options = Options(as_json=as_json, verbose=verbose, quiet=quiet, abi=abi, uapi_header=uapi_header, via=via)
     ctx.obj = options
     if events is not None or status_fd is not None or hooks:
         _listen(options, events if status_fd is None else status_fd, hooks)

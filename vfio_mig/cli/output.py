@@ -29,6 +29,7 @@ def settings_of(options: Options) -> Settings:
         uapi_header=options.uapi_header,
         pid=options.pid,
         fd=options.fd,
+        via=options.via,
         tell=tell,
         warn=warn,
         on_step=_listener(options),
@@ -142,7 +143,7 @@ def borrow_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(min=0),
             expose_value=False,
             callback=_keep,
-            help="Get the device from this inherited fd of its group.",
+            help="Get the device from this inherited fd of its group, or of its own node.",
         ),
         click.option(
             "--pid",

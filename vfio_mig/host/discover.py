@@ -40,12 +40,25 @@ class HostDevice(NamedTuple):
 
     @property
     def cdev(self) -> str | None:
-        """The device's own node in /dev; it is there only on kernels with VFIO_DEVICE_CDEV."""
+        """The device's own node in /dev, None on kernels without VFIO_DEVICE_CDEV: its entry has no number there."""
+        entry = self._cdev_entry()
+        return None if entry is None else f"/dev/vfio/devices/{entry[0]}"
+
+    @property
+    def cdev_number(self) -> int | None:
+        """The number of that node, by which it is known whatever its path is."""
+        entry = self._cdev_entry()
+        return None if entry is None else entry[1]
+
+    def _cdev_entry(self) -> tuple[str, int] | None:
+        directory = os.path.join(self.sysfs, "vfio-dev")
         try:
-            names = os.listdir(os.path.join(self.sysfs, "vfio-dev"))
-        except OSError:
+            (name,) = os.listdir(directory)
+            with open(os.path.join(directory, name, "dev"), encoding="ascii") as file:
+                major, minor = map(int, file.read(_ATTRIBUTE_MAX).split(":"))
+        except (OSError, ValueError):
             return None
-        return f"/dev/vfio/devices/{names[0]}" if len(names) == 1 else None
+        return name, os.makedev(major, minor)
 
 
 class Host:

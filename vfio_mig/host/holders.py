@@ -20,7 +20,7 @@ HOLD: Final = "hold"
 PROGRAM: Final = "vfio-mig"
 RIGHTS: Final = "CAP_SYS_PTRACE and, for another user's process, CAP_DAC_READ_SEARCH"
 """What it takes to borrow from a process: the first to get its fd and to see what it is, the second to list its fds."""
-_OPTIONS_WITH_VALUE: Final = ("--abi", "--uapi-header")
+_OPTIONS_WITH_VALUE: Final = ("--abi", "--uapi-header", "--events", "--status-fd", "--hook", "--via")
 
 
 class Holder(NamedTuple):
@@ -104,20 +104,24 @@ def may_look_into(pid: int) -> bool:
 def _nodes(device: HostDevice) -> dict[str, int]:
     """Return the device's nodes with their device numbers, 0 for one that is not there."""
     nodes = {}
-    for node in (device.node, device.cdev):
-        if node is not None:
-            try:
-                nodes[node] = os.stat(node).st_rdev
-            except OSError:
-                nodes[node] = 0
+    if device.node is not None:
+        try:
+            nodes[device.node] = os.stat(device.node).st_rdev
+        except OSError:
+            nodes[device.node] = 0
+    if device.cdev is not None:
+        nodes[device.cdev] = device.cdev_number or 0
     return nodes
 
 
-def _which(nodes: dict[str, int], path: str, target: str) -> str | None:
-    """Tell which node an fd is; by number, where a container calls it by another path."""
-    if target in nodes:
+def _which(device: HostDevice, nodes: dict[str, int], path: str, target: str) -> str | None:
+    """Tell which node an fd is; by number, where a container calls it by another path.
+
+    A path is enough for a group alone, which is asked for the device by name.
+    """
+    if target == device.node:
         return target
-    if "/vfio/" not in target:
+    if target not in nodes and "/vfio/" not in target:
         return None
     try:
         number = os.stat(path).st_rdev
@@ -138,7 +142,7 @@ def sees_all() -> bool:
 
 
 def find_holders(device: HostDevice, pid: int | None = None) -> Iterator[Holder]:
-    """Yield the processes that have the device's group or node open, one by one.
+    """Yield the processes that have the device's group or node open, one by one, once for each fd of it.
 
     Needs the right to look into them, see :data:`RIGHTS`; others are passed over.
 
@@ -151,18 +155,17 @@ def find_holders(device: HostDevice, pid: int | None = None) -> Iterator[Holder]
         if candidate == os.getpid():
             continue
         for fd, target in _fds(candidate):
-            node = _which(nodes, f"/proc/{candidate}/fd/{fd}", target)
+            node = _which(device, nodes, f"/proc/{candidate}/fd/{fd}", target)
             if node is not None:
                 command = _read(f"/proc/{candidate}/comm").decode("utf-8", "replace").strip()
                 is_hold = _is_hold(candidate)
                 yield Holder(candidate, PROGRAM if is_hold else command, is_hold, fd, node)
-                break
 
 
 def find_holder(device: HostDevice, pid: int | None = None) -> Holder | None:
     """Return the process to borrow from: our own holder if there is one, else the first; None when none is found.
 
-    Several may have the group open, a launcher and its VMM for example; each one's fd leads to the same device.
+    Several may have it open, a launcher and its VMM for example; each one's fd leads to the same device.
 
     :param pid: look at this process only.
     """
@@ -194,7 +197,8 @@ def duplicate_fd(device: HostDevice, holder: Holder) -> int:
     if fd < 0:
         raise _refused(device, holder, number)
     # The process may have closed it meanwhile and opened something else, or be another one with a recycled number
-    if _which(_nodes(device), f"/proc/self/fd/{fd}", os.readlink(f"/proc/self/fd/{fd}")) != holder.node:
+    path = f"/proc/self/fd/{fd}"
+    if _which(device, _nodes(device), path, os.readlink(path)) != holder.node:
         os.close(fd)
         raise _refused(device, holder, errno.EBADF)
     return int(fd)
@@ -203,7 +207,7 @@ def duplicate_fd(device: HostDevice, holder: Holder) -> int:
 def _refused(device: HostDevice, holder: Holder, number: int) -> DeviceBusyError:
     hint = {
         errno.EPERM: f"run as root or with {RIGHTS}; kernel.yama.ptrace_scope=3 forbids it to everybody, "
-        "a container's seccomp profile to those inside; the owner can pass its group's fd: --fd N",
+        "a container's seccomp profile to those inside; the owner can pass its fd of the group or node: --fd N",
         errno.ESRCH: "it has ended meanwhile; try again",
         errno.EBADF: "it has closed the device meanwhile; try again",
         errno.ENOSYS: "Linux 5.6 or newer is needed",

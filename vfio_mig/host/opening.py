@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""Open a device through its group and a type1 container, or borrow it from the process that has it open."""
+"""Open a device, through its own node or through its group, or borrow it from the process that has it open."""
 
 from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
 from vfio_mig.device import Device
-from vfio_mig.errors import DeviceBusyError, DeviceNotFoundError, OpenError, errno_text
-from vfio_mig.host.holders import RIGHTS, duplicate_fd, find_holder, may_look_into
+from vfio_mig.errors import DeviceBusyError, DeviceError, DeviceNotFoundError, OpenError, errno_text
+from vfio_mig.host.dma import ContainerDma, address_of
+from vfio_mig.host.holders import RIGHTS, duplicate_fd, find_holder, find_holders, may_look_into
 from vfio_mig.uapi import IoctlError, ffi
 
 if TYPE_CHECKING:
-    import mmap
     from collections.abc import Sequence
 
     from vfio_mig.host.discover import HostDevice
+    from vfio_mig.host.dma import GuestMemory
     from vfio_mig.host.holders import Holder
 
+AUTO: Final = "auto"
+GROUP: Final = "group"
+CDEV: Final = "cdev"
 CONTAINER: Final = "/dev/vfio/vfio"
 _TYPE1V2: Final = ffi.integer_const("VFIO_TYPE1v2_IOMMU")
 _VIABLE: Final = ffi.integer_const("VFIO_GROUP_FLAGS_VIABLE")
@@ -38,29 +42,26 @@ _CONTAINER_HINTS: Final = {
 }
 
 
-class GuestMemory(Protocol):
-    """A piece of guest memory: *size* bytes at guest-physical address *gpa*, mapped into this process by map()."""
-
-    gpa: int
-    size: int
-
-    def map(self) -> mmap.mmap:
-        """Return the memory, mapped shared and writable; stays the owner's."""
-
-
 def open_device(
-    device: HostDevice, *, memory: Sequence[GuestMemory] = (), pid: int | None = None, fd: int | None = None
+    device: HostDevice,
+    *,
+    memory: Sequence[GuestMemory] = (),
+    pid: int | None = None,
+    fd: int | None = None,
+    via: str = AUTO,
 ) -> Device:
     """Open a device; when another process has it, borrow it there.
 
     :param memory: mapped for the device's DMA at its guest-physical addresses, when it is opened and not borrowed.
     :param pid: borrow from this process and no other.
-    :param fd: a group's fd that this process has inherited; stays the caller's.
+    :param fd: a group's fd, or one of the device's own node, that this process has inherited; stays the caller's.
+    :param via: for a device that is opened: ``group``, ``cdev``, or ``auto``, its own node where that and
+        ``/dev/iommu`` can be opened, else its group.
     :raises DeviceBusyError: another process has it and it cannot be borrowed.
     :raises OpenError: it cannot be opened; the message has the errno and what to do.
     """
     if device.node is None and device.cdev is None:
-        raise OpenError("it has no IOMMU group", device=device.name, hint="is its VFIO driver loaded?")
+        raise OpenError("it has neither a group nor a node", device=device.name, hint="is its VFIO driver loaded?")
     if fd is not None:
         return _open_inherited(device, fd)
     holder = find_holder(device, pid)
@@ -73,30 +74,80 @@ def open_device(
     if pid is not None and holder is None:
         raise DeviceBusyError(f"PID {pid} does not have it open", device=device.name, hint="leave out --pid")
     if holder is not None:
-        return _borrow(device, holder)
+        return _borrow(device, holder, pid)
+    return _open(device, memory, via)
+
+
+def _open(device: HostDevice, memory: Sequence[GuestMemory], via: str) -> Device:
+    """Open a device that nobody has, by its node or by its group."""
+    path = None if via == GROUP else device.cdev
+    if path is not None:
+        from vfio_mig.host.cdev import bind, open_nodes
+
+        try:
+            nodes = open_nodes(device, path)
+        except OpenError:
+            if via == CDEV or device.node is None:
+                raise
+        else:
+            try:
+                return bind(device, path, nodes, memory)
+            except DeviceBusyError as error:
+                error.hint = _BUSY_HINT
+                raise
+    if via == CDEV:
+        raise OpenError("it has no node of its own", device=device.name, hint="that takes CONFIG_VFIO_DEVICE_CDEV")
     if device.node is None:
-        raise OpenError("it has no group, and only such are opened", device=device.name)
+        raise OpenError("it has no group", device=device.name, hint="leave out --via group")
     return _open_group(device, device.node, memory)
 
 
 def _open_inherited(device: HostDevice, fd: int) -> Device:
-    """Get the device from a group's fd that we were given; what a bare device fd is, nothing would prove."""
+    """Get the device from a group's fd that we were given, or from one of its own node.
+
+    What a bare fd of a device from a group is, nothing would prove.
+    """
     try:
         target = os.readlink(f"/proc/self/fd/{fd}")
     except OSError as error:
         raise OpenError(f"fd {fd} is not open: {errno_text(error.errno or 0)}", device=device.name) from error
+    if device.cdev is not None and os.fstat(fd).st_rdev == device.cdev_number:
+        return _require_bound(
+            Device(device.name, os.dup(fd), how="inherited", node=device.cdev),
+            OpenError(f"fd {fd}, {target}, is not bound to an iommufd", device=device.name, hint="bind it first"),
+        )
     try:
-        return Device(device.name, _get_device_fd(device, fd), how="inherited")
+        return Device(device.name, _get_device_fd(device, fd), how="inherited", node=device.node)
     except OpenError as error:
-        error.hint = f"fd {fd} is {target}; --fd takes the fd of {device.node}, attached to a container"
+        takes = [f"the fd of {device.node}, attached to a container"] if device.node is not None else []
+        takes += [f"the fd of {device.cdev}, bound to an iommufd"] if device.cdev is not None else []
+        error.hint = f"fd {fd} is {target}; --fd takes {', or '.join(takes)}"
         raise
+
+
+def _require_bound(opened: Device, otherwise: OpenError) -> Device:
+    """Make sure that a device's own node was bound: the kernel answers EINVAL to everything before."""
+    try:
+        opened.info()
+    except DeviceError as error:
+        opened.close()
+        if error.errno == errno.EINVAL:
+            raise otherwise from error
+        raise
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+_BUSY_HINT: Final = f"run as root to see which and to borrow it there, or with {RIGHTS}"
 
 
 def _busy(device: HostDevice) -> DeviceBusyError:
     return DeviceBusyError(
         f"{device.node} is open in another process: EBUSY (Device or resource busy)",
         device=device.name,
-        hint=f"run as root to see which and to borrow it there, or with {RIGHTS}",
+        hint=_BUSY_HINT,
     )
 
 
@@ -108,16 +159,50 @@ def _watch(holder: Holder) -> int:
         return -1
 
 
-def _borrow(device: HostDevice, holder: Holder) -> Device:
-    """Have the holder's own group give us a second fd of the device, so the kernel vouches for what it is.
+def _borrow(device: HostDevice, holder: Holder, pid: int | None) -> Device:
+    """Borrow from the holder, by its group or by the device's own node.
 
-    A device's own node needs no such proof: it has been compared.
+    Of that there may be open files that are not bound, and do not lead to the device: then another's is tried.
     """
-    fd = duplicate_fd(device, holder)
-    if holder.node != device.node:
-        return Device(device.name, fd, how="borrowed", holder=holder, pidfd=_watch(holder))
+    if holder.node == device.node:
+        return _borrow_by_group(device, holder)
     try:
-        return Device(device.name, _get_device_fd(device, fd), how="borrowed", holder=holder, pidfd=_watch(holder))
+        return _borrow_node(device, holder)
+    except OpenError:
+        others = [one for one in find_holders(device, pid) if one.node != device.node and one != holder]
+        for other in others:
+            try:
+                return _borrow_node(device, other)
+            except OpenError:
+                continue
+        raise
+
+
+def _borrow_node(device: HostDevice, holder: Holder) -> Device:
+    """Duplicate the holder's fd of the device's own node, which has been compared by its number."""
+    fd = duplicate_fd(device, holder)
+    return _require_bound(
+        Device(device.name, fd, how="borrowed", node=holder.node, holder=holder, pidfd=_watch(holder)),
+        OpenError(
+            f"{holder} has {holder.node} open and has not bound it to an iommufd",
+            device=device.name,
+            hint="wait until that process has set it up, or end it",
+        ),
+    )
+
+
+def _borrow_by_group(device: HostDevice, holder: Holder) -> Device:
+    """Have the holder's own group give us a second fd of the device, so the kernel vouches for what it is."""
+    fd = duplicate_fd(device, holder)
+    try:
+        return Device(
+            device.name,
+            _get_device_fd(device, fd),
+            how="borrowed",
+            node=holder.node,
+            holder=holder,
+            pidfd=_watch(holder),
+        )
     except OpenError as error:
         error.problem = f"{holder} has its group open: {error.problem}"
         error.hint = error.hint or "wait until that process has set it up, or end it"
@@ -158,7 +243,8 @@ def _open_group(device: HostDevice, node: str, memory: Sequence[GuestMemory]) ->
         _join(device, group, container)
         for piece in memory:
             _map(device, container, piece)
-        return Device(device.name, _get_device_fd(device, group), owned=owned)
+        dma = ContainerDma(container, tuple((piece.gpa, piece.size) for piece in memory)) if memory else None
+        return Device(device.name, _get_device_fd(device, group), how=GROUP, node=node, dma=dma, owned=owned)
     except BaseException:
         for fd in owned:
             os.close(fd)
@@ -183,21 +269,16 @@ def _join(device: HostDevice, group: int, container: int) -> None:
 
 
 def _map(device: HostDevice, container: int, piece: GuestMemory) -> None:
-    import ctypes
-
-    mapping = piece.map()
-    pinned = ctypes.c_char.from_buffer(mapping)  # holds the mapping only as long as its address is asked for
     request = ffi.new(
         "struct vfio_iommu_type1_dma_map *",
         {
             "argsz": ffi.sizeof("struct vfio_iommu_type1_dma_map"),
             "flags": _READ_WRITE,
-            "vaddr": ctypes.addressof(pinned),
+            "vaddr": address_of(piece.map()),
             "iova": piece.gpa,
             "size": piece.size,
         },
     )
-    del pinned
     try:
         uapi.call(container, uapi.IOMMU_MAP_DMA, request)
     except IoctlError as error:

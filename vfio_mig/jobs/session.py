@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vfio_mig.uapi.profile import RfcProfile
 
 ABIS = ("auto", "gvt-rfc", "mainline-v2")
+WAYS = ("auto", "group", "cdev")
 FROM_ANY_STATE = ("conform", "reset")
 """Jobs that may begin with a device in the middle of something."""
 RUNNING = "running"
@@ -36,7 +37,8 @@ class Settings(NamedTuple):
     :param abi: ``auto``, or the name of the one protocol to accept.
     :param uapi_header: path of a patched kernel's ``vfio.h``; its numbers replace the shipped ones.
     :param pid: the process to borrow the device from, None for whichever has it open.
-    :param fd: a group's fd that this process has inherited, instead.
+    :param fd: a group's fd, or one of the device's own node, that this process has inherited, instead.
+    :param via: how a device that nobody has is opened: ``auto``, ``group``, or ``cdev``, its own node and an iommufd.
     :param tell: takes one sentence at a time on how a device was reached.
     :param warn: takes one sentence at a time that the user must read.
     :param on_step: called with job, step and device at each point of a job; an exception ends the job.
@@ -46,6 +48,7 @@ class Settings(NamedTuple):
     uapi_header: str | None = None
     pid: int | None = None
     fd: int | None = None
+    via: str = "auto"
     tell: Callable[[str], object] | None = None
     warn: Callable[[str], object] | None = None
     on_step: Callable[[str, str, str], object] | None = None
@@ -153,14 +156,12 @@ class Session:
             return CLOSED
         return RUNNING if started else STOP
 
-    def _how(self) -> str:
-        return "inherited" if self.device.borrowed else "opened through"
-
     def describe(self) -> str:
         """Say in one sentence how the device was reached and what drives it."""
-        holder = self.device.holder
-        how = f"borrowed from {holder}" if holder is not None else f"{self._how()} {self.found.node}"
-        return f"{self.device.name}: {how}, protocol {self.protocol.describe()}"
+        holder, node = self.device.holder, self.device.node or self.found.node
+        how = "inherited" if self.device.borrowed else "opened through"
+        reached = f"{how} {node}" if holder is None else f"borrowed from {holder} by {node}"
+        return f"{self.device.name}: {reached}, protocol {self.protocol.describe()}"
 
 
 def find(name: str) -> HostDevice:
@@ -174,7 +175,7 @@ def find(name: str) -> HostDevice:
 
 
 def holder_of(found: HostDevice) -> Holder | None:
-    """Tell which process has the device's group open, None when nobody (or nobody we may see) has."""
+    """Tell which process has the device's group or node open, None when nobody (or nobody we may see) has."""
     from vfio_mig.host.holders import find_holder
 
     return find_holder(found)
@@ -225,6 +226,8 @@ def open_session(
     settings = settings or Settings()
     if settings.abi not in ABIS:
         raise UsageError(f"unknown ABI {settings.abi!r}", hint=f"choose one of {', '.join(ABIS)}")
+    if settings.via not in WAYS:
+        raise UsageError(f"unknown way {settings.via!r} to a device", hint=f"choose one of {', '.join(WAYS)}")
     profile = load_numbers(settings)
     found = find(name)
     if job is None:
@@ -255,7 +258,7 @@ def _open_found(
     from vfio_mig.host.opening import open_device
     from vfio_mig.protocols.detect import detect
 
-    device = open_device(found, memory=memory, pid=settings.pid, fd=settings.fd)
+    device = open_device(found, memory=memory, pid=settings.pid, fd=settings.fd, via=settings.via)
     try:
         session = Session(found, device, detect(device, profile), lock, settings)
         _require_abi(session, settings)

@@ -2,7 +2,8 @@
 """The kernel's words: structs, constants, ioctl numbers, and one way to call. Knows nothing else of ours.
 
 Requests are ``_IO`` numbers from ``<linux/vfio.h>``: VFIO_TYPE is ``;``, VFIO_BASE is 100. The 2017 RFC's own two are
-in :mod:`vfio_mig.uapi.profile`, because they differ between trees.
+in :mod:`vfio_mig.uapi.profile`, because they differ between trees; those of ``<linux/iommufd.h>`` in
+:mod:`vfio_mig.uapi.iommufd`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECK_EXTENSION",
+    "DEVICE_ATTACH_IOMMUFD_PT",
+    "DEVICE_BIND_IOMMUFD",
     "DEVICE_FEATURE",
     "DEVICE_GET_INFO",
     "DEVICE_GET_REGION_INFO",
@@ -28,6 +31,7 @@ __all__ = [
     "GROUP_GET_DEVICE_FD",
     "GROUP_GET_STATUS",
     "GROUP_SET_CONTAINER",
+    "IOMMU_DIRTY_PAGES",
     "IOMMU_MAP_DMA",
     "MIG_GET_PRECOPY_INFO",
     "SET_IOMMU",
@@ -79,6 +83,10 @@ DEVICE_GET_REGION_INFO: Final = vfio_request("VFIO_DEVICE_GET_REGION_INFO", 8)
 DEVICE_RESET: Final = vfio_request("VFIO_DEVICE_RESET", 11)
 IOMMU_MAP_DMA: Final = vfio_request("VFIO_IOMMU_MAP_DMA", 13)
 DEVICE_FEATURE: Final = vfio_request("VFIO_DEVICE_FEATURE", 17)
+IOMMU_DIRTY_PAGES: Final = vfio_request("VFIO_IOMMU_DIRTY_PAGES", 17)
+"""Of a container; a device's file takes the same number for VFIO_DEVICE_FEATURE."""
+DEVICE_BIND_IOMMUFD: Final = vfio_request("VFIO_DEVICE_BIND_IOMMUFD", 18)
+DEVICE_ATTACH_IOMMUFD_PT: Final = vfio_request("VFIO_DEVICE_ATTACH_IOMMUFD_PT", 19)
 MIG_GET_PRECOPY_INFO: Final = vfio_request("VFIO_MIG_GET_PRECOPY_INFO", 21)
 
 

@@ -58,6 +58,22 @@ class vfio_iommu_type1_dma_map(CData):
     iova: int
     size: int
 
+class vfio_device_bind_iommufd(CData):
+    argsz: int
+    flags: int
+    iommufd: int
+    out_devid: int
+
+class vfio_device_attach_iommufd_pt(CData):
+    argsz: int
+    flags: int
+    pt_id: int
+
+class vfio_iommu_type1_dirty_bitmap(CData):
+    argsz: int
+    flags: int
+    data: Array[int]
+
 class vfio_device_feature(CData):
     argsz: int
     flags: int
@@ -94,6 +110,57 @@ class vfio_device_feature_dma_logging_report(CData):
 
 class vfio_device_feature_mig_data_size(CData):
     stop_copy_length: int
+
+class iommu_ioas_alloc(CData):
+    size: int
+    flags: int
+    out_ioas_id: int
+
+class iommu_ioas_map(CData):
+    size: int
+    flags: int
+    ioas_id: int
+    __reserved: int
+    user_va: int
+    length: int
+    iova: int
+
+class iommu_hwpt_alloc(CData):
+    size: int
+    flags: int
+    dev_id: int
+    pt_id: int
+    out_hwpt_id: int
+    __reserved: int
+    data_type: int
+    data_len: int
+    data_uptr: int
+
+class iommu_hw_info(CData):
+    size: int
+    flags: int
+    dev_id: int
+    data_len: int
+    data_uptr: int
+    out_data_type: int
+    __reserved: int
+    out_capabilities: int
+
+class iommu_hwpt_set_dirty_tracking(CData):
+    size: int
+    flags: int
+    hwpt_id: int
+    __reserved: int
+
+class iommu_hwpt_get_dirty_bitmap(CData):
+    size: int
+    hwpt_id: int
+    flags: int
+    __reserved: int
+    iova: int
+    length: int
+    page_size: int
+    data: int
 
 class vfio_pci_status_set(CData):
     argsz: int
@@ -184,6 +251,18 @@ class _FFI:
     ) -> vfio_iommu_type1_dma_map: ...
     @overload
     def new(
+        self, cdecl: Literal["struct vfio_device_bind_iommufd *"], init: Mapping[str, Any] = ..., /
+    ) -> vfio_device_bind_iommufd: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct vfio_device_attach_iommufd_pt *"], init: Mapping[str, Any] = ..., /
+    ) -> vfio_device_attach_iommufd_pt: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct vfio_iommu_type1_dirty_bitmap *"], init: Mapping[str, Any] = ..., /
+    ) -> vfio_iommu_type1_dirty_bitmap: ...
+    @overload
+    def new(
         self, cdecl: Literal["struct vfio_device_feature *"], init: Mapping[str, Any] = ..., /
     ) -> vfio_device_feature: ...
     @overload
@@ -214,6 +293,30 @@ class _FFI:
     def new(
         self, cdecl: Literal["struct vfio_device_feature_mig_data_size *"], init: Mapping[str, Any] = ..., /
     ) -> vfio_device_feature_mig_data_size: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct iommu_ioas_alloc *"], init: Mapping[str, Any] = ..., /
+    ) -> iommu_ioas_alloc: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct iommu_ioas_map *"], init: Mapping[str, Any] = ..., /
+    ) -> iommu_ioas_map: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct iommu_hwpt_alloc *"], init: Mapping[str, Any] = ..., /
+    ) -> iommu_hwpt_alloc: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct iommu_hw_info *"], init: Mapping[str, Any] = ..., /
+    ) -> iommu_hw_info: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct iommu_hwpt_set_dirty_tracking *"], init: Mapping[str, Any] = ..., /
+    ) -> iommu_hwpt_set_dirty_tracking: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct iommu_hwpt_get_dirty_bitmap *"], init: Mapping[str, Any] = ..., /
+    ) -> iommu_hwpt_get_dirty_bitmap: ...
     @overload
     def new(
         self, cdecl: Literal["struct vfio_pci_status_set *"], init: Mapping[str, Any] = ..., /
@@ -253,6 +356,9 @@ class _FFI:
         "struct vfio_region_info_cap_sparse_mmap",
         "struct vfio_region_info_cap_type",
         "struct vfio_iommu_type1_dma_map",
+        "struct vfio_device_bind_iommufd",
+        "struct vfio_device_attach_iommufd_pt",
+        "struct vfio_iommu_type1_dirty_bitmap",
         "struct vfio_device_feature",
         "struct vfio_device_feature_migration",
         "struct vfio_device_feature_mig_state",
@@ -261,6 +367,12 @@ class _FFI:
         "struct vfio_device_feature_dma_logging_range",
         "struct vfio_device_feature_dma_logging_report",
         "struct vfio_device_feature_mig_data_size",
+        "struct iommu_ioas_alloc",
+        "struct iommu_ioas_map",
+        "struct iommu_hwpt_alloc",
+        "struct iommu_hw_info",
+        "struct iommu_hwpt_set_dirty_tracking",
+        "struct iommu_hwpt_get_dirty_bitmap",
         "struct vfio_pci_status_set",
         "struct vfio_pci_get_dirty_bitmap",
         "struct gvt_region",
@@ -278,6 +390,9 @@ class _FFI:
         "struct vfio_region_info_cap_sparse_mmap",
         "struct vfio_region_info_cap_type",
         "struct vfio_iommu_type1_dma_map",
+        "struct vfio_device_bind_iommufd",
+        "struct vfio_device_attach_iommufd_pt",
+        "struct vfio_iommu_type1_dirty_bitmap",
         "struct vfio_device_feature",
         "struct vfio_device_feature_migration",
         "struct vfio_device_feature_mig_state",
@@ -286,6 +401,12 @@ class _FFI:
         "struct vfio_device_feature_dma_logging_range",
         "struct vfio_device_feature_dma_logging_report",
         "struct vfio_device_feature_mig_data_size",
+        "struct iommu_ioas_alloc",
+        "struct iommu_ioas_map",
+        "struct iommu_hwpt_alloc",
+        "struct iommu_hw_info",
+        "struct iommu_hwpt_set_dirty_tracking",
+        "struct iommu_hwpt_get_dirty_bitmap",
         "struct vfio_pci_status_set",
         "struct vfio_pci_get_dirty_bitmap",
         "struct gvt_region",
@@ -321,6 +442,9 @@ class _FFI:
         "VFIO_PCI_VGA_REGION_INDEX",
         "VFIO_DMA_MAP_FLAG_READ",
         "VFIO_DMA_MAP_FLAG_WRITE",
+        "VFIO_IOMMU_DIRTY_PAGES_FLAG_START",
+        "VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP",
+        "VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP",
         "VFIO_DEVICE_FEATURE_MASK",
         "VFIO_DEVICE_FEATURE_GET",
         "VFIO_DEVICE_FEATURE_SET",
@@ -344,6 +468,12 @@ class _FFI:
         "VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT",
         "VFIO_DEVICE_FEATURE_MIG_DATA_SIZE",
         "VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2",
+        "IOMMU_IOAS_MAP_FIXED_IOVA",
+        "IOMMU_IOAS_MAP_WRITEABLE",
+        "IOMMU_IOAS_MAP_READABLE",
+        "IOMMU_HWPT_ALLOC_DIRTY_TRACKING",
+        "IOMMU_HW_CAP_DIRTY_TRACKING",
+        "IOMMU_HWPT_DIRTY_TRACKING_ENABLE",
         "VFIO_DEVICE_FLAGS_MIGRATABLE",
         "VFIO_PCI_DEVICE_STATE_REGION_INDEX",
         "VFIO_PCI_RFC_NUM_REGIONS",

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""Which pages did a device write that keeps no log of its own? What the IOMMU, or the container, knows of it.
+
+Only of a device that we opened and mapped guest memory for ourselves: whoever else has mapped it may be tracking, and
+what is read here would be missing there. Both kinds count from :meth:`DmaTracker.start` on, and tell a page once.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Final
+
+from vfio_mig import uapi
+from vfio_mig.errors import DeviceError, UnsupportedError
+from vfio_mig.host.dma import ContainerDma, IommufdDma
+from vfio_mig.uapi import IoctlError, ffi
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vfio_mig.device import Device
+
+PAGE: Final = 4096
+_START: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_START")
+_STOP: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP")
+_GET: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP")
+_HEAD: Final = struct.Struct("=II")  # vfio_iommu_type1_dirty_bitmap
+_GET_BITMAP: Final = struct.Struct("=IIQQQQQ")  # and vfio_iommu_type1_dirty_bitmap_get with its vfio_bitmap
+
+
+class DmaTracker(ABC):
+    """The pages that one device has written of the guest memory that we mapped for it.
+
+    :param name: the device's, for errors.
+    :param pieces: (IOVA, bytes) of each mapping; pages elsewhere the device cannot reach, and they are never dirty.
+    """
+
+    caution: str = ""
+    """What a user must know of the answers, empty for nothing."""
+
+    def __init__(self, name: str, pieces: Sequence[tuple[int, int]]) -> None:
+        self._name = name
+        self._pieces = tuple(pieces)
+        self._is_on = False
+
+    def start(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
+        """Track writes from now on, to all that is mapped; a second call changes nothing.
+
+        :param ranges: (IOVA, bytes) that will be asked for; as :meth:`MigrationProtocol.start_log` has it.
+        :raises DeviceError: refused.
+        """
+        del ranges
+        if not self._is_on:  # to enable it twice would drop what the IOMMU has collected
+            self._switch(on=True)
+            self._is_on = True
+
+    def stop(self) -> None:
+        """End that; a second call does nothing.
+
+        :raises DeviceError: refused.
+        """
+        if self._is_on:
+            self._is_on = False
+            self._switch(on=False)
+
+    def fetch(self, start_page: int, nr_pages: int) -> memoryview:
+        """Return the pages written since the start or since they were last asked for.
+
+        :returns: ceil(nr_pages / 8) bytes, bit *i* of byte *j* is page 8*j* + *i* from *start_page*; 4096 bytes each.
+        :raises DeviceError: refused; what was written is not known any more.
+        :raises ValueError: it was not started.
+        """
+        if not self._is_on:
+            raise ValueError("tracking was not started: every page would seem clean")
+        bits = 0
+        for number, (iova, size) in enumerate(self._pieces):
+            first = max(start_page, iova // PAGE)
+            end = min(start_page + nr_pages, (iova + size) // PAGE)
+            if first < end:
+                bits |= self._take(number, first, end - first) << (first - start_page)
+        return memoryview(bits.to_bytes((nr_pages + 7) // 8, "little"))
+
+    @abstractmethod
+    def _switch(self, *, on: bool) -> None:
+        """Begin or end to track."""
+
+    @abstractmethod
+    def _take(self, piece: int, start_page: int, nr_pages: int) -> int:
+        """Return the written pages of a part of a mapping as a number, bit 0 for *start_page*, and forget them."""
+
+    def _failed(self, error: IoctlError) -> DeviceError:
+        return DeviceError(f"tracking its writes: {error}", device=self._name, errno=error.errno or 0)
+
+
+class IommuTracker(DmaTracker):
+    """Dirty bits in the IOMMU's page tables (IOMMU_HWPT_*_DIRTY_*, since Linux 6.7)."""
+
+    def __init__(self, name: str, dma: IommufdDma, hwpt: int) -> None:
+        super().__init__(name, dma.pieces)
+        self._iommufd = dma.iommufd
+        self._hwpt = hwpt
+
+    def _switch(self, *, on: bool) -> None:
+        try:
+            self._iommufd.set_tracking(self._hwpt, enabled=on)
+        except IoctlError as error:
+            raise self._failed(error) from error
+
+    def _take(self, piece: int, start_page: int, nr_pages: int) -> int:
+        del piece
+        try:
+            bitmap = self._iommufd.take_dirty(self._hwpt, start_page * PAGE, nr_pages * PAGE, PAGE)
+        except IoctlError as error:
+            raise self._failed(error) from error
+        return int.from_bytes(bitmap, "little")
+
+
+class ContainerTracker(DmaTracker):
+    """The pages a type1 container takes for dirty (VFIO_IOMMU_DIRTY_PAGES, since Linux 5.8): those that are pinned.
+
+    It answers for whole mappings only, and forgets all of them: what was not asked for is kept here.
+    """
+
+    caution = (
+        "a type1 container cannot tell writes: of a device behind an IOMMU every mapped page counts as dirty each time"
+    )
+
+    def __init__(self, name: str, dma: ContainerDma) -> None:
+        super().__init__(name, dma.pieces)
+        self._fd = dma.fd
+        self._kept = [0] * len(dma.pieces)
+
+    def _switch(self, *, on: bool) -> None:
+        self._call(bytearray(_HEAD.pack(_HEAD.size, _START if on else _STOP)))
+
+    def _call(self, request: bytearray) -> None:
+        try:
+            uapi.call(self._fd, uapi.IOMMU_DIRTY_PAGES, request)
+        except IoctlError as error:
+            raise self._failed(error) from error
+
+    def _take(self, piece: int, start_page: int, nr_pages: int) -> int:
+        iova, size = self._pieces[piece]
+        bitmap = bytearray((size // PAGE + 63) // 64 * 8)
+        where = uapi.address_of(bitmap)
+        self._call(bytearray(_GET_BITMAP.pack(_GET_BITMAP.size, _GET, iova, size, PAGE, len(bitmap), where)))
+        bits = self._kept[piece] | int.from_bytes(bitmap, "little")
+        shift, mask = start_page - iova // PAGE, (1 << nr_pages) - 1
+        self._kept[piece] = bits & ~(mask << shift)
+        return bits >> shift & mask
+
+
+def find_tracker(device: Device) -> DmaTracker:
+    """Return what can tell the writes of a device that has no log of its own: its IOMMU, else its container.
+
+    :raises UnsupportedError: nothing can; says what was looked at.
+    """
+    dma = device.dma
+    if isinstance(dma, IommufdDma) and dma.hwpt is not None:
+        return IommuTracker(device.name, dma, dma.hwpt)
+    if isinstance(dma, ContainerDma):
+        return ContainerTracker(device.name, dma)
+    if dma is not None:
+        why, hint = dma.why_not, "leave out --memory"
+    elif device.borrowed:
+        why = "what was mapped by another process is left alone, as that may be tracking it"
+        hint = "ask that process, or leave out --memory"
+    else:
+        why, hint = "no memory was mapped for it", "name the guest's memory with --memory"
+    raise UnsupportedError(
+        f"cannot be asked for its dirty pages: it keeps no log of its writes, and {why}",
+        device=device.name,
+        hint=hint,
+    )
