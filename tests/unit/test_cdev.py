@@ -8,7 +8,7 @@ import mmap
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import pytest
 
@@ -180,7 +180,7 @@ def test_page_tables_that_can_track_are_used_where_the_iommu_has_them(
     ],
 )
 def test_a_device_that_cannot_be_tracked_is_attached_all_the_same(
-    device: NodeDevice, kernel: Kernel, memory: Any, request_: Request, number: int, why: str
+    device: NodeDevice, kernel: Kernel, memory: Any, *, request_: Request, number: int, why: str
 ) -> None:
     kernel.can_track = 1
     kernel.refuse[request_] = number
@@ -207,6 +207,7 @@ def test_a_refused_step_closes_what_was_open_and_says_what_to_do(
     device: NodeDevice,
     kernel: Kernel,
     memory: Any,
+    *,
     request_: Request,
     number: int,
     kind: type[VfioMigError],
@@ -287,7 +288,7 @@ class Open:
         self._child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=self._fds)
         self.pid = self._child.pid
 
-    def __enter__(self) -> Open:
+    def __enter__(self) -> Self:
         for fd in self._fds:
             os.close(fd)
         return self
