@@ -14,7 +14,7 @@ import pytest
 from tests.vm import alloc_faults, gpu, host
 from tests.vm.alloc_faults import Faults
 from tests.vm.raw import BAR2, CONFIG, IRQ_MSI, PAGE, Guest
-from tests.vm.test_driver_v2 import (
+from tests.vm.v2 import (
     LOG_STOP,
     PRE_COPY,
     RESUMING,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from tests.vm import cli, gpu, held, host
-from tests.vm.test_driver_v2 import HAS_PRE_COPY, pre_copy
+from tests.vm.v2 import HAS_PRE_COPY, pre_copy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
