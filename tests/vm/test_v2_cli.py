@@ -109,6 +109,20 @@ def test_rounds_end_when_the_state_does_not_become_less_and_the_user_is_told(
 
 
 @pre_copy
+def test_new_initial_data_is_read_before_the_stop_however_long_that_may_take(
+    source: Side, target: Side, tmp_path: Path
+) -> None:
+    set_knob(source, "v2_extra_bytes", EXTRA)
+    set_knob(source, "v2_reinit", MIB)
+    image = tmp_path / "image"
+    report = js("save", source.name, image, "--live", "--max-downtime", "100000")
+    first, second = report["state_rounds"]
+    assert (first["initial_bytes"], second["initial_bytes"]) == (MIB, 0)
+    assert second["bytes_read"] == MIB
+    js("restore", target.name, image)
+
+
+@pre_copy
 def test_a_device_that_stands_still_is_not_made_to_run_by_a_live_save(source: Side, tmp_path: Path) -> None:
     js("state", source.name, "stop")
     done = cli.run("--json", "save", source.name, tmp_path / "image", "--live", warm=True)

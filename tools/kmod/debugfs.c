@@ -179,6 +179,22 @@ static int v2_dirty_rate_set(void *data, u64 value)
 DEFINE_DEBUGFS_ATTRIBUTE(v2_dirty_rate_fops, v2_dirty_rate_get,
 			 v2_dirty_rate_set, "%llu\n");
 
+static int v2_reinit_get(void *data, u64 *value)
+{
+	*value = READ_ONCE(((struct vgpu *)data)->mig.reinit_bytes);
+	return 0;
+}
+
+static int v2_reinit_set(void *data, u64 value)
+{
+	if (value > GVT_V2_EXTRA_MAX)
+		return -EINVAL;
+	WRITE_ONCE(((struct vgpu *)data)->mig.reinit_bytes, value);
+	return 0;
+}
+DEFINE_DEBUGFS_ATTRIBUTE(v2_reinit_fops, v2_reinit_get, v2_reinit_set,
+			 "%llu\n");
+
 static void gvt_debugfs_add_v2(struct vgpu *vgpu)
 {
 	debugfs_create_file("v2_state", 0400, vgpu->debugfs, vgpu,
@@ -187,6 +203,8 @@ static void gvt_debugfs_add_v2(struct vgpu *vgpu)
 				   &v2_extra_bytes_fops);
 	debugfs_create_file_unsafe("v2_dirty_rate", 0600, vgpu->debugfs, vgpu,
 				   &v2_dirty_rate_fops);
+	debugfs_create_file_unsafe("v2_reinit", 0600, vgpu->debugfs, vgpu,
+				   &v2_reinit_fops);
 }
 
 /* --- binary files: a snapshot, taken by open() ----------------------- */

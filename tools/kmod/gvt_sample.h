@@ -196,6 +196,8 @@ struct gvt_mig {
 	u64			extra_bytes;	/* filler in the state */
 	u64			seed;		/* of the filler */
 	u64			dirty_rate;	/* bytes/s in PRE_COPY */
+	u64			reinit_bytes;	/* new initial data, once */
+	bool			info2;		/* PRECOPY_INFO may say REINIT */
 	bool			logging;	/* DMA logging is on */
 	bool			log_lost;	/* no memory to note a page */
 	struct xarray		log;		/* gfns written since reported */
@@ -412,6 +414,8 @@ int gvt_mig_set_active(struct vgpu *vgpu, bool active);
 void gvt_mig_wrote(struct vgpu *vgpu, u64 iova, u64 len);
 const char *gvt_mig_state_name(struct vgpu *vgpu);
 void gvt_mig_set_rate(struct vgpu *vgpu, u64 rate);
+int gvt_feature(struct vfio_device *vdev, u32 flags, void __user *arg,
+		size_t argsz);
 #define GVT_V2_EXTRA_MAX	BIT_ULL(32)	/* bytes */
 #define GVT_V2_RATE_MAX		BIT_ULL(40)	/* bytes/s */
 

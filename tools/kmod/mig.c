@@ -49,6 +49,11 @@ struct vfio_precopy_info {
 };
 #endif
 
+/* <linux/vfio.h> of Linux 7.1 */
+#define GVT_FEATURE_PRECOPY_INFO2	12
+#define GVT_PRECOPY_INFO_REINIT		BIT(0)
+#define GVT_FLAG_PRE_COPY		BIT(2)	/* not there before 6.2 */
+
 /*
  * iova_bitmap_set() is vfio's until 6.6. Then it is a part of iommufd, and
  * where that is not built there is a stub, and REPORT is EOPNOTSUPP.
@@ -128,6 +133,9 @@ struct gvt_mig_file {
 	bool			dirtying;
 	u64			dirty;		/* bytes, not in a record yet */
 	u64			since;		/* dirty is right at, ns */
+	u64			again;		/* of dirty: initial data, anew */
+	bool			reinit;		/* and nobody has read of it */
+	bool			reinit_done;
 
 	/* loading */
 	int			broken;		/* errno of the refusal */
@@ -301,6 +309,8 @@ static bool gvt_save_record(struct gvt_mig_file *migf)
 	gvt_dirty_grow(migf);
 	if (migf->dirty >= GVT_MIG_PAGE) {
 		migf->dirty -= GVT_MIG_PAGE;
+		migf->again -= min_t(u64, migf->again, GVT_MIG_PAGE);
+		migf->reinit = false;
 		migf->record.type = GVT_MIG_DIRTY;
 		migf->record.size = GVT_MIG_PAYLOAD;
 	} else if (!migf->precopy) {
@@ -637,13 +647,36 @@ static ssize_t gvt_data_write(struct file *filp, const char __user *buf,
 	return gvt_fault_end(&fault, ret);
 }
 
+/*
+ * As if what was sent as initial data had become useless: some of it has to be
+ * sent again, and before a stop. Once in a session, for who can be told of it.
+ */
+static void gvt_reinit(struct gvt_mig_file *migf)
+{
+	const struct gvt_mig *mig = &migf->vgpu->mig;
+	u64 bytes = READ_ONCE(mig->reinit_bytes);
+
+	if (!bytes || !READ_ONCE(mig->info2) || migf->reinit_done ||
+	    gvt_left_initial(migf))
+		return;
+	bytes = min(round_down(bytes, GVT_MIG_PAGE), gvt_dirty_limit(migf));
+	migf->dirty = max(migf->dirty, bytes);
+	migf->again = bytes;
+	migf->reinit = true;
+	migf->reinit_done = true;
+}
+
 static void gvt_precopy_bytes(struct gvt_mig_file *migf,
 			      struct vfio_precopy_info *info)
 {
+	u64 again;
+
 	gvt_dirty_grow(migf);
-	info->flags = 0;
-	info->initial_bytes = gvt_left_initial(migf);
-	info->dirty_bytes = gvt_left_dirty(migf);
+	gvt_reinit(migf);
+	again = min(migf->again, gvt_left_dirty(migf));
+	info->flags = migf->reinit ? GVT_PRECOPY_INFO_REINIT : 0;
+	info->initial_bytes = gvt_left_initial(migf) + again;
+	info->dirty_bytes = gvt_left_dirty(migf) - again;
 	if (gvt_defect(migf->vgpu, GVT_DEFECT_PRECOPY_INITIAL_STUCK))
 		info->initial_bytes = sizeof(migf->header) + migf->header.filler;
 }
@@ -1389,6 +1422,26 @@ const char *gvt_mig_state_name(struct vgpu *vgpu)
 	return gvt_mig_names[READ_ONCE(vgpu->mig.state)];
 }
 
+/*
+ * The opt-in to PRECOPY_INFO.flags, which vfio itself knows from Linux 7.1 on;
+ * until then it is the driver's, as every feature that vfio does not know.
+ */
+int gvt_feature(struct vfio_device *vdev, u32 flags, void __user *arg,
+		size_t argsz)
+{
+	struct vgpu *vgpu = vdev_to_vgpu(vdev);
+	int ret;
+
+	if ((flags & VFIO_DEVICE_FEATURE_MASK) != GVT_FEATURE_PRECOPY_INFO2 ||
+	    !gvt_mig_enabled(vgpu) ||
+	    !(vdev->migration_flags & GVT_FLAG_PRE_COPY))
+		return -ENOTTY;
+	ret = vfio_check_feature(flags, argsz, VFIO_DEVICE_FEATURE_SET, 0);
+	if (ret == 1)
+		WRITE_ONCE(vgpu->mig.info2, true);
+	return ret == 1 ? 0 : ret;
+}
+
 /* What was dirtied until now was dirtied at the old rate */
 void gvt_mig_set_rate(struct vgpu *vgpu, u64 rate)
 {
@@ -1422,6 +1475,7 @@ void gvt_mig_close(struct vgpu *vgpu)
 	if (!gvt_defect(vgpu, GVT_DEFECT_LOG_SURVIVES))
 		gvt_log_off(vgpu);
 	WRITE_ONCE(vgpu->mig.state, VFIO_DEVICE_STATE_RUNNING);
+	WRITE_ONCE(vgpu->mig.info2, false);
 	mutex_unlock(&vgpu->mig.state_mutex);
 }
 

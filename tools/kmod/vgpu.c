@@ -543,6 +543,7 @@ static const struct vfio_device_ops gvt_device_ops = {
 	.read		= gvt_read,
 	.write		= gvt_write,
 	.ioctl		= gvt_ioctl,
+	.device_feature	= gvt_feature,
 	.mmap		= gvt_mmap,
 	.dma_unmap	= gvt_dma_unmap,
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0)
