@@ -141,7 +141,7 @@ def failing(device: FakeDevice, profile: RfcProfile = DEFAULT_PROFILE) -> list[s
             detect(device, profile)
         assert caught.value.problem == f"cannot be migrated: {failed[0].name}: {failed[0].text}"
         assert caught.value.device == "fake"
-        assert "vfio-mig info fake" in str(caught.value)
+        assert "vfio-mig info --open fake" in str(caught.value)
     else:
         protocol = detect(device, profile)
         assert isinstance(protocol, GvtRfc)

@@ -73,7 +73,8 @@ class Tree:
         if group is not None:
             self.link(f"{directory}/iommu_group", f"sys/kernel/iommu_groups/{group}")
         if cdev:
-            (self.root / directory / "vfio-dev" / cdev).mkdir(parents=True)
+            number = int(cdev.removeprefix("vfio"))
+            self.write(f"{directory}/vfio-dev/{cdev}/dev", f"246:{number}\n")
 
     def mdev(self, uuid: str, *, group: int | None, parent: str = GPU, kind: str = "i915-GVTg_V4_8") -> None:
         directory = f"sys/devices/pci0000:00/{parent}/{uuid}"

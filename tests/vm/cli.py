@@ -212,9 +212,9 @@ def refused(
 
 
 @contextlib.contextmanager
-def held(uuid: str, memory: Path | str | None = None) -> Iterator[subprocess.Popen[str]]:
+def held(uuid: str, memory: Path | str | None = None, *, via: str = "auto") -> Iterator[subprocess.Popen[str]]:
     """Have `vfio-mig hold` keep a device open until the block ends, with *memory*, FILE or FILE@GPA, mapped."""
-    command = [_program(), "hold", uuid]
+    command = [_program(), "--via", via, "hold", uuid]
     if memory is not None:
         command += ["--memory", f"{memory}" if "@" in str(memory) else f"{memory}@0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

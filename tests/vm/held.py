@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
 """A vGPU that `vfio-mig hold` keeps open, with a guest at work on it: its memory is a file, as a VMM with shared RAM
-has it, and its driver is played through the holder's group fd.
+has it, and its driver is played through a second fd of its own, from the holder's group or of the device's node.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tests.vm import cli, gpu, host
-from tests.vm.raw import BAR0, FENCE, GTT, PAGE, PVINFO, Device, Guest, Memory
+from tests.vm.raw import BAR0, FENCE, GROUP_GET_DEVICE_FD, GTT, PAGE, PVINFO, Device, Guest, Memory
 from vfio_mig.host.discover import Host
 from vfio_mig.host.holders import duplicate_fd, find_holder
 
@@ -21,15 +22,19 @@ if TYPE_CHECKING:
 PAGES: Final = 256
 
 
-class BorrowedGroup:
-    """The holder's group, for a second fd of its device."""
-
-    def __init__(self, name: str) -> None:
-        found = Host().find(name)
-        holder = find_holder(found)
-        if holder is None:
-            raise RuntimeError(f"nobody holds {name}")
-        self.group_fd: Final = duplicate_fd(found, holder)
+def borrowed_fd(name: str) -> int:
+    """Return a second fd of a held device."""
+    found = Host().find(name)
+    holder = find_holder(found)
+    if holder is None:
+        raise RuntimeError(f"nobody holds {name}")
+    fd = duplicate_fd(found, holder)
+    if holder.node != found.node:
+        return fd
+    try:
+        return int(fcntl.ioctl(fd, GROUP_GET_DEVICE_FD, bytearray(name.encode() + b"\0"), True))
+    finally:
+        os.close(fd)
 
 
 class Side(NamedTuple):
@@ -54,9 +59,7 @@ class Side(NamedTuple):
 @contextlib.contextmanager
 def guest_of(instance: host.Instance, memory: Memory) -> Iterator[Guest]:
     """Play the guest of a held device."""
-    group = BorrowedGroup(instance.uuid)
-    device = Device(group, instance.uuid)
-    os.close(group.group_fd)
+    device = Device(borrowed_fd(instance.uuid), instance.uuid)
     try:
         yield Guest(instance, None, memory, device)  # the container is the holder's
     finally:
@@ -64,10 +67,10 @@ def guest_of(instance: host.Instance, memory: Memory) -> Iterator[Guest]:
 
 
 @contextlib.contextmanager
-def side(file: Path, kind: str = host.SMALL) -> Iterator[Side]:
+def side(file: Path, kind: str = host.SMALL, *, via: str = "auto") -> Iterator[Side]:
     """Make a vGPU, hold it with *file* as its guest's memory, and play its guest."""
     memory = Memory(0, PAGES, file)
-    with host.instance(kind) as instance, cli.held(instance.uuid, file), guest_of(instance, memory) as guest:
+    with host.instance(kind) as instance, cli.held(instance.uuid, file, via=via), guest_of(instance, memory) as guest:
         yield Side(instance, memory, file, guest)
 
 

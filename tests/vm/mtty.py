@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The kernel's own mtty, held open, and its guest's view: a scratch register, through the holder's group fd."""
+"""The kernel's own mtty, held open, and its guest's view: a scratch register, through a second fd of the device."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.vm import cli, host
-from tests.vm.held import BorrowedGroup
-from tests.vm.raw import GROUP_GET_DEVICE_FD
+from tests.vm.held import borrowed_fd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,9 +23,7 @@ STATE_SIZE: Final = 96  # samples/vfio-mdev/mtty.c: 24 bytes, and 36 for each po
 @contextlib.contextmanager
 def registers(name: str) -> Iterator[int]:
     """Give a second fd of a held device, as its guest would have it; region 0 begins at offset 0."""
-    group = BorrowedGroup(name).group_fd
-    fd = int(fcntl.ioctl(group, GROUP_GET_DEVICE_FD, bytearray(name.encode() + b"\0"), True))
-    os.close(group)
+    fd = borrowed_fd(name)
     try:
         yield fd
     finally:

@@ -214,10 +214,10 @@ class HasGroup(Protocol):
 
 
 class Device:
-    """An open VFIO device fd of a vGPU. Graphics addresses are the guest's."""
+    """An open VFIO device fd of a vGPU, *opened*, or got from a group. Graphics addresses are the guest's."""
 
-    def __init__(self, container: HasGroup, name: str) -> None:
-        self.fd: Final = self._open(container, name)
+    def __init__(self, opened: HasGroup | int, name: str) -> None:
+        self.fd: Final = opened if isinstance(opened, int) else self._open(opened, name)
         self._offsets: Final = {index: self.region(index).offset for index in (BAR0, BAR2, CONFIG, STATE)}
 
     @staticmethod

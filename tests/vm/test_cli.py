@@ -22,6 +22,7 @@ from tests.vm.held import Side, guest_view, queue_one, run_some_work, side
 from tests.vm.raw import PAGE
 from tools.demo.__main__ import Migration
 from tools.demo.report import Report
+from vfio_mig.host.discover import Host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,11 +76,33 @@ def test_list_and_status_name_device_type_and_holder(source: Side) -> None:
             "node": node,
             "holder_pid": pid,
             "holder": "vfio-mig",
+            "migratable": None,
+            "state": None,
+            "cdev": Host().find(source.name).cdev,
         }
+        assert lines[source.name][6:] == ["?", "-", entry["cdev"] or "-"]
         status = js("status", source.name)
         assert (status["state"], status["holder_pid"], status["protocol"]) == ("unknown", pid, "gvt-rfc")
-        assert js("status", closed.uuid)["state"] == "closed"
+        status = js("status", closed.uuid)
+        assert (status["state"], status["migratable"], status["driver_state"]) == ("closed", None, None)
         assert f"open in PID {pid} (vfio-mig)" in text("status", source.name)
+
+
+def test_info_opens_nothing_that_is_closed_unless_it_is_told_to() -> None:
+    with host.instance() as closed:
+        opened = closed.counters()
+        info = js("info", closed.uuid)
+        assert (info["how"], info["flags"], info["regions"], info["protocol"]) == ("closed", None, [], None)
+        assert (info["driver"], info["migratable"], info["holder_pid"]) == ("gvt_sample_mdev", None, None)
+        shown = text("info", closed.uuid)
+        assert "migration known only of an open device" in shown
+        assert "--open does it" in shown
+        assert closed.counters() == opened
+        assert closed.run_state() == "stopped"  # as one is that nobody has opened
+        info = js("info", "--open", closed.uuid)
+        assert info["how"] == ("group" if info["cdev"] is None else "cdev")
+        assert (info["protocol"], info["migratable"], info["source"]) == ("gvt-rfc", True, "device")
+        assert len(info["regions"]) == 10
 
 
 def test_info_shows_regions_and_every_check(source: Side) -> None:

@@ -167,7 +167,7 @@ def test_who_may_not_open_the_device_is_told_what_to_do(nobody_s: dict[str, str]
     file = tmp_path / "gpu.vfm"
     with host.instance() as instance, never_asked(instance):
         words = (instance.uuid, f"/dev/vfio/{instance.group}", "EACCES", "run as root")
-        rest = [file] if command == "save" else []
+        rest = [file] if command == "save" else ["--open"]
         warm = command != "save"
         refused(command, instance.uuid, *rest, code=3, words=words, user=NOBODY, env=nobody_s, warm=warm)
     assert not file.exists()

@@ -96,6 +96,10 @@ def status_command(options: Options, device: str) -> None:
     nobody = "nobody" if status.state == "closed" else "no process that this user may look into"
     holder = nobody if status.holder_pid is None else f"PID {status.holder_pid} ({status.holder})"
     click.echo(f"{status.device}: {status.state}; {status.kind} {status.type}, open in {holder}")
+    if status.driver_state == "?":
+        click.echo("note: its driver does not answer, so it was not asked; what waits for it cannot be ended")
+    elif status.driver_state not in (None, status.state):
+        click.echo(f"state in its driver: {status.driver_state}")
     if status.left is not None:
         click.echo(f"note: {status.left}; {status.repair}")
     if status.protocol is not None:

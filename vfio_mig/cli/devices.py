@@ -14,15 +14,28 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.inform import DeviceInfo, Listed
 
 
+def _word(text: str | None) -> str:
+    """Make one column of a text."""
+    return "_".join((text or "-").split())
+
+
+def _yes_or_no(migratable: bool | None) -> str:
+    return "?" if migratable is None else "yes" if migratable else "no"
+
+
 def _line(one: Listed) -> str:
-    holder = (one.holder or "-") if one.holder_pid is None else f"{one.holder_pid}:{one.holder}"
-    return f"{one.device} {one.kind} {one.type or '-'} {one.driver or '-'} {one.node or '-'} {holder}"
+    holder = one.holder if one.holder_pid is None else f"{one.holder_pid}:{one.holder}"
+    words = (one.device, one.kind, one.type, one.driver, one.node, holder, _yes_or_no(one.migratable), one.state)
+    return " ".join(_word(word) for word in (*words, one.cdev))
 
 
 @click.command("list", short_help="List VFIO devices and who has them open.")
 @click.pass_obj
 def list_command(options: Options) -> None:
-    """List VFIO devices, one per line: NAME KIND TYPE DRIVER NODE HOLDER (PID:COMMAND); - is none, ? not seen.
+    """List VFIO devices, one per line: NAME KIND TYPE DRIVER NODE HOLDER MIGRATABLE STATE CDEV.
+
+    HOLDER is PID:COMMAND; - is none, ? not seen. MIGRATABLE (yes, no, ?) and STATE are what the kernel and the driver's
+    name tell without opening anything; ? means that only an open device tells, or that a driver does not answer.
 
     \b
     Example: vfio-mig list | awk '$6 == "-" { print $1 }'
@@ -37,34 +50,69 @@ def list_command(options: Options) -> None:
         click.echo(_line(one))
 
 
-def _print_info(info: DeviceInfo) -> None:
-    click.echo(f"device    {info.device}")
-    click.echo(f"reached   {info.how}")
-    click.echo(f"flags     {info.flags:#x}")
+def _print_regions(info: DeviceInfo) -> None:
     for region in info.regions:
         parts = [f"{region.size} bytes at {region.offset:#x}", region.access]
         parts += [f"mmap {area[0]:#x}+{area[1]:#x}" for area in region.sparse_areas]
         if region.type is not None:
             parts.append(f"type {region.type:#x} subtype {region.subtype}")
         click.echo(f"region {region.number}  {', '.join(parts)}")
-    for check in info.checks:
-        click.echo(f"{'ok ' if check.ok else 'NO '} {check.name}: {check.text}")
-    click.echo(f"protocol  {info.protocol or 'none'}")
+
+
+def _print_closed(info: DeviceInfo) -> None:
+    """Tell what is known of a device that was not opened."""
+    nodes = [node for node in (info.node, info.cdev) if node is not None]
+    holder = f"PID {info.holder_pid} ({info.holder})" if info.holder_pid is not None else "nobody"
+    if info.holder_pid is None and info.holder is not None:
+        holder = "no process that this user may look into"
+    source = {"debugfs": "the kernel says so", "driver": f"by its driver's name, {info.driver}"}.get(info.source or "")
+    click.echo(f"kind      {info.kind} {info.type}".rstrip())
+    click.echo(f"driver    {info.driver or 'none'}")
+    click.echo(f"nodes     {', '.join(nodes) or 'none'}")
+    click.echo(f"open in   {holder}")
+    if info.migratable is None:
+        click.echo("migration known only of an open device")
+    else:
+        click.echo(f"migration {_yes_or_no(info.migratable)}: {source}")
+    if info.state == "?":
+        click.echo("state     its driver does not answer, so it was not asked for more")
+        return
+    if info.state is not None:
+        click.echo(f"state     {info.state}")
+    click.echo("not opened, as that resets a PCI function and restarts a vGPU; --open does it and tells the rest")
+
+
+def _print_info(info: DeviceInfo) -> None:
+    click.echo(f"device    {info.device}")
+    click.echo(f"reached   {info.how}")
+    if info.how == "closed":
+        _print_closed(info)
+    else:
+        click.echo(f"flags     {info.flags:#x}")
+        _print_regions(info)
+        for check in info.checks:
+            click.echo(f"{'ok ' if check.ok else 'NO '} {check.name}: {check.text}")
+        click.echo(f"protocol  {info.protocol or 'none'}")
+    if info.better_driver is not None:
+        click.echo(f"note: the driver {info.better_driver} fits it better than {info.driver or 'none'}")
 
 
 @click.command("info", short_help="Tell regions, and whether DEVICE can be migrated.")
 @click.argument("device")
+@click.option("--open", "open_closed", is_flag=True, help="Open it if nobody has it open: it is reset, or restarts.")
 @borrow_options
 @click.pass_obj
-def info_command(options: Options, device: str) -> None:
-    """Open DEVICE (or borrow it) and tell its regions and whether it can be migrated, check by check.
+def info_command(options: Options, device: str, *, open_closed: bool) -> None:
+    """Tell DEVICE's regions and whether it can be migrated, check by check; borrowed from the process that has it open.
+
+    Of a device that nobody has open, what the kernel shows without opening it.
 
     \b
     Example: vfio-mig info 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
     """
     from vfio_mig.jobs.inform import device_info
 
-    info = device_info(device, settings_of(options))
+    info = device_info(device, settings_of(options), open_closed=open_closed)
     if options.as_json:
         print_json(info.as_dict())
     else:

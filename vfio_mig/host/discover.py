@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Find VFIO devices in sysfs: mdevs, and PCI functions bound to a VFIO driver."""
+"""Find VFIO devices in sysfs: mdevs, PCI functions bound to a VFIO driver, and those of other buses."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _ATTRIBUTE_MAX: Final = 4096
 class HostDevice(NamedTuple):
     """A VFIO device as sysfs shows it; nothing was opened.
 
-    :param name: what VFIO_GROUP_GET_DEVICE_FD takes: lower-case mdev UUID or PCI address with domain.
+    :param name: what VFIO_GROUP_GET_DEVICE_FD takes: lower-case mdev UUID, PCI address with domain, or what another
+        bus calls it.
     :param sysfs: its directory, symbolic links resolved.
-    :param kind: ``mdev`` or ``pci``.
-    :param type: mdev type with its prefix; for PCI ``vendor:device``.
-    :param parent: the mdev's parent device, empty for PCI.
-    :param group: IOMMU group number, None when it has none.
+    :param kind: ``mdev``, ``pci``, or another bus: ``platform``, ``fsl-mc``, ``cdx``, ``amba``.
+    :param type: mdev type with its prefix; for PCI ``vendor:device``; empty for others.
+    :param parent: the mdev's parent device, empty for others.
+    :param group: number of its group in VFIO, None when it has none: kernels without CONFIG_VFIO_GROUP.
     """
 
     name: str
@@ -97,17 +98,40 @@ class Host:
             return ""
 
     def devices(self) -> list[HostDevice]:
-        """Return all mdevs, then all PCI functions with a VFIO driver, each in order of name."""
+        """Return all mdevs, then all PCI functions with a VFIO driver, each in order of name, then all others."""
         mdevs = [self._mdev(name) for name in self.names("sys/bus/mdev/devices")]
         pci = [self._pci(name) for name in self.names("sys/bus/pci/devices") if self._is_vfio_pci(name)]
-        return mdevs + pci
+        known = {device.sysfs for device in mdevs + pci}
+        return mdevs + pci + [device for device in self._others() if device.sysfs not in known]
+
+    def _others(self) -> list[HostDevice]:
+        """Return what VFIO has registered, of any bus (since Linux 6.1)."""
+        entries = self.names("sys/class/vfio-dev")
+        directories = [os.path.realpath(self.path("sys/class/vfio-dev", entry, "device")) for entry in entries]
+        return [
+            HostDevice(
+                name=os.path.basename(directory),
+                sysfs=directory,
+                kind=self.link(directory, "subsystem") or "other",
+                type="",
+                parent="",
+                driver=self.link(directory, "driver"),
+                group=self._group(directory),
+            )
+            for directory in sorted(directories)
+            if os.path.isdir(directory)
+        ]
 
     def _is_vfio_pci(self, address: str) -> bool:
         return bool(self.names("sys/bus/pci/devices", address, "vfio-dev"))
 
     def _group(self, directory: str) -> int | None:
         number = self.link(directory, "iommu_group")
-        return int(number) if number.isascii() and number.isdigit() else None
+        if not (number.isascii() and number.isdigit()):
+            return None
+        # A PCI function has an IOMMU group also where VFIO has no groups
+        has_groups = not os.path.isdir(self.path("sys/class/vfio-dev")) or os.path.isdir(self.path("sys/class/vfio"))
+        return int(number) if has_groups else None
 
     def _mdev(self, name: str) -> HostDevice:
         directory = f"sys/bus/mdev/devices/{name}"
@@ -160,19 +184,25 @@ class Host:
                 "there is no such mdev", device=name, hint="'vfio-mig list' shows those there are"
             )
         if not PCI_ADDRESS.fullmatch(wanted):
+            for device in self._others():
+                if device.name == name:
+                    return device
             raise UsageError(
                 f"{name!r} is no device name",
-                hint="give an mdev UUID, a PCI address, a path in /sys, or /dev/vfio/N",
+                hint="give an mdev UUID, a PCI address, a path in /sys, /dev/vfio/devices/vfioN, or /dev/vfio/N",
             )
         address = wanted if wanted.count(":") == 2 else f"0000:{wanted}"  # noqa: PLR2004 -- domain:bus:device
         if not os.path.isdir(self.path("sys/bus/pci/devices", address)):
             raise DeviceNotFoundError("there is no such PCI device", device=name)
         if not self._is_vfio_pci(address):
             driver = self.link("sys/bus/pci/devices", address, "driver") or "none"
+            from vfio_mig.host.drivers import better_driver
+
+            variant = better_driver(self._pci(address), self.root)
             raise DeviceNotFoundError(
                 f"its driver is {driver}, which is no VFIO driver",
                 device=name,
-                hint="bind it to vfio-pci or its variant",
+                hint="bind it to vfio-pci" if variant is None else f"bind it to {variant}",
             )
         return self._pci(address)
 

@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 class GuestMemory(Protocol):
     """A piece of guest memory: *size* bytes at guest-physical address *gpa*, mapped into this process by map()."""
 
-    gpa: int
-    size: int
+    @property
+    def gpa(self) -> int:
+        """Address of its first byte."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
 
     def map(self) -> mmap.mmap:
         """Return the memory, mapped shared and writable; stays the owner's."""

@@ -47,6 +47,10 @@ class Status(NamedTuple):
         where it cannot be asked: the RFC has no way, and a holder may be one that this user may not see.
     :param left: what a job that did not come to its end has left behind, None for nothing.
     :param repair: what to do about it.
+    :param migratable: whether it has the migration protocol v2 or, held, any of ours; None when that is not known
+        before it is opened.
+    :param driver_state: its migration state by QEMU's name as the kernel shows it, open or not, where it does: None
+        where not, ``?`` when its driver does not answer.
     """
 
     device: str
@@ -58,6 +62,8 @@ class Status(NamedTuple):
     state: str
     left: str | None
     repair: str | None
+    migratable: bool | None
+    driver_state: str | None
 
 
 def _now(session: Session, action: str) -> Done:
@@ -208,14 +214,23 @@ def device_state(name: str, settings: Settings | None = None, *, new: str | None
 
 
 def device_status(name: str, settings: Settings | None = None) -> Status:
-    """Tell who has a device open and what it speaks; opens nothing that is closed."""
+    """Tell who has a device open and what it speaks; opens nothing that is closed.
+
+    A driver that does not answer is asked nothing: its lock may never be given free, and who waits for that cannot be
+    ended.
+    """
+    from vfio_mig.host.discover import Host
+    from vfio_mig.host.offline import NO_ANSWER, look
+
     found = find(name)
     holder = holder_of(found)
     left = left_behind(found, holder)
     protocol, state = None, CLOSED if holder is None and sees_all() else UNKNOWN
-    if holder is not None:
+    (known,) = look([found], Host())
+    migratable = known.migratable
+    if holder is not None and known.state != NO_ANSWER:
         with open_session(name, settings) as session:
-            protocol, state = session.protocol.name, session.protocol.state()
+            protocol, state, migratable = session.protocol.name, session.protocol.state(), True
     return Status(
         found.name,
         found.kind,
@@ -226,4 +241,6 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
         state,
         None if left is None else str(left),
         None if left is None else left.repair(found.name),
+        migratable,
+        known.state,
     )

@@ -6,17 +6,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vfio_mig.errors import UnsupportedError
-from vfio_mig.jobs.session import Settings, find, holder_of, load_numbers
+from vfio_mig.jobs.session import CLOSED, Settings, find, holder_of, load_numbers
 
 if TYPE_CHECKING:
     from vfio_mig.device import Region
+    from vfio_mig.host.discover import HostDevice
     from vfio_mig.protocols.detect import Check
+    from vfio_mig.uapi.profile import RfcProfile
 
 
 class Listed(NamedTuple):
     """A device of this host; nothing was opened to find it.
 
+    :param node: of its group; its own where it has no group.
     :param holder: command of the process that has it open; ``?`` where this user may not look into every process.
+    :param migratable: whether it has the migration protocol v2, None when only an open device tells.
+    :param state: its migration state by QEMU's name where the kernel shows it (debugfs, root's), ``?`` when its driver
+        does not answer, None when it is not known.
+    :param cdev: its own node, None on kernels without them.
     """
 
     device: str
@@ -27,24 +34,40 @@ class Listed(NamedTuple):
     node: str | None
     holder_pid: int | None
     holder: str | None
+    migratable: bool | None
+    state: str | None
+    cdev: str | None
 
 
 class DeviceInfo(NamedTuple):
-    """What an open device says of itself.
+    """What is known of a device; what only an open device says is empty or None when it was not opened.
 
-    :param how: ``group`` or ``borrowed``.
+    :param how: how it was reached: ``borrowed``, ``inherited``, ``cdev``, ``group``, or ``closed``: it was not.
     :param flags: of VFIO_DEVICE_GET_INFO.
     :param protocol: the protocol it speaks, None when a check fails.
+    :param migratable: whether it can be migrated, None when that is not known before it is opened.
+    :param source: where that is from: ``device``, or of a closed one ``debugfs`` or its ``driver``'s name.
+    :param state: its migration state by QEMU's name, ``?`` when its driver does not answer, None when it is not known.
+    :param better_driver: a VFIO driver of this kernel's that fits it better than the one it has.
     """
 
     device: str
     kind: str
     type: str
     how: str
-    flags: int
+    flags: int | None
     regions: list[Region]
     checks: list[Check]
     protocol: str | None
+    driver: str
+    node: str | None
+    cdev: str | None
+    holder_pid: int | None
+    holder: str | None
+    migratable: bool | None
+    source: str | None
+    state: str | None
+    better_driver: str | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -59,10 +82,13 @@ def list_devices() -> list[Listed]:
     """Return all VFIO devices of this host with who has them open."""
     from vfio_mig.host.discover import Host
     from vfio_mig.host.holders import sees_all
+    from vfio_mig.host.offline import look
 
     unseen = None if sees_all() else "?"
+    host = Host()
+    devices = host.devices()
     listed = []
-    for found in Host().devices():
+    for found, known in zip(devices, look(devices, host), strict=True):
         holder = holder_of(found)
         listed.append(
             Listed(
@@ -71,38 +97,79 @@ def list_devices() -> list[Listed]:
                 found.type,
                 found.parent,
                 found.driver,
-                found.node,
+                found.node or found.cdev,
                 None if holder is None else holder.pid,
                 unseen if holder is None else holder.command,
+                known.migratable,
+                known.state,
+                found.cdev,
             )
         )
     return listed
 
 
-def device_info(name: str, settings: Settings | None = None) -> DeviceInfo:
-    """Open or borrow a device and ask it; sends no request of the RFC."""
-    from vfio_mig.host.opening import open_device
-    from vfio_mig.protocols.detect import Check, detect, explain
+def device_info(name: str, settings: Settings | None = None, *, open_closed: bool = False) -> DeviceInfo:
+    """Tell what a device is; one that some process has open is borrowed and asked, without any request of the RFC.
+
+    :param open_closed: also open one that nobody has: that resets a PCI function, and restarts a vGPU.
+    """
+    from vfio_mig.host.discover import Host
+    from vfio_mig.host.drivers import better_driver
+    from vfio_mig.host.holders import sees_all
+    from vfio_mig.host.offline import NO_ANSWER, look
 
     settings = settings or Settings()
     profile = load_numbers(settings)
-    found = find(name)
-    with open_device(found, pid=settings.pid, fd=settings.fd) as device:
+    found, holder = find(name), None
+    if settings.fd is None:
+        holder = holder_of(found)
+    (known,) = look([found], Host())
+    closed = DeviceInfo(
+        device=found.name,
+        kind=found.kind,
+        type=found.type,
+        how=CLOSED,
+        flags=None,
+        regions=[],
+        checks=[],
+        protocol=None,
+        driver=found.driver,
+        node=found.node,
+        cdev=found.cdev,
+        holder_pid=None if holder is None else holder.pid,
+        holder=(None if sees_all() else "?") if holder is None else holder.command,
+        migratable=known.migratable,
+        source=known.source,
+        state=known.state,
+        better_driver=better_driver(found),
+    )
+    is_asked = open_closed or holder is not None or settings.fd is not None or settings.pid is not None
+    # A driver that keeps one waiting for its state would do so for ever, whatever it is asked
+    return _ask(closed, found, settings, profile) if is_asked and known.state != NO_ANSWER else closed
+
+
+def _ask(closed: DeviceInfo, found: HostDevice, settings: Settings, profile: RfcProfile) -> DeviceInfo:
+    """Add what only the open device says."""
+    from vfio_mig.host.opening import open_device
+    from vfio_mig.protocols.detect import Check, detect, explain
+
+    with open_device(found, pid=settings.pid, fd=settings.fd, via=settings.via) as device:
         checks = explain(device, profile)
+        protocol = state = None
         try:
-            found_protocol = detect(device, profile)
-            protocol = found_protocol.name
-            if found_protocol.streams:  # the rest is the RFC's business
-                checks = [Check("mainline-migration", True, found_protocol.describe())]
+            speaks = detect(device, profile)
+            protocol, state = speaks.name, speaks.state()
+            if speaks.streams:  # the rest is the RFC's business
+                checks = [Check("mainline-migration", True, speaks.describe())]
         except UnsupportedError:
-            protocol = None
-        return DeviceInfo(
-            found.name,
-            found.kind,
-            found.type,
-            device.how,
-            device.info().flags,
-            device.regions(),
-            checks,
-            protocol,
+            pass
+        return closed._replace(
+            how=device.how,
+            flags=device.info().flags,
+            regions=device.regions(),
+            checks=checks,
+            protocol=protocol,
+            migratable=protocol is not None,
+            source="device",
+            state=state,
         )

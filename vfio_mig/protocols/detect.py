@@ -120,6 +120,6 @@ def detect(device: Device, profile: RfcProfile) -> MigrationProtocol:
         raise UnsupportedError(
             f"cannot be migrated: {failed[0].name}: {failed[0].text}",
             device=device.name,
-            hint=f"'vfio-mig info {device.name}' shows every check",
+            hint=f"'vfio-mig info {'' if device.borrowed else '--open '}{device.name}' shows every check",
         )
     return GvtRfc(device, profile, device.region(profile.state_index))

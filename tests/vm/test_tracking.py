@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: MIT
+"""Dirty pages of devices that keep no log: iommufd's mock IOMMU (CONFIG_IOMMUFD_TEST), and a real container."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import pytest
+
+from tests.vm import host
+from tests.vm.raw import Device, Guest
+from tests.vm.raw import Memory as GuestRam
+from vfio_mig import uapi
+from vfio_mig.errors import DeviceError, UnsupportedError
+from vfio_mig.host.discover import Host
+from vfio_mig.host.dma import ContainerDma, IommufdDma
+from vfio_mig.host.iommufd import Iommufd
+from vfio_mig.host.opening import open_device
+from vfio_mig.host.tracking import ContainerTracker, IommuTracker, find_tracker
+from vfio_mig.uapi import IoctlError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGE: Final = 4096
+# drivers/iommu/iommufd/iommufd_test.h
+TEST_CMD: Final = 0x3BA0
+OP_MOCK_DOMAIN_REPLACE, OP_MOCK_DOMAIN_FLAGS, OP_DIRTY = 10, 12, 13
+NO_DIRTY: Final = 1
+COMMAND: Final = struct.Struct("=IIIIIIIIQQQQII")  # iommu_test_cmd; its union as mock_domain_flags or dirty
+START: Final = 1 << 24  # MOCK_APERTURE_START
+IO_PAGE: Final = 2048  # of the mock IOMMU: half a page
+PIECES: Final = ((START, 64 * PAGE), (START + 128 * PAGE, 100 * PAGE))
+
+
+class Ram(NamedTuple):
+    """Anonymous guest memory."""
+
+    mapping: mmap.mmap
+    gpa: int
+    size: int
+
+    def map(self) -> mmap.mmap:
+        return self.mapping
+
+
+class Mock:
+    """An iommufd with a mock device behind a mock IOMMU, and memory mapped in two pieces with a hole between them."""
+
+    def __init__(self, flags: int = 0) -> None:
+        self.iommufd: Final = Iommufd()
+        self.ioas: Final = self.iommufd.alloc_ioas()
+        self.ram: Final = [Ram(mmap.mmap(-1, size), iova, size) for iova, size in PIECES]
+        reply = self._command(OP_MOCK_DOMAIN_FLAGS, self.ioas, flags=flags)
+        self._mock_device, _, self.device = reply[4:7]
+        for piece in self.ram:
+            self.iommufd.map(self.ioas, piece)
+
+    def _command(
+        self, op: int, number: int, *, flags: int = 0, first: int = 0, rest: tuple[int, ...] = (0, 0, 0, 0)
+    ) -> tuple[int, ...]:
+        request = bytearray(COMMAND.pack(COMMAND.size, op, number, 0, first, 0, 0, flags, *rest, 0, 0))
+        fcntl.ioctl(self.iommufd.fileno(), TEST_CMD, request, True)
+        return COMMAND.unpack(request)
+
+    def attach(self, hwpt: int) -> None:
+        self._command(OP_MOCK_DOMAIN_REPLACE, self._mock_device, first=hwpt)
+
+    def write(self, hwpt: int, *pages: int) -> None:
+        """Have the mock device write to pages, counted from IOVA 0."""
+        for page in pages:
+            bitmap = bytearray(b"\1" + bytes(7))
+            where = uapi.address_of(bitmap)
+            reply = self._command(OP_DIRTY, hwpt, rest=(page * PAGE, IO_PAGE, IO_PAGE, where))
+            assert reply[-2] == 1  # out_nr_dirty: it was mapped
+
+    def close(self) -> None:
+        self.iommufd.close()
+
+
+@pytest.fixture
+def mock() -> Iterator[Mock]:
+    made = Mock()
+    yield made
+    made.close()
+
+
+class Tracked(NamedTuple):
+    mock: Mock
+    hwpt: int
+    tracker: IommuTracker
+
+    def write(self, *pages: int) -> None:
+        self.mock.write(self.hwpt, *pages)
+
+    def dirty(self, start: int, number: int) -> set[int]:
+        return bits(self.tracker.fetch(start, number), start)
+
+
+@pytest.fixture
+def tracked(mock: Mock) -> Tracked:
+    assert mock.iommufd.can_track(mock.device)
+    hwpt = mock.iommufd.alloc_tracking(mock.device, mock.ioas)
+    mock.attach(hwpt)
+    return Tracked(mock, hwpt, IommuTracker("mock", IommufdDma(mock.iommufd, hwpt, "", PIECES), hwpt))
+
+
+def bits(bitmap: memoryview, start: int) -> set[int]:
+    return {start + at for at in range(8 * len(bitmap)) if bitmap[at // 8] >> at % 8 & 1}
+
+
+FIRST: Final = START // PAGE
+SECOND: Final = FIRST + 128
+
+
+@pytest.mark.custom
+def test_the_iommu_tells_written_pages_once(tracked: Tracked) -> None:
+    tracked.tracker.start([(START, 1 << 20)])
+    assert tracked.dirty(FIRST, 64) == set()
+    written = {FIRST, FIRST + 3, FIRST + 63, SECOND, SECOND + 99}
+    tracked.write(*written)
+    assert tracked.dirty(FIRST, 256) == written
+    assert tracked.dirty(FIRST, 256) == set()
+    tracked.write(FIRST + 9)
+    assert tracked.dirty(FIRST, 8) == set()
+    assert tracked.dirty(FIRST + 5, 7) == {FIRST + 9}  # neither starts nor ends at a whole byte
+    tracked.tracker.stop()
+
+
+@pytest.mark.custom
+def test_pages_that_are_not_mapped_are_clean_and_cost_nothing_of_the_others(tracked: Tracked) -> None:
+    tracked.tracker.start()
+    tracked.write(FIRST + 60, SECOND + 2)
+    assert tracked.dirty(0, FIRST) == set()
+    assert tracked.dirty(FIRST + 64, 64) == set()
+    assert len(tracked.tracker.fetch(SECOND + 100, 33)) == 5
+    assert tracked.dirty(FIRST + 50, 200) == {FIRST + 60, SECOND + 2}
+
+
+@pytest.mark.custom
+def test_a_second_start_drops_nothing(tracked: Tracked) -> None:
+    tracked.tracker.start()
+    tracked.write(FIRST + 1)
+    tracked.tracker.start()
+    assert tracked.dirty(FIRST, 64) == {FIRST + 1}
+    # what the kernel would have done
+    tracked.write(FIRST + 2)
+    tracked.mock.iommufd.set_tracking(tracked.hwpt, enabled=True)
+    assert tracked.dirty(FIRST, 64) == set()
+
+
+@pytest.mark.custom
+def test_what_is_not_tracked_is_not_taken_for_clean(tracked: Tracked) -> None:
+    with pytest.raises(ValueError, match="not started"):
+        tracked.tracker.fetch(FIRST, 1)
+    tracked.tracker.start()
+    tracked.tracker.stop()
+    tracked.tracker.stop()
+    with pytest.raises(ValueError, match="not started"):
+        tracked.tracker.fetch(FIRST, 1)
+
+
+@pytest.mark.custom
+def test_a_device_whose_iommu_cannot_track_says_so(mock: Mock) -> None:
+    other = Mock(NO_DIRTY)
+    try:
+        assert not other.iommufd.can_track(other.device)
+        with pytest.raises(IoctlError, match="IOMMU_HWPT_ALLOC failed"):
+            other.iommufd.alloc_tracking(other.device, other.ioas)
+    finally:
+        other.close()
+    plain = IommuTracker("mock", IommufdDma(mock.iommufd, None, "", PIECES), mock.ioas)
+    with pytest.raises(DeviceError, match="mock: tracking its writes: IOMMU_HWPT_SET_DIRTY_TRACKING failed: ENOENT"):
+        plain.start()
+    with pytest.raises(IoctlError, match="IOMMU_GET_HW_INFO failed: ENOENT"):
+        mock.iommufd.can_track(0xBAD)
+
+
+def ram_of(memory: GuestRam) -> Ram:
+    return Ram(memory.bytes, memory.iova, memory.size)
+
+
+@pytest.mark.custom
+def test_an_mdev_on_an_iommufd_has_no_iommu_to_ask() -> None:
+    with host.instance() as vgpu:
+        memory = GuestRam(0, 16)
+        with open_device(Host().find(vgpu.uuid), memory=[ram_of(memory)]) as device:
+            assert device.how == "cdev"
+            with pytest.raises(UnsupportedError, match="no log of its writes, and there is no IOMMU in front of it"):
+                find_tracker(device)
+
+
+def test_a_container_tells_the_pages_that_a_driver_has_pinned() -> None:
+    low, high = GuestRam(0, 64), GuestRam(100 * PAGE, 28)
+    with host.instance() as vgpu:
+        found = Host().find(vgpu.uuid)
+        with open_device(found, memory=[ram_of(low), ram_of(high)], via="group") as device:
+            tracker = find_tracker(device)
+            assert isinstance(tracker, ContainerTracker)
+            assert "every mapped page" in tracker.caution
+            tracker.start()
+            guest = Guest(vgpu, None, low, Device(os.dup(device.fileno()), vgpu.uuid))
+            bound = {guest.bind()[1] // PAGE for _ in range(3)}
+            pinned = {iova // PAGE for iova in vgpu.pinned()}
+            assert bound <= pinned
+            # not whole mappings, which is all that the kernel answers for
+            half = max(bound) + 1
+            dirty = bits(tracker.fetch(0, half), 0) | bits(tracker.fetch(half, 128 - half), half)
+            assert dirty == pinned
+            assert bits(tracker.fetch(64, 64), 64) == set()
+            tracker.stop()
+            guest.device.close()
+        with open_device(found, via="group") as device, pytest.raises(UnsupportedError, match="no memory was mapped"):
+            find_tracker(device)
+
+
+def test_a_container_that_does_not_track_refuses() -> None:
+    with host.instance() as vgpu:
+        memory = GuestRam(0, 16)
+        with open_device(Host().find(vgpu.uuid), memory=[ram_of(memory)], via="group") as device:
+            assert isinstance(device.dma, ContainerDma)
+            tracker = ContainerTracker(vgpu.uuid, device.dma._replace(fd=device.fileno()))
+            with pytest.raises(DeviceError, match=f"{vgpu.uuid}: tracking its writes: VFIO_IOMMU_DIRTY_PAGES failed"):
+                tracker.start()
