@@ -31,7 +31,10 @@ PAGE: Final = 4096
 TEST_CMD: Final = 0x3BA0
 OP_MOCK_DOMAIN_REPLACE, OP_MOCK_DOMAIN_FLAGS, OP_DIRTY = 10, 12, 13
 NO_DIRTY: Final = 1
-COMMAND: Final = struct.Struct("=IIIIIIIIQQQQII")  # iommu_test_cmd; its union as mock_domain_flags or dirty
+HEAD: Final = struct.Struct("=IIII")  # iommu_test_cmd: size, op, id; then a union of 48 bytes, and the last field
+UNION_AND_LAST: Final = 48 + 8
+MOCK_DOMAIN: Final = struct.Struct("=IIII")  # mock_domain_flags: out_stdev_id, out_hwpt_id, out_idev_id, dev_flags
+DIRTY: Final = struct.Struct("=IIQQQQQ")  # dirty: flags, iova, length, page_size, uptr, out_nr_dirty
 START: Final = 1 << 24  # MOCK_APERTURE_START
 IO_PAGE: Final = 2048  # of the mock IOMMU: half a page
 PIECES: Final = ((START, 64 * PAGE), (START + 128 * PAGE, 100 * PAGE))
@@ -55,28 +58,28 @@ class Mock:
         self.iommufd: Final = Iommufd()
         self.ioas: Final = self.iommufd.alloc_ioas()
         self.ram: Final = [Ram(mmap.mmap(-1, size), iova, size) for iova, size in PIECES]
-        reply = self._command(OP_MOCK_DOMAIN_FLAGS, self.ioas, flags=flags)
-        self._mock_device, _, self.device = reply[4:7]
+        reply = self._command(OP_MOCK_DOMAIN_FLAGS, self.ioas, MOCK_DOMAIN.pack(0, 0, 0, flags))
+        self._mock_device, _, self.device, _ = MOCK_DOMAIN.unpack_from(reply)
         for piece in self.ram:
             self.iommufd.map(self.ioas, piece)
 
-    def _command(
-        self, op: int, number: int, *, flags: int = 0, first: int = 0, rest: tuple[int, ...] = (0, 0, 0, 0)
-    ) -> tuple[int, ...]:
-        request = bytearray(COMMAND.pack(COMMAND.size, op, number, 0, first, 0, 0, flags, *rest, 0, 0))
+    def _command(self, op: int, number: int, arguments: bytes) -> bytes:
+        """Do one test operation; returns the arguments as the kernel has changed them."""
+        head = HEAD.pack(HEAD.size + UNION_AND_LAST, op, number, 0)
+        request = bytearray(head + arguments.ljust(UNION_AND_LAST, b"\0"))
         fcntl.ioctl(self.iommufd.fileno(), TEST_CMD, request, True)
-        return COMMAND.unpack(request)
+        return bytes(request[HEAD.size :])
 
     def attach(self, hwpt: int) -> None:
-        self._command(OP_MOCK_DOMAIN_REPLACE, self._mock_device, first=hwpt)
+        self._command(OP_MOCK_DOMAIN_REPLACE, self._mock_device, struct.pack("=I", hwpt))
 
     def write(self, hwpt: int, *pages: int) -> None:
         """Have the mock device write to pages, counted from IOVA 0."""
         for page in pages:
             bitmap = bytearray(b"\1" + bytes(7))
             where = uapi.address_of(bitmap)
-            reply = self._command(OP_DIRTY, hwpt, rest=(page * PAGE, IO_PAGE, IO_PAGE, where))
-            assert reply[-2] == 1  # out_nr_dirty: it was mapped
+            reply = self._command(OP_DIRTY, hwpt, DIRTY.pack(0, 0, page * PAGE, IO_PAGE, IO_PAGE, where, 0))
+            assert DIRTY.unpack_from(reply)[-1] == 1  # out_nr_dirty: it was mapped
 
     def close(self) -> None:
         self.iommufd.close()

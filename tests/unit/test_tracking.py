@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""What an IOMMU or a container knows of a device's writes; the kernel is played by sets of pages."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import struct
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vfio_mig import uapi
+from vfio_mig.device import Device
+from vfio_mig.errors import DeviceError, UnsupportedError
+from vfio_mig.host.dma import ContainerDma, IommufdDma
+from vfio_mig.host.tracking import PAGE, ContainerTracker, DmaTracker, IommuTracker, find_tracker
+from vfio_mig.uapi import IoctlError, Request, iommufd
+
+if TYPE_CHECKING:
+    from vfio_mig.host.holders import Holder
+    from vfio_mig.host.iommufd import Iommufd
+
+NAME: Final = "0000:3b:00.1"
+PIECES: Final = ((3 * PAGE, 13 * PAGE), (100 * PAGE, 70 * PAGE))
+MAPPED: Final = {*range(3, 16), *range(100, 170)}
+HWPT, FD = 9, 77
+
+
+class FakeIommu:
+    """A :class:`Iommufd` whose IOMMU is a set of pages; to begin twice empties it, as Linux 6.12 does."""
+
+    def __init__(self) -> None:
+        self.dirty: set[int] = set()
+        self.calls: list[bool] = []
+
+    def set_tracking(self, hwpt: int, *, enabled: bool) -> None:
+        assert hwpt == HWPT
+        self.calls.append(enabled)
+        self.dirty.clear()
+
+    def take_dirty(self, hwpt: int, iova: int, length: int, page_size: int) -> bytearray:
+        assert (hwpt, page_size) == (HWPT, PAGE)
+        assert set(range(iova // PAGE, (iova + length) // PAGE)) <= MAPPED  # else the kernel answers 0, and nothing
+        bits = sum(1 << page - iova // PAGE for page in self.dirty if iova <= page * PAGE < iova + length)
+        self.dirty -= set(range(iova // PAGE, (iova + length) // PAGE))
+        return bytearray(bits.to_bytes((length // PAGE + 63) // 64 * 8, "little"))
+
+
+class FakeContainer:
+    """A type1 container: answers for whole mappings only, overwrites the buffer, and forgets what it has told."""
+
+    def __init__(self) -> None:
+        self.dirty: set[int] = set()
+        self.calls: list[bool] = []
+        self.refuse = 0
+
+    def call(self, fd: int, request: Request, arg: bytearray) -> int:
+        assert (fd, request) == (FD, uapi.IOMMU_DIRTY_PAGES)
+        argsz, flags = struct.unpack_from("=II", arg)
+        assert argsz == len(arg)
+        if self.refuse:
+            raise IoctlError(self.refuse, request)
+        if flags in {1, 2}:
+            self.calls.append(flags == 1)
+            return 0
+        assert flags == 4
+        iova, size, page_size, length, where = struct.unpack_from("=QQQQQ", arg, 8)
+        assert (iova, size) in PIECES
+        assert page_size == PAGE
+        first, end = iova // PAGE, (iova + size) // PAGE
+        bits = sum(1 << page - first for page in self.dirty if first <= page < end)
+        ctypes.memmove(where, bits.to_bytes(length, "little"), length)
+        self.dirty -= set(range(first, end))
+        return 0
+
+
+def iommu_tracker() -> tuple[FakeIommu, DmaTracker]:
+    fake = FakeIommu()
+    return fake, IommuTracker(NAME, IommufdDma(cast("Iommufd", fake), HWPT, "", PIECES), HWPT)
+
+
+def pages(tracker: DmaTracker, start: int, number: int) -> set[int]:
+    bitmap = tracker.fetch(start, number)
+    assert len(bitmap) == (number + 7) // 8
+    return {start + at for at in range(8 * len(bitmap)) if bitmap[at // 8] >> at % 8 & 1}
+
+
+rounds = st.lists(
+    st.tuples(st.sets(st.sampled_from(sorted(MAPPED))), st.integers(0, 180), st.integers(1, 180)), max_size=12
+)
+
+
+@given(rounds)
+@pytest.mark.parametrize("kind", ["iommu", "container"])
+def test_every_written_page_is_told_once_whatever_ranges_are_asked_for(
+    kind: str, rounds: list[tuple[set[int], int, int]]
+) -> None:
+    fake: FakeIommu | FakeContainer
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "iommu":
+            fake, tracker = iommu_tracker()
+        else:
+            fake, tracker = FakeContainer(), ContainerTracker(NAME, ContainerDma(FD, PIECES))
+            patch.setattr(uapi, "call", fake.call)
+        tracker.start([(0, 1 << 20)])
+        owed: set[int] = set()
+        for written, start, number in rounds:
+            fake.dirty |= written
+            owed |= written
+            asked = set(range(start, start + number))
+            assert pages(tracker, start, number) == owed & asked
+            owed -= asked
+        assert pages(tracker, 0, 200) == owed
+        tracker.stop()
+        assert fake.calls == [True, False]
+
+
+def test_a_second_start_is_none() -> None:
+    fake, tracker = iommu_tracker()
+    tracker.start()
+    fake.dirty = {5}
+    tracker.start()
+    assert pages(tracker, 0, 20) == {5}
+    tracker.stop()
+    tracker.stop()
+    assert fake.calls == [True, False]
+
+
+def test_what_was_not_started_is_not_clean() -> None:
+    _, tracker = iommu_tracker()
+    with pytest.raises(ValueError, match="was not started"):
+        tracker.fetch(0, 1)
+
+
+def test_a_refusal_names_the_device_and_keeps_the_errno(monkeypatch: pytest.MonkeyPatch) -> None:
+    container = FakeContainer()
+    monkeypatch.setattr(uapi, "call", container.call)
+    tracker = ContainerTracker(NAME, ContainerDma(FD, PIECES))
+    container.refuse = errno.EACCES
+    with pytest.raises(DeviceError, match=f"{NAME}: tracking its writes: VFIO_IOMMU_DIRTY_PAGES failed: EACCES"):
+        tracker.start()
+    container.refuse = 0
+    tracker.start()  # it was not begun
+    container.refuse = errno.ENOMEM
+    with pytest.raises(DeviceError) as caught:
+        tracker.fetch(0, 10)
+    assert caught.value.errno == errno.ENOMEM
+
+
+def test_a_refusing_iommu_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, tracker = iommu_tracker()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise IoctlError(errno.EOPNOTSUPP, iommufd.HWPT_SET_DIRTY_TRACKING)
+
+    monkeypatch.setattr(fake, "set_tracking", refuse)
+    with pytest.raises(DeviceError, match="IOMMU_HWPT_SET_DIRTY_TRACKING failed"):
+        tracker.start()
+    monkeypatch.undo()
+    tracker.start()
+    monkeypatch.setattr(fake, "take_dirty", refuse)
+    with pytest.raises(DeviceError, match=NAME):
+        tracker.fetch(0, 10)
+
+
+def test_the_iommu_is_asked_first_then_the_container() -> None:
+    iommu = cast("Iommufd", FakeIommu())
+    device = Device(NAME, -1, how="cdev", dma=IommufdDma(iommu, HWPT, "", PIECES))
+    assert isinstance(find_tracker(device), IommuTracker)
+    assert not find_tracker(device).caution
+    device = Device(NAME, -1, dma=ContainerDma(FD, PIECES))
+    assert isinstance(find_tracker(device), ContainerTracker)
+    assert "every mapped page counts as dirty" in find_tracker(device).caution
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        (
+            Device(NAME, -1, how="cdev", dma=IommufdDma(cast("Iommufd", None), None, "its IOMMU cannot", PIECES)),
+            "keeps no log of its writes, and its IOMMU cannot; leave out --memory",
+        ),
+        (Device(NAME, -1), "and no memory was mapped for it; name the guest's memory with --memory"),
+        (Device(NAME, -1, how="borrowed", holder=cast("Holder", None)), "what was mapped by another process is left"),
+        (Device(NAME, -1, how="inherited"), "as that may be tracking it; ask that process, or leave out --memory"),
+    ],
+)
+def test_where_nothing_can_tell_it_says_what_was_looked_at(device: Device, words: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        find_tracker(device)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(f"{NAME}: cannot be asked for its dirty pages")
+    assert caught.value.exit_code == 4
