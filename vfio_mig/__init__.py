@@ -41,12 +41,15 @@ if TYPE_CHECKING:
         stop_device,
         stop_devices,
     )
+    from vfio_mig.jobs.diff import diff_images
     from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
     from vfio_mig.jobs.hold import hold_device
     from vfio_mig.jobs.inform import device_info, list_devices
+    from vfio_mig.jobs.inspect import inspect_image
     from vfio_mig.jobs.live import Live
     from vfio_mig.jobs.migrate import migrate
     from vfio_mig.jobs.pages import load_pages
+    from vfio_mig.jobs.parts import extract_image, pack_image
     from vfio_mig.jobs.restore import restore, restore_all
     from vfio_mig.jobs.save import save, save_all
     from vfio_mig.jobs.session import Session, Settings
@@ -80,12 +83,15 @@ _MODULES = {
         "stop_device",
         "stop_devices",
     ),
+    "jobs.diff": ("diff_images",),
     "jobs.dirty": ("fetch_dirty", "sync_dirty"),
     "jobs.hold": ("hold_device",),
     "jobs.inform": ("device_info", "list_devices"),
+    "jobs.inspect": ("inspect_image",),
     "jobs.live": ("Live",),
     "jobs.migrate": ("migrate",),
     "jobs.pages": ("load_pages",),
+    "jobs.parts": ("extract_image", "pack_image"),
     "jobs.restore": ("restore", "restore_all"),
     "jobs.save": ("save", "save_all"),
     "jobs.session": ("Session", "Settings", "open_device"),
@@ -113,12 +119,16 @@ __all__ = [
     "conform_device",
     "device_info",
     "device_status",
+    "diff_images",
+    "extract_image",
     "fetch_dirty",
     "hold_device",
+    "inspect_image",
     "list_devices",
     "load_pages",
     "migrate",
     "open_device",
+    "pack_image",
     "reset_device",
     "restore",
     "restore_all",

@@ -83,8 +83,8 @@ def manifest_for(members: list[tuple[str, bytes]], changes: dict[str, Any] | Non
         {"name": n, "size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in members
     ]
     body: dict[str, Any] = {"format": "vfio-mig", "version": 1, "members": entries, "statistics": {}, **(changes or {})}
-    body["sha256"] = hashlib.sha256(module._canonical(body)).hexdigest()
-    return "manifest.json", module._canonical(body)
+    body["sha256"] = hashlib.sha256(module.canonical(body)).hexdigest()
+    return "manifest.json", module.canonical(body)
 
 
 GOOD_HEADER = ("header.json", b'{"format":"vfio-mig","version":1}')
@@ -367,7 +367,7 @@ def test_a_manifest_may_be_long_when_it_lists_many_members(monkeypatch: pytest.M
 
 def test_an_entry_of_a_manifest_is_never_longer_than_the_reader_allows() -> None:
     member = module.Member("dirty/" + "9" * 20, MEMBER_MAX, "f" * 64, 0, {"start_page": 1 << 64, "nr_pages": 1 << 64})
-    assert len(module._canonical(member.entry())) < module.ENTRY_MAX
+    assert len(module.canonical(member.entry())) < module.ENTRY_MAX
 
 
 @pytest.mark.parametrize("value", ["x" * 100_000, [[[[[[[[[0]]]]]]]]] * 1000, 10**4000], ids=type)

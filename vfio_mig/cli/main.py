@@ -21,12 +21,16 @@ COMPLETION = "_VFIO_MIG_COMPLETE"
 COMMANDS = {  # command: module below vfio_mig.cli
     "check": "image",
     "conform": "conform",
+    "diff": "inspect",
     "dirty": "transfer",
+    "extract": "inspect",
     "hold": "hold",
     "info": "devices",
+    "inspect": "inspect",
     "list": "devices",
     "mdev": "mdev",
     "migrate": "migrate",
+    "pack": "inspect",
     "pages": "image",
     "reset": "control",
     "restore": "transfer",
@@ -137,8 +141,9 @@ def cli(
       vfio-mig restore $B gpu.vfm --start
 
     \b
-    Exit codes: 0 done, 2 wrong usage, 3 no such device or it cannot be opened, 4 not supported by the device,
-    5 the device or kernel failed, 6 the image is invalid or does not fit, 7 the host failed, 130 interrupted.
+    Exit codes: 0 done, 1 differences (diff --exit-code), 2 wrong usage, 3 no such device or it cannot be opened,
+    4 not supported by the device, 5 the device or kernel failed, 6 the image is invalid or does not fit,
+    7 the host failed, 130 interrupted.
     """
     options = Options(as_json=as_json, verbose=verbose, quiet=quiet, abi=abi, uapi_header=uapi_header, via=via)
     ctx.obj = options

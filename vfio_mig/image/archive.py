@@ -88,7 +88,11 @@ class DirtyBitmap(NamedTuple):
     bitmap: bytes
 
 
-def _canonical(value: Mapping[str, Any]) -> bytes:
+def canonical(value: Mapping[str, Any]) -> bytes:
+    """Return JSON as a manifest has it.
+
+    :raises ValueError: it has a number or a character that JSON has not.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -108,7 +112,7 @@ class ArchiveWriter:
         self._finished = False
         self._ranges: list[list[int]] = []
         self._content = bytearray()
-        self._put("header.json", [_canonical({**header, "format": FORMAT, "version": VERSION})])
+        self._put("header.json", [canonical({**header, "format": FORMAT, "version": VERSION})])
 
     def add_state(self, chunks: Buffer | Iterable[Buffer]) -> int:
         """Append device state, in pieces of any size; may be called again. Returns the bytes added."""
@@ -194,8 +198,8 @@ class ArchiveWriter:
             "members": [member.entry() for member in self._members],
             "statistics": dict(statistics or {}),
         }
-        manifest["sha256"] = hashlib.sha256(_canonical(manifest)).hexdigest()
-        self._put("manifest.json", [_canonical(manifest)])
+        manifest["sha256"] = hashlib.sha256(canonical(manifest)).hexdigest()
+        self._put("manifest.json", [canonical(manifest)])
         self._write(tar.END)
         self._finished = True
         return manifest
@@ -247,6 +251,8 @@ class Archive:
         self.header = header
         self.members = members
         self.manifest = manifest
+        self.mtime = 0
+        """The time in every member's tar header, seconds since 1970; the reader sets it."""
 
     def __enter__(self) -> Self:
         return self
@@ -298,6 +304,13 @@ class Archive:
             elif member.kind == "zero":
                 for gpa, size in _split_index(member.name, memoryview(self._content(member)))[0]:
                     yield gpa, size, None
+
+    def content(self, member: Member) -> bytes:
+        """Return a member as it is, at most what the reader takes for one.
+
+        :raises ImageError: the file has changed meanwhile.
+        """
+        return self._content(member)
 
     def _of(self, kind: str) -> Iterator[Member]:
         return (member for member in self.members if member.kind == kind)
@@ -383,6 +396,7 @@ class _Reader:
             members.append(member)
         manifest = _load_manifest(content)
         archive = Archive(self.file, header, _match(members, manifest["members"]), manifest, self.spool)
+        archive.mtime = self.mtime or 0
         self._check_end()
         for bitmap in archive.dirty():
             if problem := _dirty_problem(*bitmap):
@@ -464,8 +478,8 @@ def _load_manifest(content: bytes) -> dict[str, Any]:
     _check_version(name, manifest)
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     try:
-        good = _canonical(manifest) == content
-        good = good and manifest.get("sha256") == hashlib.sha256(_canonical(rest)).hexdigest()
+        good = canonical(manifest) == content
+        good = good and manifest.get("sha256") == hashlib.sha256(canonical(rest)).hexdigest()
     except (ValueError, RecursionError):  # NaN, lone surrogates
         good = False
     if not good or not isinstance(manifest.get("members"), list) or not isinstance(manifest.get("statistics"), dict):

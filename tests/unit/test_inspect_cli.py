@@ -1,0 +1,604 @@
+# SPDX-License-Identifier: MIT
+"""`inspect`, `extract`, `pack` and `diff` on images made here: what they print, write, and refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vfio_mig
+from tests.unit.test_image_archive import PAGE
+from tests.unit.test_image_gvt import CFG, GTT, ROOT, SREG, VREG, WORKLOAD, image
+from tools.fuzz import corpus, saved
+from vfio_mig.cli.main import cli
+from vfio_mig.errors import HostError, ImageError, UsageError, VfioMigError
+from vfio_mig.image.archive import ArchiveWriter, read_archive
+from vfio_mig.image.pagemap import PageMap, intersect, merge, pages_in, runs, subtract
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from click.testing import Result
+
+    from vfio_mig.image.pagemap import Range
+
+HEADER: dict[str, Any] = {
+    "protocol": "gvt-rfc",
+    "device": {"name": "one", "kind": "mdev", "type": "GVTg_V4_8", "driver": "gvt"},
+    "time": 1,
+}
+Memory = list[tuple[int, bytes | int]]
+
+
+def write(
+    path: Path,
+    state: bytes | Sequence[bytes] = b"",
+    memory: Memory | None = None,
+    dirty: tuple[int, int, bytes] | None = None,
+    header: dict[str, Any] | None = None,
+) -> Path:
+    """Write an image; a size in *memory* stands for zero pages."""
+    with path.open("wb") as file:
+        writer = ArchiveWriter(file, HEADER if header is None else header)
+        if dirty is not None:
+            writer.add_dirty(*dirty)
+        for gpa, content in memory or []:
+            if isinstance(content, int):
+                writer.add_zero([(gpa, content)])
+            else:
+                writer.add_pages([(gpa, content)])
+        for piece in [state] if isinstance(state, bytes) else state:
+            writer.add_state(piece)
+        writer.finish({"stop_time": 0.5})
+    return path
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, list(map(str, arguments)))
+
+
+def text(*arguments: str | Path) -> str:
+    result = run(*arguments)
+    assert result.exception is None, result.exception
+    return result.stdout
+
+
+def js(*arguments: str | Path) -> Any:
+    return json.loads(text("--json", *arguments))
+
+
+def gvt_state(**payloads: bytes) -> bytes:
+    kinds = {"cfg": 2, "sreg": 4, "vreg": 3, "gtt": 5, "ppgtt": 6, "workload": 7}
+    whole = {"cfg": CFG, "sreg": SREG, "vreg": VREG, "gtt": GTT, "ppgtt": ROOT, "workload": WORKLOAD, **payloads}
+    return image([(kinds[name], payload) for name, payload in whole.items()])
+
+
+def patched(payload: bytes, **words: int) -> bytes:
+    """Return a payload with 32-bit words at offsets, named ``at_HEX``."""
+    changed = bytearray(payload)
+    for name, value in words.items():
+        struct.pack_into("<I", changed, int(name.removeprefix("at_"), 16), value)
+    return bytes(changed)
+
+
+# inspect -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_shown_with_header_members_statistics_and_state(tmp_path: Path) -> None:
+    path = write(tmp_path / "image", gvt_state(), [(0x10000, b"\1" * PAGE)], (0, 8, b"\5"))
+    report = js("inspect", path)
+    assert (report["kind"], report["layout"], report["problems"]) == ("image", "gvt-rfc", [])
+    assert report["header"]["device"]["type"] == "GVTg_V4_8"
+    assert [member["name"] for member in report["members"]["listed"]] == [
+        "header.json",
+        "dirty/0000",
+        "pages/0000",
+        "state/0000",
+    ]
+    assert report["statistics"] == {"stop_time": 0.5}
+    shown = text("inspect", path)
+    assert shown.startswith(f"{path}: image, {path.stat().st_size} bytes, ")
+    for line in ("  vendor 0x8086", "pvinfo  at 0x279230, 4096 bytes", "  stop_time 0.5", "    level 4  pdp 0x1000"):
+        assert line in shown.splitlines()
+    assert vfio_mig.inspect_image(str(path)).layout == "gvt-rfc"
+
+
+def test_one_section_is_shown_alone_in_words_or_bytes(tmp_path: Path) -> None:
+    path = write(tmp_path / "image", gvt_state())
+    assert text("inspect", path, "--section", "ppgtt").splitlines() == [
+        "ppgtt",
+        "  roots (1)",
+        "    level 4  pdp 0x1000",
+    ]
+    assert js("inspect", path, "--section", "ppgtt")["values"]["roots"]["count"] == 1
+    assert text("inspect", path, "--section", "ppgtt", "--hex").splitlines() == [
+        "004e1240  04 00 00 00 00 00 00 00  00 10 00 00 00 00 00 00  |................|",
+        "004e1250  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|",
+        "004e1260  00 00 00 00 00 00 00 00                           |........|",
+    ]
+    dump = js("inspect", path, "--section", "cfg", "--hex")
+    assert (bytes.fromhex(dump["content"]), dump["offset"], dump["size"]) == (CFG, 0x220, 4096)
+    lines = text("inspect", path, "--section", "sreg", "--hex").splitlines()
+    assert lines == [f"00001228  {' '.join(['00'] * 8)}  {' '.join(['00'] * 8)}  |{'.' * 16}|", "*"]
+
+
+def test_a_section_that_is_not_there_is_wrong_usage_and_names_the_others(tmp_path: Path) -> None:
+    path = write(tmp_path / "image", saved.mtty())
+    for options in ([], ["--hex"]):
+        result = run("inspect", path, "--section", "gtt", *options)
+        assert isinstance(result.exception, UsageError)
+        assert str(result.exception) == f"{path} has no section 'gtt'; it has header, port0, port1"
+    assert run("inspect", path, "--hex").exit_code == 2
+
+
+def test_a_bare_state_needs_no_option(tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(gvt_state())
+    assert js("inspect", tmp_path / "state")["kind"] == "state"
+    (tmp_path / "other").write_bytes(b"what is this?")
+    shown = text("inspect", tmp_path / "other")
+    assert "13 bytes of state: unknown" in shown
+    assert f"  first_bytes {b'what is this?'.hex()}" in shown
+
+
+def test_a_state_in_many_members_is_decoded_as_one(tmp_path: Path) -> None:
+    content = saved.mtty()
+    path = write(tmp_path / "image", [content[:5], content[5:30], content[30:]])
+    report = js("inspect", path)
+    assert (report["layout"], report["state_bytes"], report["problems"]) == ("mtty", 96, [])
+    dump = js("inspect", path, "--section", "port0", "--hex")
+    assert bytes.fromhex(dump["content"]) == content[24:60]
+
+
+def test_a_queued_workload_is_followed_into_the_pages_that_count(tmp_path: Path) -> None:
+    from tests.unit.test_inspect_gvt import RING_AT, queued
+
+    state, pages = queued([0x01000000, 0], [])
+    old = (RING_AT + 0x100000, b"\xff" * PAGE)
+    memory: Memory = [old, (old[0], PAGE), *pages.items()]
+    report = js("inspect", write(tmp_path / "image", state, memory), "--section", "workload")
+    commands = report["values"]["workloads"]["listed"][0]["elements"][0]["commands"]
+    assert [one["name"] for one in commands] == ["MI_USER_INTERRUPT", "MI_NOOP"]
+    report = js("inspect", write(tmp_path / "zero", state, [*memory, (old[0], PAGE)]), "--section", "workload")
+    commands = report["values"]["workloads"]["listed"][0]["elements"][0]["commands"]
+    assert [one["name"] for one in commands] == ["MI_NOOP", "MI_NOOP"]
+
+
+def test_a_broken_state_is_shown_with_a_warning_and_a_broken_image_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "image", gvt_state()[:-1])
+    result = run("inspect", path)
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"vfio-mig: warning: {path}: ")
+    assert "cut off" in result.stderr
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert isinstance(run("inspect", path).exception, ImageError)
+
+
+def test_what_a_header_says_is_escaped(tmp_path: Path) -> None:
+    header = (
+        b'{"device":"\\u001b[2J\\n\\ud800","format":"vfio-mig","version":1,"x":[1e999,' + b"[" * 99 + b"]" * 99 + b"]}"
+    )
+    members = [("header.json", header)]
+    path = tmp_path / "image"
+    path.write_bytes(corpus.tar_of(members, corpus.signed(corpus.manifest_of(corpus.entries_for(members)))))
+    shown = text("inspect", path)
+    assert "\\x1b[2J\\n\\ud800" in shown
+    assert "\x1b" not in shown
+    report = js("inspect", path)
+    assert report["header"]["device"] == "\x1b[2J\n\ud800"
+    assert report["header"]["x"][0] == "inf"
+
+
+def test_standard_input_may_be_a_pipe_of_any_form(tmp_path: Path) -> None:
+    script = [sys.executable, "-m", "vfio_mig", "--json", "inspect", "-"]
+    for content, kind in (
+        (write(tmp_path / "image", saved.mtty()).read_bytes(), "image"),
+        (saved.mtty(), "state"),
+        (saved.qemu_stream([saved.mtty()]), "qemu-stream"),
+    ):
+        done = subprocess.run(script, input=content, capture_output=True, check=True)
+        assert json.loads(done.stdout)["kind"] == kind
+
+
+def test_a_qemu_stream_shows_its_vfio_devices(tmp_path: Path) -> None:
+    path = tmp_path / "stream"
+    path.write_bytes(saved.qemu_stream([saved.mtty()[:24], saved.mtty()[24:]], [b"x"]))
+    report = js("inspect", path)
+    names = [section["name"] for section in report["sections"]]
+    assert names == [
+        "stream",
+        *(f"vfio0.{name}" for name in ("device", "header", "port0", "port1", "config")),
+        *(f"vfio1.{name}" for name in ("device", "state", "config")),
+    ]
+    assert js("inspect", path, "--section", "vfio0.port1")["values"]["registers"]["scr"] == 0xA5
+    dump = js("inspect", path, "--section", "vfio0.port0", "--hex")
+    assert bytes.fromhex(dump["content"]) == saved.mtty()[24:60]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=400), st.sampled_from([b"", b"QEVM\0\0\0\3", *saved.state_seeds()]))
+def test_any_bytes_give_a_report_or_an_error_of_ours(junk: bytes, seed: bytes) -> None:
+    path = Path(f"/proc/self/fd/{_memory_file(seed + junk)}")
+    try:
+        report = vfio_mig.inspect_image(str(path))
+    except VfioMigError as error:
+        assert str(error).isprintable()  # noqa: PT017 -- it may also be taken
+    else:
+        json.dumps(report.as_dict())
+        assert all(problem.isprintable() for problem in report.problems)
+        assert run("inspect", path).exception is None
+
+
+_MEMORY_FILES: list[int] = []
+
+
+def _memory_file(content: bytes) -> int:
+    if not _MEMORY_FILES:
+        _MEMORY_FILES.append(os.memfd_create("inspected"))
+    os.ftruncate(_MEMORY_FILES[0], 0)
+    os.pwrite(_MEMORY_FILES[0], content, 0)
+    return _MEMORY_FILES[0]
+
+
+# extract and pack ----------------------------------------------------------------------------------------------------
+
+
+def full_image(path: Path) -> Path:
+    state = [b"a" * 100, b"b" * 70000, b""]
+    memory: Memory = [(0x10000, b"\1" * PAGE), (0x20000, 1 << 30), (0x10000, b"\2" * 2 * PAGE)]
+    return write(path, state, memory, (16, 11, b"\5\4"))
+
+
+def test_what_was_extracted_is_packed_to_the_same_bytes(tmp_path: Path) -> None:
+    path = full_image(tmp_path / "image")
+    os.utime(path, (5, 5))
+    report = js("extract", path, tmp_path / "parts")
+    assert report["files"] == [
+        "header.json",
+        "state.bin",
+        "dirty/0000",
+        "pages/0000",
+        "zero/0000",
+        "pages/0001",
+        "statistics.json",
+        "layout.json",
+    ]
+    assert (tmp_path / "parts/state.bin").read_bytes() == b"a" * 100 + b"b" * 70000
+    assert (tmp_path / "parts/dirty/0000").read_bytes() == b"\5\4"
+    for one in (tmp_path / "parts").rglob("*"):
+        assert stat.S_IMODE(one.stat().st_mode) == (0o700 if one.is_dir() else 0o600)
+    packed = js("pack", tmp_path / "parts", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    assert (packed["members"], packed["size"]) == (7, path.stat().st_size)
+    assert stat.S_IMODE((tmp_path / "again").stat().st_mode) == 0o600
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.data())
+def test_any_image_comes_back_the_same(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    directory = tmp_path_factory.mktemp("round")
+    states = data.draw(st.lists(st.binary(max_size=300), max_size=3))
+    memory: Memory = [
+        (page * PAGE, bytes([content]) * PAGE if content else PAGE)
+        for page, content in data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=6))
+    ]
+    path = write(directory / "image", states, memory, header={"x": data.draw(st.text(max_size=9))})
+    vfio_mig.extract_image(str(path), str(directory / "parts"))
+    vfio_mig.pack_image(str(directory / "parts"), str(directory / "again"))
+    assert (directory / "again").read_bytes() == path.read_bytes()
+
+
+def test_what_was_changed_is_in_the_image_that_is_packed(tmp_path: Path) -> None:
+    js("extract", full_image(tmp_path / "image"), tmp_path / "parts")
+    (tmp_path / "parts/state.bin").write_bytes(b"another state" * 1000000)
+    (tmp_path / "parts/header.json").write_bytes(b'{"format":"vfio-mig","version":1,"new":true}')
+    js("pack", tmp_path / "parts", tmp_path / "again")
+    with (tmp_path / "again").open("rb") as file, read_archive(file) as archive:
+        assert archive.state() == b"another state" * 1000000
+        assert archive.header["new"] is True
+        assert [one.name for one in archive.members if one.kind == "state"] == ["state/0000", "state/0001"]
+        assert archive.statistics == {"stop_time": 0.5}
+
+
+def test_nothing_is_written_over_and_nothing_left_after_a_failure(tmp_path: Path) -> None:
+    path = full_image(tmp_path / "image")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "file").write_text("kept")
+    for target in ("full", "link", "file"):
+        assert isinstance(run("extract", path, tmp_path / target).exception, UsageError)
+    (tmp_path / "elsewhere").mkdir()
+    assert isinstance(run("extract", path, tmp_path / "link").exception, UsageError)
+    assert isinstance(run("extract", path, tmp_path / "no/such").exception, HostError)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["elsewhere", "file", "full", "image", "link"]
+    assert (tmp_path / "full/file").read_text() == "kept"
+
+
+def test_a_failed_write_takes_back_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = full_image(tmp_path / "image")
+    real = os.fsync
+    calls = []
+
+    def full_disk(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    (tmp_path / "empty").mkdir()
+    for target in ("parts", "empty"):
+        calls.clear()
+        result = run("extract", path, tmp_path / target)
+        assert isinstance(result.exception, HostError)
+        assert "ENOSPC" in str(result.exception)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["empty", "image"]
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_bare_state_is_not_extracted(tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(saved.mtty())
+    result = run("extract", tmp_path / "state", tmp_path / "parts")
+    assert isinstance(result.exception, UsageError)
+    assert "nothing to extract" in str(result.exception)
+    assert not (tmp_path / "parts").exists()
+
+
+def test_the_devices_of_a_qemu_stream_are_extracted(tmp_path: Path) -> None:
+    (tmp_path / "stream").write_bytes(saved.qemu_stream([saved.mtty()[:30], saved.mtty()[30:]], [b"x"]))
+    report = js("extract", tmp_path / "stream", tmp_path / "parts")
+    assert report["files"] == ["vfio0.state", "vfio0.config", "vfio1.state", "vfio1.config", "stream.json"]
+    assert (tmp_path / "parts/vfio0.state").read_bytes() == saved.mtty()
+    assert (tmp_path / "parts/vfio1.config").read_bytes() == saved.DEVICE_CONFIG
+    assert json.loads((tmp_path / "parts/stream.json").read_text())["machine"] == "pc-q35-7.2"
+    assert isinstance(run("pack", tmp_path / "parts", tmp_path / "image").exception, ImageError)
+    (tmp_path / "stream").write_bytes(saved.qemu_stream())
+    assert "no VFIO device" in str(run("extract", tmp_path / "stream", tmp_path / "none").exception)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("layout.json", None, "layout.json is missing"),
+        ("state.bin", None, "state.bin is missing"),
+        ("pages/0001", None, "pages/0001 is missing"),
+        ("layout.json", b"[]", "no JSON object"),
+        ("layout.json", b"{", "no JSON"),
+        ("layout.json", b'{"format":"x","version":1}', "format is 'x', version 1"),
+        ("layout.json", {"mtime": -1}, "impossible mtime -1"),
+        ("layout.json", {"mtime": True}, "impossible mtime True"),
+        ("layout.json", {"members": 1}, "no list of members"),
+        ("layout.json", {"members": [[]]}, "bad member"),
+        ("layout.json", {"members": [{"name": "pages/../../x", "size": 1}]}, "bad member"),
+        ("layout.json", {"members": [{"name": "pages/0000", "size": 1 << 40}]}, "bad member"),
+        ("layout.json", {"members": [{"name": "dirty/0000", "size": 2}]}, "bad member"),
+        ("layout.json", {"members": [{"name": "dirty/0000", "size": 2, "start_page": 16, "nr_pages": 99}]}, "2 bytes"),
+        ("statistics.json", b'{"a":1e999}', "Out of range"),
+        ("header.json", b"x" * (1 << 20) + b"x", "header.json has more than 1048576 bytes"),
+        ("header.json", b"{}", "format is None"),
+        ("pages/0000", b"short", "pages/0000: too short"),
+        ("pages/0000", "link", "cannot open: ELOOP"),
+        ("pages/0000", "fifo", "no regular file"),
+    ],
+)
+def test_parts_that_make_no_image_are_refused_and_leave_no_file(
+    tmp_path: Path, name: str, change: bytes | dict[str, Any] | str | None, problem: str
+) -> None:
+    js("extract", full_image(tmp_path / "image"), tmp_path / "parts")
+    path = tmp_path / "parts" / name
+    if isinstance(change, dict):
+        change = json.dumps({**json.loads(path.read_text()), **change}).encode()
+    path.unlink()
+    if change == "link":
+        path.symlink_to(tmp_path / "image")
+    elif change == "fifo":
+        os.mkfifo(path)
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    result = run("pack", tmp_path / "parts", tmp_path / "again")
+    assert isinstance(result.exception, VfioMigError)
+    assert problem in str(result.exception)
+    assert not (tmp_path / "again").exists()
+
+
+def test_pack_replaces_a_file_only_when_forced(tmp_path: Path) -> None:
+    path = full_image(tmp_path / "image")
+    js("extract", path, tmp_path / "parts")
+    (tmp_path / "there").write_text("kept")
+    assert isinstance(run("pack", tmp_path / "parts", tmp_path / "there").exception, UsageError)
+    assert (tmp_path / "there").read_text() == "kept"
+    js("pack", "--force", tmp_path / "parts", tmp_path / "there")
+    assert (tmp_path / "there").read_bytes() == path.read_bytes()
+
+
+# diff ----------------------------------------------------------------------------------------------------------------
+
+
+def differences(first: Path, second: Path) -> list[tuple[str, str, int, Any, Any]]:
+    report = js("diff", first, second)
+    assert report["equal"] == (not report["differences"])
+    return [tuple(one[key] for key in ("section", "name", "size", "old", "new")) for one in report["differences"]]
+
+
+def test_an_image_does_not_differ_from_itself_saved_later_under_another_name(tmp_path: Path) -> None:
+    header = {**HEADER, "time": 2, "device": {**HEADER["device"], "name": "other"}, "program": "x"}
+    memory: Memory = [(0x10000, b"\1" * PAGE)]
+    one = write(tmp_path / "one", gvt_state(), memory, (0, 8, b"\1"))
+    other = write(tmp_path / "other", [gvt_state()[:9], gvt_state()[9:]], memory, (0, 8, b"\1"), header)
+    assert differences(one, other) == []
+    assert text("diff", one, other) == ""
+    assert run("diff", "--exit-code", one, other).exit_code == 0
+
+
+def test_what_no_kernel_sets_on_purpose_is_not_compared(tmp_path: Path) -> None:
+    state = gvt_state()
+    other = bytearray(state)
+    other[0x30:0x50] = b"\xee" * 32  # global data
+    other[0x4E1240 + 4 : 0x4E1240 + 8] = b"\xee" * 4  # padding of the PPGTT entry
+    (tmp_path / "one").write_bytes(state)
+    (tmp_path / "other").write_bytes(bytes(other) + b"left over")
+    assert differences(tmp_path / "one", tmp_path / "other") == []
+
+
+def test_registers_fields_and_entries_that_changed_are_named(tmp_path: Path) -> None:
+    gtt = bytearray(GTT)
+    for index in range(4):
+        struct.pack_into("<Q", gtt, (0x10 + index) * 8, 0x40000 + index * PAGE | 1)
+    struct.pack_into("<Q", gtt, 0x20 * 8, 0x90000 | 1)
+    moved = bytearray(gtt)
+    for index in range(2, 6):
+        struct.pack_into("<Q", moved, (0x10 + index) * 8, 0x70000 + index * PAGE | 1)
+    struct.pack_into("<Q", moved, 0x20 * 8, 0)
+    vreg = patched(VREG, at_229c=0x8000, at_5000=1, at_5004=2, at_100008=0x00100001, at_10000c=0x001FF003, at_78804=1)
+    config = patched(CFG, at_4=0x00100006, at_44=7)
+    old = write(tmp_path / "old", gvt_state(gtt=bytes(gtt)))
+    new = write(
+        tmp_path / "new", gvt_state(gtt=bytes(moved), vreg=vreg, cfg=config, workload=b"", sreg=patched(SREG, at_8=9))
+    )
+    found = differences(old, new)
+    assert found[:3] == [
+        ("cfg", "command", 2, 0, 6),
+        ("cfg", "status", 2, 0, 0x10),
+        ("cfg", "0x44", 1, 0, 7),
+    ]
+    assert found[3:5] == [("sreg", "0x8", 4, 0, 9), ("vreg", "rcs.mode", 4, 0, 0x8000)]
+    assert found[5] == ("vreg", "0x5000", 8, "00" * 8, "0100000002000000")
+    assert found[6] == ("vreg", "pvinfo.display_ready", 4, 0, 1)
+    assert found[7][:3] == ("vreg", "fence1", 8)
+    assert (found[7][4]["start"], found[7][4]["end"], found[7][4]["pitch"]) == (0x100000, 0x200000, 512)
+    assert [(name, size, old and old["gpa"], new and new["gpa"]) for _, name, size, old, new in found[8:-1]] == [
+        ("gma 0x12000", 0x2000, 0x42000, 0x72000),
+        ("gma 0x14000", 0x2000, None, 0x74000),
+        ("gma 0x20000", 0x1000, 0x90000, None),
+    ]
+    assert found[-1] == ("workload", "workload 0", 0, {"ring_id": 1, "elsp": [10, 11, 12, 13], "elsp_index": 3}, None)
+    lines = text("diff", old, new).splitlines()
+    assert lines[0] == "cfg command: 0x0 -> 0x6"
+    assert "gtt gma 0x12000 8192 bytes: gpa 0x42000  entry 0x42001 -> gpa 0x72000  entry 0x72001" in lines
+    assert run("diff", old, new).exit_code == 0
+    assert run("diff", "--exit-code", old, new).exit_code == 1
+
+
+def test_bitmaps_and_pages_that_differ_are_summed_up(tmp_path: Path) -> None:
+    one, two = b"\1" * PAGE, b"\2" * PAGE
+    old = write(tmp_path / "old", b"s", [(0, one * 4), (0x10000, PAGE * 2), (0x80000, one)], (0, 16, b"\x0f\0"))
+    memory: Memory = [
+        (0, one),
+        (0x1000, two * 2),
+        (0x3000, PAGE),
+        (0x10000, bytes(PAGE)),
+        (0x11000, one),
+        (0x20000, PAGE),
+    ]
+    new = write(tmp_path / "new", b"s", memory, (0, 16, b"\x3c\0"))
+    report = js("diff", old, new)
+    assert report["counts"] == {"dirty": 1, "pages": 6}
+    dirty, *pages = report["differences"]
+    assert dirty["old"] == {"pages": 4, "only_here": 2, "ranges": [[0, 0x2000]]}
+    assert dirty["new"] == {"pages": 4, "only_here": 2, "ranges": [[0x4000, 0x2000]]}
+    assert [(page["name"], page["size"], page["old"], page["new"]) for page in pages] == [
+        ("gpa 0x80000", PAGE, "there", None),
+        ("gpa 0x20000", PAGE, None, "there"),
+        ("gpa 0x1000", 3 * PAGE, "content", "other content"),
+        ("gpa 0x11000", PAGE, "content", "other content"),
+    ]
+    other = write(tmp_path / "other", b"s", [], (8, 8, b"\0"))
+    assert differences(old, other)[0] == ("dirty", "ranges", 0, [[0, 16]], [[8, 8]])
+
+
+def test_states_of_drivers_that_are_known_differ_by_field_and_others_by_byte(tmp_path: Path) -> None:
+    content = bytearray(saved.mtty())
+    content[24 + 7] = 0x77
+    one, other = write(tmp_path / "one", saved.mtty()), write(tmp_path / "other", bytes(content))
+    assert differences(one, other) == [("state", "port0.registers.scr", 0, 0x5A, 0x77)]
+    one.write_bytes(b"some bytes, and more")
+    other.write_bytes(b"some BYTES, or")
+    assert differences(one, other) == [
+        ("state", "0x5", 5, b"bytes".hex(), b"BYTES".hex()),
+        ("state", "0xc", 2, b"an".hex(), b"or".hex()),
+        ("state", "size", 0, 20, 14),
+    ]
+    inner = gvt_state(cfg=patched(CFG, at_44=1))
+    one.write_bytes(saved.gvt_sample(gvt_state(), filler=32))
+    other.write_bytes(saved.gvt_sample(inner, filler=32, pages=1))
+    names = [(section, name) for section, name, *_ in differences(one, other)]
+    assert ("cfg", "0x44") in names
+    assert ("stream", "records.dirty_pages") in names
+
+
+def test_another_device_is_a_difference(tmp_path: Path) -> None:
+    header = {"protocol": "x", "device": {**HEADER["device"], "type": "GVTg_V4_4"}}
+    found = differences(write(tmp_path / "one"), write(tmp_path / "other", header=header))
+    assert found == [("image", "protocol", 0, "gvt-rfc", "x"), ("image", "device.type", 0, "GVTg_V4_8", "GVTg_V4_4")]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "stream").write_bytes(saved.qemu_stream([b"x"]))
+    one = write(tmp_path / "one")
+    assert "is a QEMU stream; 'vfio-mig extract'" in str(run("diff", one, tmp_path / "stream").exception)
+    assert isinstance(run("diff", "-", "-").exception, UsageError)
+
+
+# pages ---------------------------------------------------------------------------------------------------------------
+
+RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 6)), max_size=8)
+
+
+def pages_of(ranges: list[Range]) -> set[int]:
+    return {page for start, end in ranges for page in range(start, end)}
+
+
+@given(RANGES, RANGES)
+def test_ranges_are_sets_of_pages(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
+    first, second = (merge((start, start + size) for start, size in each if size) for each in (one, other))
+    for found, expected in (
+        (intersect(first, second), pages_of(first) & pages_of(second)),
+        (subtract(first, second), pages_of(first) - pages_of(second)),
+    ):
+        assert pages_of(found) == expected
+        assert pages_in(found) == len(expected)
+    assert runs(sorted(pages_of(first))) == first
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2), st.integers(1, 4)), max_size=12))
+def test_a_map_of_pages_is_what_writing_them_in_order_leaves(writes: list[tuple[int, int, int]]) -> None:
+    file = io.BytesIO()
+    writer = ArchiveWriter(file, {})
+    expected: dict[int, int] = {}
+    for start, value, number in writes:
+        if value:
+            writer.add_pages([(start * PAGE, bytes([value - 1]) * PAGE * number)])
+        else:
+            writer.add_zero([(start * PAGE, PAGE * number)])
+        expected |= dict.fromkeys(range(start, start + number), max(0, value - 1))
+    writer.finish()
+    file.seek(0)
+    with read_archive(file) as archive:
+        found = PageMap(archive)
+        assert found.difference(PageMap(archive)) == ([], [], [])
+    assert pages_of(found.zero) == {page for page, value in expected.items() if not value}
+    assert pages_of(found.written) == {page for page, value in expected.items() if value}
+
+
+def test_a_huge_zero_range_is_no_work(tmp_path: Path) -> None:
+    memory: Memory = [(0x1000, b"\1" * PAGE), (0, 1 << 62), (0x2000, b"\1" * PAGE)]
+    path = write(tmp_path / "image", b"s", memory)
+    with path.open("rb") as file, read_archive(file) as archive:
+        found = PageMap(archive)
+    assert found.written == [(2, 3)]
+    assert found.zero == [(0, 2), (3, 1 << 50)]

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT
+"""``inspect``, ``extract``, ``pack`` and ``diff``: saved devices without a device."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from vfio_mig.cli.output import print_json, say
+from vfio_mig.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from vfio_mig.cli.main import Options
+    from vfio_mig.image.differences import Difference
+    from vfio_mig.jobs.inspect import InspectReport
+
+DIFFERENT: Final = 1
+_ROWS: Final = 8
+"""Rows of a list that the overview shows; ``--section`` shows all that are in the report."""
+_ALL: Final = 1 << 30
+_JSON_HEX_MAX: Final = 16 << 20
+
+
+@click.command("inspect", short_help="Look inside an image, a bare state, or a QEMU stream.")
+@click.argument("file")
+@click.option("--section", metavar="NAME", help="Show this part of the state only, and all of it.")
+@click.option("--hex", "as_hex", is_flag=True, help="Show the bytes of --section, as 'hexdump -C' does.")
+@click.pass_obj
+def inspect_command(options: Options, file: str, section: str | None, *, as_hex: bool) -> None:
+    """Say what is in FILE (- is stdin): header, members, statistics, and the state as far as its layout is known.
+
+    FILE is an image, a bare state, or a QEMU migration stream, whose VFIO devices are shown. A GVT-g state has the
+    sections header, cfg, sreg, vreg, pvinfo, fences, engines, gtt, ppgtt and workload; other layouts have theirs.
+
+    \b
+    Example: what is queued, and where the page table begins
+      vfio-mig inspect gpu.vfm --section workload
+      vfio-mig inspect gpu.vfm --section gtt --hex | head
+    """
+    from vfio_mig.jobs.inspect import choose_section, inspect_image
+
+    if as_hex:
+        if section is None:
+            raise click.UsageError("--hex needs --section")
+        _print_hex(options, file, section)
+        return
+    report = inspect_image(file)
+    if section is not None:
+        chosen = choose_section(report, section)
+        if options.as_json:
+            print_json(chosen.as_dict())
+        else:
+            _print_section(chosen.name, chosen.values, _ALL)
+    elif options.as_json:
+        print_json(report.as_dict())
+    else:
+        _print_report(report)
+    for problem in report.problems:
+        click.echo(printable(f"vfio-mig: warning: {file}: {problem}"), err=True)
+
+
+def _print_section(name: str, values: dict[str, object], rows: int) -> None:
+    from vfio_mig.cli.words import lines
+
+    click.echo(printable(name))
+    for line in lines(values, rows):
+        click.echo(line)
+
+
+def _print_report(report: InspectReport) -> None:
+    what = f"{report.kind}, {report.size} bytes, {report.state_bytes} bytes of state: {report.layout}"
+    click.echo(printable(f"{report.file}: {what}"))
+    parts = {"header": report.header, "members": report.members, "statistics": report.statistics}
+    for name, values in parts.items():
+        if values is not None:
+            _print_section(f"image {name}", {"members": values} if name == "members" else values, _ROWS)
+    for section in report.sections:
+        _print_section(f"{section.name}  at {section.offset:#x}, {section.size} bytes", section.values, _ROWS)
+
+
+def _print_hex(options: Options, file: str, section: str) -> None:
+    from vfio_mig.cli.words import hex_lines
+    from vfio_mig.jobs.inspect import section_bytes
+
+    if options.as_json:
+        (piece, *more) = section_bytes(file, section, _JSON_HEX_MAX)
+        if more:
+            raise UsageError(f"section {section!r} has more than {_JSON_HEX_MAX} bytes", hint="leave out --json")
+        print_json({**piece._asdict(), "content": piece.content.hex()})
+        return
+    last: list[bytes] = []
+    for piece in section_bytes(file, section):
+        for line in hex_lines(piece.content, piece.offset, last):
+            click.echo(line)
+
+
+@click.command("extract", short_help="Write what is in an image to files.")
+@click.argument("file")
+@click.argument("directory")
+@click.pass_obj
+def extract_command(options: Options, file: str, directory: str) -> None:
+    """Write the members of FILE (- is stdin) to files in DIRECTORY, which is new or empty. Only you can read them.
+
+    Of an image: header.json, state.bin, dirty/0000, pages/0000, …, statistics.json and layout.json; `pack` makes the
+    same image of them again, or another one if they were changed. Guest memory as a plain file comes from `pages`. Of
+    a QEMU migration stream: vfioN.state and vfioN.config of each VFIO device, and stream.json.
+
+    \b
+    Example: vfio-mig extract gpu.vfm parts && vfio-mig pack parts again.vfm && cmp gpu.vfm again.vfm
+    """
+    from vfio_mig.jobs.parts import extract_image
+
+    report = extract_image(file, directory)
+    if options.as_json:
+        print_json(report._asdict())
+    else:
+        say(options, f"{directory}: {len(report.files)} files, {report.kind}")
+
+
+@click.command("pack", short_help="Make an image of extracted files.")
+@click.argument("directory")
+@click.argument("file")
+@click.option("--force", is_flag=True, help="Replace an existing FILE.")
+@click.pass_obj
+def pack_command(options: Options, directory: str, file: str, *, force: bool) -> None:
+    """Make the image FILE of what `extract` has written to DIRECTORY. It is verified before it gets its name.
+
+    Checksums are computed anew, so what was changed in the files is in the image.
+
+    \b
+    Example: vfio-mig pack parts gpu.vfm
+    """
+    from vfio_mig.jobs.parts import pack_image
+
+    report = pack_image(directory, file, force=force)
+    if options.as_json:
+        print_json(report._asdict())
+    else:
+        say(options, f"{file}: {report.members} members, {report.size} bytes")
+
+
+@click.command("diff", short_help="Say what differs between two saved devices.")
+@click.argument("first")
+@click.argument("second")
+@click.option(
+    "--exit-code", is_flag=True, help=f"Exit with {DIFFERENT} if they differ, as `git diff --exit-code` does."
+)
+@click.pass_obj
+def diff_command(options: Options, first: str, second: str, *, exit_code: bool) -> None:
+    """Say how the states of FIRST and SECOND (images or bare states, - is stdin) differ, and their memory.
+
+    One line for each configuration field, register, run of page table entries, queued workload or run of pages:
+    SECTION NAME [SIZE]: OLD -> NEW. No line means that nothing differs. Times, statistics and the device's name are
+    not compared. The exit code is 0 either way, but for --exit-code.
+
+    \b
+    Example: what has a workload changed?
+      vfio-mig diff before.vfm after.vfm
+    """
+    from vfio_mig.jobs.diff import diff_images
+
+    report = diff_images(first, second)
+    if options.as_json:
+        print_json(report.as_dict())
+    else:
+        shown = dict.fromkeys(report.counts, 0)
+        for one in report.differences:
+            shown[one.section] += one.size // 4096 if one.section == "pages" else 1
+            click.echo(_difference_line(one))
+        for section, count in report.counts.items():
+            if count > shown[section]:
+                click.echo(f"{section} … {count - shown[section]} more")
+    if exit_code and not report.equal:
+        sys.exit(DIFFERENT)
+
+
+def _difference_line(one: Difference) -> str:
+    size = f" {one.size} bytes" if one.size > 8 else ""  # noqa: PLR2004 -- a register is no run
+    return printable(f"{one.section} {one.name}{size}: {_side(one.old)} -> {_side(one.new)}")
+
+
+def _side(value: object) -> str:
+    from vfio_mig.cli.words import row, scalar
+
+    if isinstance(value, dict):
+        ranges = [f"{start:#x}+{size}" for start, size in value.get("ranges", [])[:_ROWS]]
+        return "  ".join([part for part in (row(value), *ranges) if part]) or "-"
+    return scalar("old", value)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""The GVT-g state image in words. The strict parser is :mod:`vfio_mig.image.gvt`; this shows what it has accepted."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+from vfio_mig.errors import ImageError
+from vfio_mig.image import gvt
+from vfio_mig.image.decode import commands, pci, registers
+from vfio_mig.image.decode.gtt import Table
+from vfio_mig.image.decode.section import LISTED_MAX, Decoded, Section, listed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vfio_mig.image.decode.commands import PageReader
+    from vfio_mig.image.gvt import GvtImage, Record
+
+LAYOUT: Final = "gvt-rfc"
+NAMES: Final = {
+    "HEAD": "header",
+    "CFG_SPACE": "cfg",
+    "SREG": "sreg",
+    "VREG": "vreg",
+    "GTT": "gtt",
+    "PPGTT": "ppgtt",
+    "WORKLOAD": "workload",
+}
+"""Names of records: ours of a section."""
+_GMCH_AT: Final = 0x50
+_SWSCI_AT: Final = 0xE8
+_OPREGION_AT: Final = 0xFC
+_LEVELS: Final = {3: 4, 4: 1}
+"""Root pointers of a page table, by its level."""
+
+
+def is_image(first: bytes) -> bool:
+    """Tell whether bytes begin like an image: its HEAD record."""
+    return first[: gvt.RECORD.size] == gvt.RECORD.pack(gvt.HEAD, gvt.HEAD_SIZE - gvt.RECORD.size)
+
+
+def no_page(_: int) -> None:
+    """Have no guest memory."""
+
+
+def decode(content: bytes, read_page: PageReader = no_page) -> Decoded:
+    """Decode an image; one that the strict parser refuses is shown as far as its records go.
+
+    :param content: the image; what lies behind data_size is ignored.
+    :param read_page: gives pages of guest memory, for what is queued.
+    """
+    try:
+        image = gvt.parse(memoryview(content))
+    except ImageError as error:
+        return Decoded(LAYOUT, list(_records(content)), [str(error)])
+    return Decoded(LAYOUT, list(_sections(image, read_page)), list(image.warnings))
+
+
+def _records(content: bytes) -> Iterator[Section]:
+    """Yield what look like records, up to the first that does not."""
+    at = 0
+    names = {kind: NAMES[name] for kind, name in ((1, "HEAD"), (2, "CFG_SPACE"), (3, "VREG"), (4, "SREG"), (5, "GTT"))}
+    seen: set[int] = set()
+    while at + gvt.RECORD.size <= len(content):
+        kind, size = gvt.RECORD.unpack_from(content, at)
+        if kind in seen or not gvt.HEAD <= kind <= gvt.WORKLOAD or size > len(content) - at - gvt.RECORD.size:
+            return
+        seen.add(kind)
+        payload_at = at + gvt.RECORD.size
+        yield Section(names.get(kind, f"record{kind}"), payload_at, size, {"type": kind, "record_at": at})
+        at = payload_at + size
+
+
+def _head(image: GvtImage) -> dict[str, Any]:
+    version, data_size, crc = struct.unpack_from("<iiQ", image.records["HEAD"].payload)
+    order = [
+        {"record": NAMES[one.name], "type": one.kind, "offset": one.offset, "size": len(one.payload)}
+        for one in image.records.values()
+    ]
+    values = {"version": version, "data_size": data_size, "crc": crc, "dialect": image.dialect}
+    return {**values, "vgpu_type": image.type_number, "records": order}
+
+
+def config(payload: bytes) -> dict[str, Any]:
+    """Decode a GVT-g vGPU's configuration space, with what only a GPU has there."""
+    gmch, swsci, opregion = (struct.unpack_from("<I", payload, at)[0] for at in (_GMCH_AT, _SWSCI_AT, _OPREGION_AT))
+    return {**pci.decode(payload), "gmch_control": gmch & 0xFFFF, "swsci": swsci, "opregion": opregion}
+
+
+def _vreg(payload: bytes) -> dict[str, Any]:
+    """List the registers that have a name, and runs of others, where they are not zero; fences and PVINFO are apart."""
+    import numpy as np
+
+    words = np.frombuffer(payload, "<u4")
+    where = np.flatnonzero(words)
+    found = []
+    for at in where[: 4 * LISTED_MAX]:
+        offset = int(at) * 4
+        name = registers.register_name(offset)
+        if not name.startswith(("pvinfo", "fence")):
+            found.append({"register": name, "offset": offset, "value": int(words[at])})
+    return {"nonzero_words": len(where), "registers": listed(found)}
+
+
+def _sreg(payload: bytes) -> dict[str, Any]:
+    import numpy as np
+
+    return {"nonzero_words": int(np.count_nonzero(np.frombuffer(payload, "<u4")))}
+
+
+def _ppgtt(image: GvtImage) -> dict[str, Any]:
+    roots = [
+        {"level": root.level, "pdp": list(root.pdp[: _LEVELS.get(root.level, 4)])} for root in image.ppgtt[:LISTED_MAX]
+    ]
+    return {"roots": listed(roots, len(image.ppgtt))}
+
+
+def _workloads(image: GvtImage, table: Table, read_page: PageReader) -> dict[str, Any]:
+    memory = commands.Memory(table, read_page)
+    found = []
+    for one in image.workloads[:LISTED_MAX]:
+        queued = [{**element, **commands.ring(memory, element["lrca"])} for element in commands.elements(one.elsp)]
+        found.append(
+            {
+                "engine": registers.ENGINES[one.ring_id],
+                "ring_id": one.ring_id,
+                "elsp": list(one.elsp),
+                "elsp_index": one.elsp_index,
+                "elements": queued,
+            }
+        )
+    return {"workloads": listed(found, len(image.workloads))}
+
+
+def _sections(image: GvtImage, read_page: PageReader) -> Iterator[Section]:
+    table = Table(image)
+    decoders: dict[str, Callable[[bytes], dict[str, Any]]] = {
+        "HEAD": lambda _: _head(image),
+        "CFG_SPACE": config,
+        "SREG": _sreg,
+        "VREG": _vreg,
+        "GTT": lambda _: {"parts": table.summary()},
+        "PPGTT": lambda _: _ppgtt(image),
+        "WORKLOAD": lambda _: _workloads(image, table, read_page),
+    }
+    for record in image.records.values():
+        payload = bytes(record.payload)
+        yield Section(NAMES[record.name], _payload_at(record), len(payload), decoders[record.name](payload))
+        if record.name == "VREG":
+            yield from _inside_vreg(_payload_at(record), payload)
+
+
+def _payload_at(record: Record) -> int:
+    return record.offset + gvt.RECORD.size
+
+
+def _inside_vreg(at: int, payload: bytes) -> Iterator[Section]:
+    """Yield the parts of the registers that have sections of their own."""
+    page = payload[registers.PVINFO_AT : registers.PVINFO_AT + registers.PVINFO_SIZE]
+    info = registers.pvinfo(page)
+    yield Section("pvinfo", at + registers.PVINFO_AT, len(page), info)
+    fences = registers.fences(payload, info["fence_num"])
+    yield Section("fences", at + registers.FENCES_AT, 8 * len(fences), {"fences": fences})
+    yield Section("engines", at, 0, {"engines": registers.engines(payload)})

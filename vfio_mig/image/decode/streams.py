@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: MIT
+"""Streams of protocol v2 in words. The kernel gives them no common header: each driver's is known by its first bytes.
+
+Layouts: the drivers' own sources in Linux (``samples/vfio-mdev/mtty.c``, ``drivers/vfio/pci/``); that of our sample
+driver: ``tools/kmod/README.md``. A stream that nothing is known of is its length and its first bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+from vfio_mig.image.decode import gvt as gvt_words
+from vfio_mig.image.decode.section import LISTED_MAX, Decoded, Section, listed
+from vfio_mig.image.gvt import IMAGE_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vfio_mig.image.decode.commands import PageReader
+    from vfio_mig.image.window import Window
+
+FIRST: Final = 64
+"""Bytes that are shown of a stream whose layout is not known."""
+RECORDS_MAX: Final = 1 << 20
+"""Records that are walked over, at most."""
+
+GVT_SAMPLE_MAGIC: Final = b"gvt_v2\0\0"
+_GVT_HEADER: Final = struct.Struct("<QII16sQQQQ")
+_GVT_RECORD: Final = struct.Struct("<IIQ")
+_GVT_PRECOPY: Final = 1
+_GVT_PAGE, _GVT_IMAGE = 1, 2
+
+MTTY_MAGIC: Final = struct.pack("<Q", 0x7E9D09898C3E2C4E)
+_MTTY_HEADER: Final = struct.Struct("<QIIII")
+_MTTY_PORT: Final = struct.Struct("<8s16sBBBBBxHBBBx")
+_MTTY_PORTS_MAX: Final = 2
+_UART: Final = ("data", "ier", "iir_fcr", "lcr", "mcr", "lsr", "msr", "scr")
+
+_HISI: Final = {0xAACCFEEDDECADEDE: 2, 0xCDCDCDCDFEEDAACC: 1}
+QAT_MAGIC: Final = struct.pack("<I", 0xADF5CAEA)
+_QAT: Final = struct.Struct("<IIHHI")
+_TAGGED: Final = struct.Struct("<QII")
+_TAGS: Final = {0: "data", 1: "stop-copy-size"}
+_XE: Final = struct.Struct("<BBBBIQQ")
+_XE_TYPES: Final = {1: "descriptor", 2: "trailer", 3: "ggtt", 4: "mmio", 5: "guc", 6: "vram"}
+_XE_DESCRIPTOR, _XE_TRAILER = 1, 2
+
+
+def _mtty(stream: Window, _: PageReader) -> Decoded:
+    header = stream.read(0, _MTTY_HEADER.size)
+    problems = []
+    _, major, minor, ports, flags = _MTTY_HEADER.unpack(header)
+    sections = [
+        Section("header", 0, len(header), {"major": major, "minor": minor, "ports": ports, "flags": flags}),
+    ]
+    expected = _MTTY_HEADER.size + ports * _MTTY_PORT.size
+    if ports > _MTTY_PORTS_MAX or stream.size != expected:
+        problems.append(f"{stream.size} bytes, {ports} ports have {expected}")
+    for number in range(min(ports, _MTTY_PORTS_MAX)):
+        at = _MTTY_HEADER.size + number * _MTTY_PORT.size
+        content = stream.read(at, _MTTY_PORT.size)
+        if len(content) == _MTTY_PORT.size:
+            sections.append(Section(f"port{number}", at, len(content), _mtty_port(content)))
+    return Decoded("mtty", sections, problems)
+
+
+def _mtty_port(content: bytes) -> dict[str, Any]:
+    uart, fifo, head, tail, count, dlab, overrun, divisor, fcr, size, trigger = _MTTY_PORT.unpack(content)
+    return {
+        "registers": dict(zip(_UART, uart, strict=True)),
+        "fifo": fifo.hex(),
+        "head": head,
+        "tail": tail,
+        "count": count,
+        "dlab": dlab,
+        "overrun": overrun,
+        "divisor": divisor,
+        "fcr": fcr,
+        "fifo_size": size,
+        "trigger": trigger,
+    }
+
+
+def _gvt_sample(stream: Window, read_page: PageReader) -> Decoded:
+    content = stream.read(0, _GVT_HEADER.size)
+    if len(content) < _GVT_HEADER.size:
+        return Decoded("gvt_sample", [], [f"the header is cut off at byte {len(content)}"])
+    _, version, flags, kind, total, filler, seed, rest = _GVT_HEADER.unpack(content)
+    name = kind.rstrip(b"\0").decode("ascii", "backslashreplace")
+    values = {"version": version, "flags": flags, "vgpu_type": name, "total": total, "filler": filler, "seed": seed}
+    sections = [Section("stream", 0, len(content), values)]
+    problems = [f"the last word of the header is {rest:#x} instead of 0"] if rest else []
+    if not flags & _GVT_PRECOPY and total != stream.size:
+        problems.append(f"{stream.size} bytes, the header says {total}")
+    at = _GVT_HEADER.size + filler
+    if at > stream.size:
+        return Decoded("gvt_sample", sections, [*problems, f"{filler} bytes of filler promised, more than there are"])
+    sections.append(Section("filler", _GVT_HEADER.size, filler, {"size": filler}))
+    for number in range(RECORDS_MAX):
+        head = stream.read(at, _GVT_RECORD.size)
+        if len(head) < _GVT_RECORD.size:
+            return Decoded("gvt_sample", sections, [*problems, f"record at {at:#x}: cut off"])
+        record, size, count = _GVT_RECORD.unpack(head)
+        if count != number or record not in {_GVT_PAGE, _GVT_IMAGE} or size > stream.size - at - len(head):
+            problem = f"record at {at:#x}: number {count}, type {record}, {size} bytes: impossible"
+            return Decoded("gvt_sample", sections, [*problems, problem])
+        at += len(head)
+        if record == _GVT_IMAGE:
+            # All records before it are dirty pages
+            records = Section("records", at - len(head), 0, {"dirty_pages": number, "image": size, "image_at": at})
+            return _gvt_image(stream, Decoded("gvt_sample", [*sections, records], problems), read_page)
+        at += size
+    return Decoded("gvt_sample", sections, [*problems, f"more than {RECORDS_MAX} records"])
+
+
+def _gvt_image(stream: Window, so_far: Decoded, read_page: PageReader) -> Decoded:
+    """Decode the RFC's image inside our sample's stream; its sections keep their names, their offsets move."""
+    at, size = (so_far.sections[-1].values[key] for key in ("image_at", "image"))
+    problems = list(so_far.problems)
+    if at + size != stream.size:
+        problems.append(f"{stream.size - at - size} bytes behind the image")
+    if size > IMAGE_MAX:
+        return so_far._replace(problems=[*problems, f"an image of {size} bytes is too large"])
+    inner = gvt_words.decode(stream.read(at, size), read_page)
+    sections = [*so_far.sections, *(section._replace(offset=at + section.offset) for section in inner.sections)]
+    return Decoded("gvt_sample", sections, problems + inner.problems)
+
+
+def _hisi(stream: Window, _: PageReader) -> Decoded:
+    (magic,) = struct.unpack("<Q", stream.read(0, 8))
+    values = {"magic": magic, "version": _HISI[magic], "size": stream.size}
+    return Decoded("hisi_acc", [Section("header", 0, 8, values)], [])
+
+
+def _qat(stream: Window, _: PageReader) -> Decoded:
+    content = stream.read(0, _QAT.size)
+    if len(content) < _QAT.size:
+        return Decoded("qat", [], [f"the header is cut off at byte {len(content)}"])
+    magic, version, header_size, sections, size = _QAT.unpack(content)
+    values = {"magic": magic, "version": version, "header_size": header_size, "sections": sections, "size": size}
+    return Decoded("qat", [Section("header", 0, len(content), values)], [])
+
+
+def _walk(stream: Window, layout: str, step: Callable[[bytes], tuple[dict[str, Any], int] | str], head: int) -> Decoded:
+    """Walk over records that follow each other.
+
+    :param head: bytes of a record's own header.
+    :param step: takes it, and says what it is and how many bytes follow, or what is wrong with it.
+    """
+    at = count = 0
+    found: list[dict[str, Any]] = []
+    problems: list[str] = []
+    while at < stream.size:
+        content = stream.read(at, head)
+        one = step(content) if len(content) == head else "its header is cut off"
+        if count == RECORDS_MAX:
+            one = f"it is one of more than {RECORDS_MAX}"
+        if isinstance(one, str) or one[1] > stream.size - at - head:
+            problem = one if isinstance(one, str) else f"{one[1]} bytes promised, {stream.size - at - head} left"
+            problems.append(f"record at {at:#x}: {problem}")
+            break
+        values, size = one
+        count += 1
+        if len(found) < LISTED_MAX:
+            found.append({"offset": at, "size": size, **values})
+        at += head + size
+    return Decoded(layout, [Section("records", 0, stream.size, {"records": listed(found, count)})], problems)
+
+
+def _tagged_step(content: bytes) -> tuple[dict[str, Any], int] | str:
+    size, flags, tag = _TAGGED.unpack(content)
+    return {"tag": tag, "tag_name": _TAGS.get(tag, "unknown"), "flags": flags}, size
+
+
+def _mlx5(stream: Window, _: PageReader) -> Decoded:
+    return _walk(stream, "mlx5", _tagged_step, _TAGGED.size)
+
+
+def _tagged(stream: Window, _: PageReader) -> Decoded:
+    return _walk(stream, "mlx5-or-virtio", _tagged_step, _TAGGED.size)
+
+
+def _xe_step(content: bytes) -> tuple[dict[str, Any], int] | str:
+    version, kind, tile, gt, flags, offset, size = _XE.unpack(content)
+    if version != 1:
+        return f"version {version} is unknown"
+    name = _XE_TYPES.get(kind, "unknown")
+    # A trailer has no content
+    return {"type": kind, "name": name, "tile": tile, "gt": gt, "flags": flags, "at": offset}, size
+
+
+def _xe(stream: Window, _: PageReader) -> Decoded:
+    return _walk(stream, "xe", _xe_step, _XE.size)
+
+
+def _unknown(stream: Window, _: PageReader) -> Decoded:
+    first = stream.read(0, FIRST)
+    return Decoded("unknown", [Section("state", 0, stream.size, {"size": stream.size, "first_bytes": first.hex()})], [])
+
+
+def _rfc(stream: Window, read_page: PageReader) -> Decoded:
+    return gvt_words.decode(stream.read(0, IMAGE_MAX), read_page)
+
+
+def _candidates(first: bytes, driver: str) -> Iterator[Callable[[Window, PageReader], Decoded]]:
+    """Yield what a stream may be, the surest first."""
+    if gvt_words.is_image(first):
+        yield _rfc
+    if first.startswith(GVT_SAMPLE_MAGIC):
+        yield _gvt_sample
+    if first.startswith(MTTY_MAGIC) and len(first) >= _MTTY_HEADER.size:
+        yield _mtty
+    if first.startswith(QAT_MAGIC):
+        yield _qat
+    if len(first) >= 8 and struct.unpack_from("<Q", first)[0] in _HISI:  # noqa: PLR2004 -- a u64
+        yield _hisi
+    if first.startswith(bytes((1, _XE_DESCRIPTOR))) and len(first) >= _XE.size:
+        yield _xe
+    if len(first) >= _TAGGED.size:
+        size, flags, tag = _TAGGED.unpack_from(first)
+        if (size, flags, tag) == (8, 1, 1) or "mlx5" in driver:
+            yield _mlx5
+        elif (flags, tag) == (0, 0) and size:
+            yield _tagged
+
+
+def decode(stream: Window, read_page: PageReader = gvt_words.no_page, *, driver: str = "") -> Decoded:
+    """Decode a state of any driver, as far as its layout is known.
+
+    :param read_page: gives pages of guest memory, for what a GVT-g vGPU has queued.
+    :param driver: the driver that the image's header names; some drivers' records look alike.
+    """
+    for one in _candidates(stream.read(0, FIRST), driver):
+        decoded = one(stream, read_page)
+        # Two zero words are no magic number: without a good first record it is nobody's
+        if decoded.layout == "mlx5-or-virtio":
+            if not decoded.sections[0].values["records"]["count"]:
+                continue
+            decoded = decoded._replace(layout="virtio" if "virtio" in driver else decoded.layout)
+        return decoded
+    return _unknown(stream, read_page)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""Look inside a saved device: what it is, and what its state says where the layout is known. No device is needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vfio_mig.errors import UsageError, printable
+from vfio_mig.jobs.saved import open_saved
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vfio_mig.image.archive import Archive
+    from vfio_mig.image.decode.qemu import QemuStream
+    from vfio_mig.image.decode.section import Decoded, Section
+    from vfio_mig.image.window import Window
+    from vfio_mig.jobs.saved import Saved
+
+
+class InspectReport(NamedTuple):
+    """What is in a file. Sizes in bytes, addresses as integers.
+
+    :param kind: ``image``, ``state`` (bare) or ``qemu-stream``.
+    :param header: what the image's header says, as its members and statistics None for another kind.
+    :param members: ``name size sha256`` each; of the first 1000.
+    :param layout: of the state: ``gvt-rfc``, ``gvt_sample``, ``mtty``, ``mlx5``, ``hisi_acc``, ``qat``, ``xe``,
+        ``virtio``, ``mlx5-or-virtio`` (the same records), ``qemu``, or ``unknown``.
+    :param sections: the state's parts, decoded.
+    :param problems: what is broken or unusual; the file can be looked at all the same.
+    """
+
+    file: str
+    kind: str
+    size: int
+    state_bytes: int
+    header: dict[str, Any] | None
+    members: dict[str, Any] | None
+    statistics: dict[str, Any] | None
+    layout: str
+    sections: list[Section]
+    problems: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {**self._asdict(), "sections": [section.as_dict() for section in self.sections]}
+
+
+class SectionBytes(NamedTuple):
+    """A section's bytes.
+
+    :param offset: of the first in the state.
+    """
+
+    file: str
+    section: str
+    offset: int
+    size: int
+    content: bytes
+
+
+class _Content(NamedTuple):
+    """A decoded state, and where the bytes of each section are."""
+
+    decoded: Decoded
+    windows: list[Window]
+    state_bytes: int
+
+
+def _look(saved: Saved) -> _Content:
+    from vfio_mig.image.decode import streams
+    from vfio_mig.image.guestpages import GuestPages
+
+    if saved.stream is not None:
+        return _look_at_stream(saved.window, saved.stream)
+    if saved.archive is None:
+        decoded = streams.decode(saved.window)
+    else:
+        decoded = streams.decode(saved.window, GuestPages(saved.archive).page, driver=saved.driver)
+    return _Content(decoded, [saved.window] * len(decoded.sections), saved.window.size)
+
+
+def _look_at_stream(window: Window, stream: QemuStream) -> _Content:
+    """Decode every VFIO device of a QEMU stream; its sections have ``vfioN.`` in front of their names."""
+    from vfio_mig.image.decode import qemu, streams
+    from vfio_mig.image.decode.section import LISTED_MAX, Decoded, Section
+    from vfio_mig.image.window import FramesWindow, PartWindow
+
+    sections: list[Section] = list(stream.sections())
+    windows: list[Window] = [window] * len(sections)
+    problems = list(stream.problems)
+    for number, device in enumerate(stream.devices[:LISTED_MAX]):
+        state = FramesWindow(window, device.frames)
+        decoded = streams.decode(state)
+        values = {
+            "name": device.name,
+            "instance": device.instance,
+            "section": device.section,
+            "state_bytes": state.size,
+            "frames": len(device.frames),
+            "layout": decoded.layout,
+        }
+        found = [Section("device", 0, state.size, values), *decoded.sections]
+        places: list[Window] = [state] * len(found)
+        if device.config is not None:
+            part = PartWindow(window, *device.config)
+            found.append(Section("config", 0, part.size, qemu.device_config(part.read(0, part.size))))
+            places.append(part)
+        sections += [section._replace(name=f"vfio{number}.{section.name}") for section in found]
+        windows += places
+        problems += [f"vfio{number}: {problem}" for problem in decoded.problems]
+    return _Content(Decoded("qemu", sections, problems), windows, sum(device.state_size for device in stream.devices))
+
+
+def _members(archive: Archive) -> dict[str, Any]:
+    from vfio_mig.image.decode.section import LISTED_MAX, listed
+
+    return listed([member.entry() for member in archive.members[:LISTED_MAX]], len(archive.members))
+
+
+def inspect_image(file: str) -> InspectReport:
+    """Look into an image, a bare state, or a QEMU migration stream; ``-`` is standard input.
+
+    A state that is broken is shown as far as it goes, with the reason in *problems*.
+
+    :raises ImageError: an image or a QEMU stream that is not whole.
+    :raises HostError: the file cannot be read.
+    """
+    from vfio_mig.image.decode.section import plain
+
+    with open_saved(file) as saved:
+        content = _look(saved)
+        archive = saved.archive
+        return InspectReport(
+            file,
+            saved.kind,
+            saved.size,
+            content.state_bytes,
+            None if archive is None else plain(archive.header),
+            None if archive is None else _members(archive),
+            None if archive is None else plain(archive.statistics),
+            content.decoded.layout,
+            content.decoded.sections,
+            [printable(problem) for problem in content.decoded.problems],
+        )
+
+
+def choose_section(report: InspectReport, name: str) -> Section:
+    """Return one section of a report.
+
+    :raises UsageError: it has no such section; the hint names those that it has.
+    """
+    for section in report.sections:
+        if section.name == name:
+            return section
+    raise _no_section(report.file, name, report.sections)
+
+
+def _no_section(file: str, name: str, sections: list[Section]) -> UsageError:
+    names = [section.name for section in sections]
+    more = "…" if len(names) > _NAMES_MAX else ""
+    return UsageError(f"{file} has no section {name!r}", hint=f"it has {', '.join(names[:_NAMES_MAX])}{more}")
+
+
+_NAMES_MAX = 40
+
+
+def section_bytes(file: str, name: str, step: int = 1 << 20) -> Iterator[SectionBytes]:
+    """Yield the bytes of one section, at most *step* at a time: an empty one for a section without any.
+
+    :raises UsageError: there is no such section.
+    """
+    with open_saved(file) as saved:
+        content = _look(saved)
+        names = [section.name for section in content.decoded.sections]
+        if name not in names:
+            raise _no_section(file, name, content.decoded.sections)
+        section, window = content.decoded.sections[names.index(name)], content.windows[names.index(name)]
+        for at in range(0, max(1, section.size), step):
+            piece = window.read(section.offset + at, min(step, section.size - at))
+            yield SectionBytes(file, name, section.offset + at, section.size, piece)
