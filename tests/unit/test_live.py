@@ -10,6 +10,7 @@ import pytest
 from vfio_mig.device import Device
 from vfio_mig.dirty.ranges import PageRange
 from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError
+from vfio_mig.host import tracking
 from vfio_mig.host.discover import HostDevice
 from vfio_mig.host.holders import Holder
 from vfio_mig.jobs.dirtylog import DirtyLog
@@ -161,9 +162,50 @@ def test_a_log_is_not_read_under_an_owner_who_is_migrating(monkeypatch: pytest.M
     assert asked == [4711]
 
 
+class Tracker:
+    """What the IOMMU or the container would be."""
+
+    caution = "it tells too much"
+
+    def __init__(self) -> None:
+        self.did: list[object] = []
+
+    def start(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.did.append(("start", list(ranges)))
+
+    def fetch(self, start_page: int, nr_pages: int) -> memoryview:
+        self.did.append(("fetch", start_page, nr_pages))
+        return memoryview(bytes((nr_pages + 7) // 8))
+
+    def stop(self) -> None:
+        self.did.append("stop")
+
+
+@pytest.mark.parametrize("has_log", [False, True], ids=["no log", "a log that the kernel cannot report"])
+def test_where_the_device_has_no_log_what_else_knows_is_asked(
+    monkeypatch: pytest.MonkeyPatch, warned: list[str], *, has_log: bool
+) -> None:
+    tracker = Tracker()
+    monkeypatch.setattr(tracking, "find_tracker", lambda _: tracker)
+    monkeypatch.setattr(Played, "has_dirty", has_log)
+
+    def start_log(_: object, _ranges: object) -> None:
+        raise UnsupportedError("this kernel cannot report")
+
+    monkeypatch.setattr(Played, "start_log", start_log)
+    log = DirtyLog(session(Played(), warned), [PageRange(16, 8)])
+    log.require()
+    log.begin()
+    assert sum(chunk.total() for chunk in log.fetch()) == 8
+    assert sum(chunk.total() for chunk in log.fetch()) == 0
+    log.end()
+    assert tracker.did == [("start", [(16 * 4096, 8 * 4096)]), ("fetch", 16, 8), "stop"]
+    assert warned == ["fake: it tells too much"]
+
+
 def test_a_device_without_a_log_is_refused(monkeypatch: pytest.MonkeyPatch, warned: list[str]) -> None:
     monkeypatch.setattr(Played, "has_dirty", False)
-    with pytest.raises(UnsupportedError, match="without DMA logging"):
+    with pytest.raises(UnsupportedError, match="keeps no log of its writes"):
         DirtyLog(session(Played(), warned), []).require()
 
 

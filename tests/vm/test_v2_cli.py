@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -17,7 +18,6 @@ from tests.vm.v2 import HAS_PRE_COPY, pre_copy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.vm.held import Side
 
@@ -212,7 +212,7 @@ def test_the_log_of_writes_tells_what_was_written_since_it_began(
     source: Side, tmp_path: Path, *, has_log: bool
 ) -> None:
     if not has_log:
-        cli.refused("dirty", source.name, code=4, words=("DMA logging",), warm=True)
+        cli.refused("dirty", source.name, code=4, words=("no log of its writes",), warm=True)
         copy = tmp_path / "copy"
         cli.refused("sync", source.name, copy, "--memory", source.memory_option, code=4, words=("log",), warm=True)
         assert not copy.exists()
@@ -231,6 +231,19 @@ def test_the_log_of_writes_tells_what_was_written_since_it_began(
     pages = {address + offset for address, size in report["ranges"] for offset in range(0, size, 4096)}
     assert iova in pages
     assert report["pages_dirty"] < 16
+
+
+def test_a_device_without_a_log_that_nobody_holds_is_tracked_by_its_container(tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.write_bytes(os.urandom(16 * 4096))
+    with host.instance() as vgpu:
+        info = js("info", "--open", vgpu.uuid)
+        done = cli.run("--json", "sync", vgpu.uuid, tmp_path / "copy", "--memory", f"{memory}@0", warm=True)
+    report = json.loads(done.stdout)
+    assert (report["state"], report["rounds"][0]["pages_dirty"]) == ("closed", 16)
+    assert (tmp_path / "copy").read_bytes() == memory.read_bytes()
+    if "dma-logging" not in info["checks"][0]["text"]:
+        assert b"a type1 container cannot tell writes" in done.stderr
 
 
 def test_sync_and_save_copy_every_page_once_and_then_what_the_log_tells(

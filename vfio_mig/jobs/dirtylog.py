@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.ranges import PageRange
+    from vfio_mig.host.tracking import DmaTracker
     from vfio_mig.jobs.session import Session
 
 PAGE = 4096
@@ -33,20 +34,19 @@ class DirtyLog:
         self._session = session
         self._ranges = list(ranges)
         self._fetch = fetch
+        self._tracker: DmaTracker | None = None
         self._is_begun = False
         self._owes_all = False
 
     def require(self) -> None:
-        """Refuse a device that cannot be asked.
+        """Refuse a device that cannot be asked: it has no log, and neither its IOMMU nor its container can tell.
 
-        :raises UnsupportedError: it has no log, and nothing else that knows.
+        :raises UnsupportedError: says what was looked at.
         """
         if not self._session.protocol.has_dirty:
-            raise UnsupportedError(
-                f"a {self._session.protocol.name} device without DMA logging cannot be asked for its dirty pages",
-                device=self._session.device.name,
-                hint="leave out --memory",
-            )
+            from vfio_mig.host.tracking import find_tracker
+
+            self._tracker = find_tracker(self._session.device)
 
     def begin(self) -> None:
         """Have the device log its writes from now on, if it has to be told.
@@ -56,7 +56,7 @@ class DirtyLog:
         :raises DeviceError: refused.
         """
         protocol = self._session.protocol
-        if not protocol.logs:
+        if not protocol.logs and self._tracker is None:
             return
         holder = self._session.device.holder
         if holder is not None and not holder.is_hold:
@@ -68,8 +68,26 @@ class DirtyLog:
                     device=self._session.device.name,
                     hint="wait until that has ended",
                 )
-        protocol.start_log([(one.start * PAGE, one.nr_pages * PAGE) for one in self._ranges])
+        self._start([(one.start * PAGE, one.nr_pages * PAGE) for one in self._ranges])
         self._is_begun = self._owes_all = True
+
+    def _start(self, ranges: list[tuple[int, int]]) -> None:
+        """Start the device's own log; where it, or the kernel, has none, have the IOMMU or the container track."""
+        if self._tracker is None:
+            try:
+                self._session.protocol.start_log(ranges)
+            except UnsupportedError as error:
+                from vfio_mig.host.tracking import find_tracker
+
+                try:
+                    self._tracker = find_tracker(self._session.device)
+                except UnsupportedError:
+                    raise error from None
+            else:
+                return
+        self._tracker.start(ranges)
+        if self._tracker.caution:
+            self._session.warn(self._tracker.caution)
 
     def skip_old(self) -> None:
         """Leave out what was written before the log began."""
@@ -84,9 +102,11 @@ class DirtyLog:
             self._owes_all = False
             return list(self._every_page())
         try:
-            return list(self._fetch(self._session.protocol.dirty, self._ranges))
+            tracker = self._tracker
+            source = self._session.protocol.dirty if tracker is None else tracker.fetch
+            return list(self._fetch(source, self._ranges))
         except DeviceError as error:
-            if not self._session.protocol.logs:
+            if not self._is_begun:
                 raise
             self._session.warn(f"{error}; every page is taken as dirty")
             return list(self._every_page())
@@ -103,6 +123,9 @@ class DirtyLog:
             return
         self._is_begun = False
         try:
-            self._session.protocol.stop_log()
+            if self._tracker is None:
+                self._session.protocol.stop_log()
+            else:
+                self._tracker.stop()
         except DeviceError as error:
             self._session.warn(f"{error}; the device goes on logging its writes until it is closed")
