@@ -292,8 +292,11 @@ def _round_trip(bench: Bench) -> str:
 @STATE.add("write-offset", "a write at another place in the region is refused", "an error")
 def _write_offset(bench: Bench) -> str:
     own, rfc = bench.rfc.own(), bench.rfc
+    image = own[: _HEAD.unpack_from(own)[3]] + bytes(gvt.RECORD.size)  # whole, so that nothing but its place is wrong
+    if PAGE + len(image) > rfc.region.size:
+        raise NotApplicable("the image leaves no room for another place")
     rfc.stop()
-    return refusal(lambda: rfc.kernel.pwrite(rfc.fd, own[:PAGE], rfc.region.offset + PAGE))
+    return refusal(lambda: rfc.write_at(image, PAGE))
 
 
 def _bad(bench: Bench, region: bytes) -> str:

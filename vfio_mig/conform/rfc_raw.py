@@ -70,10 +70,14 @@ class Rfc:
         """Read the region, whole by default."""
         return self.kernel.pread(self.fd, self.region.size if size is None else size, self.region.offset + offset)
 
-    def write(self, data: bytes, offset: int = 0) -> int:
+    def write(self, data: bytes) -> int:
         """Write the region in one call, padded with zeros to its size."""
+        return self.write_at(data.ljust(self.region.size, b"\0"), 0)
+
+    def write_at(self, data: bytes, offset: int) -> int:
+        """Write at a place in the region in one call."""
         self._altered = True
-        return self.kernel.pwrite(self.fd, data.ljust(self.region.size, b"\0"), self.region.offset + offset)
+        return self.kernel.pwrite(self.fd, data, self.region.offset + offset)
 
     def own(self) -> bytes:
         """Return the device's own state, read once for all checks: the whole region."""

@@ -185,7 +185,7 @@ class _Bench:
         self, session: Session, settings: Settings, *, second: Bench | None, same_type: bool, dangerous: bool
     ) -> None:
         self._session = session
-        self._warn = settings.warn
+        self._settings = settings
         self.left = ""
         """State in which the device was left."""
         device, protocol = session.device, session.protocol
@@ -208,7 +208,7 @@ class _Bench:
     def _open_again(self) -> Device:
         from vfio_mig.host.opening import open_device
 
-        return open_device(self._session.found)
+        return open_device(self._session.found, via=self._settings.via)
 
     def __enter__(self) -> Bench:
         self._session.note(LOADING)
@@ -225,8 +225,8 @@ class _Bench:
             self._session.note("")
         elif isinstance(error, VfioMigError):
             error.undo_errors.append(problem)
-        elif self._warn is not None:
-            self._warn(str(problem))
+        elif self._settings.warn is not None:
+            self._settings.warn(str(problem))
 
     def _settle(self) -> DeviceError | None:
         name = self._session.device.name
@@ -243,7 +243,7 @@ class _Bench:
 def _run(
     session: Session, other: Session | None, settings: Settings, checks: list[Check], *, dangerous: bool
 ) -> Report:
-    found = session.protocol.state()
+    found, protocol = session.protocol.state(), session.protocol.describe()
     began = time.perf_counter()
     same_type = other is not None and (other.found.type, _family(other)) == (session.found.type, _family(session))
     with ExitStack() as stack:
@@ -259,7 +259,7 @@ def _run(
         type=session.found.type,
         driver=session.found.driver,
         kernel=os.uname().release,
-        protocol=session.protocol.describe(),
+        protocol=protocol,
         found=found,
         state=one.left,
         seconds=seconds,
