@@ -26,6 +26,7 @@ from vfio_mig.conform.raw import (
     NEEDS,
     PRE_COPY,
     PRE_COPY_P2P,
+    PRECOPY_INFO_V2,
     PROBE,
     RESUMING,
     RUNNING,
@@ -66,6 +67,7 @@ class Session:
         self.initial = initial
         """Bytes that can be read in PRE_COPY."""
         self.broken = 0
+        self.again = 0
 
 
 class Played(Kernel):
@@ -86,6 +88,9 @@ class Played(Kernel):
         self.is_logging = False
         self.resets = 0
         self.last = 0
+        self.reinit = 0
+        """Bytes of new initial data, once in a session, for who has opted in."""
+        self.is_opted_in = False
 
     def __contains__(self, defect: str) -> bool:
         return defect in self.defects
@@ -130,10 +135,17 @@ class Played(Kernel):
         self._feature(flags & 0xFFFF, flags & ~0xFFFF, argsz - HEAD.size, arg)
         return 0
 
-    def _feature(self, number: int, operation: int, room: int, arg: bytearray) -> None:
+    def _offered(self) -> dict[int, tuple[int, int]]:
+        """Return features with their operations and bytes of payload."""
         offered = {MIGRATION: (GET, 8), DEVICE_STATE: (GET | SET, 8), DATA_SIZE: (GET, 8)}
         if "no logging" not in self:
             offered |= {LOG_START: (SET, 24), LOG_STOP: (SET, 0), LOG_REPORT: (GET, 32)}
+        if self.reinit:
+            offered[PRECOPY_INFO_V2] = (SET, 0)
+        return offered
+
+    def _feature(self, number: int, operation: int, room: int, arg: bytearray) -> None:
+        offered = self._offered()
         if number not in offered:
             fail(errno.EINVAL if "unknown feature" in self else errno.ENOTTY)
         allowed, size = offered[number]
@@ -143,6 +155,9 @@ class Played(Kernel):
             return
         if not operation & (GET | SET) or (room < size and "argsz" not in self):
             fail(errno.EINVAL)
+        self._do(number, operation, arg)
+
+    def _do(self, number: int, operation: int, arg: bytearray) -> None:
         if number == MIGRATION:
             struct.pack_into("=Q", arg, 8, self.flags | (8 if "unknown flag" in self else 0))
         elif number == DATA_SIZE:
@@ -151,6 +166,8 @@ class Played(Kernel):
             struct.pack_into("=Q", arg, 8, 1 if "small size" in self else len(self.stream()))
         elif number == DEVICE_STATE:
             self._state(operation, arg)
+        elif number == PRECOPY_INFO_V2:
+            self.is_opted_in = True
         else:
             self._log(number, arg)
 
@@ -307,6 +324,7 @@ class Played(Kernel):
             fail(errno.ENODEV)
         if self.state not in (PRE_COPY, PRE_COPY_P2P) and "info anywhere" not in self:
             fail(errno.EINVAL)
+        flags = self._begin_again(session, flags) if self.is_opted_in else flags
         left = max(session.initial - session.position, 0)
         if "initial rises" in self:
             left = session.initial + session.position
@@ -314,6 +332,16 @@ class Played(Kernel):
             left = 0
         INFO.pack_into(arg, 0, argsz, flags, left, 10 if "dirty" in self else 0)
         return 0
+
+    def _begin_again(self, session: Session, flags: int) -> int:
+        """Have new initial data when the first were read; returns the flags."""
+        if session.position == session.initial and not session.again:
+            session.again = session.initial + self.reinit
+            session.initial = session.again
+        is_new = session.again and (session.position < session.again or "reinit stays" in self)
+        if "reinit empty" in self and is_new:
+            session.position = session.initial
+        return (flags & ~1) | bool(is_new)
 
     def read(self, fd: int, size: int) -> bytes:
         session = self.files[fd]

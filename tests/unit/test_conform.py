@@ -110,6 +110,7 @@ def test_a_device_that_keeps_every_rule_passes_every_check(flags: int) -> None:
     # what it has not, what others have, and what its check of sums makes needless
     expected = {
         "v2.precopy.opt-in",
+        "v2.precopy.reinit",
         "v2.second.other-type",
         "v2.stream.takes-effect",
         "v2.error.refuses",
@@ -198,6 +199,17 @@ def test_error_is_left_by_a_reset_only() -> None:
 def test_a_load_that_changes_nothing_is_found() -> None:
     assert run(Played(7, {"no sum", "no load"}), "v2.stream.takes-effect")["v2.stream.takes-effect"].outcome == FAIL
     assert run(Played(7, {"no sum"}), "v2.stream.takes-effect")["v2.stream.takes-effect"].outcome == PASS
+
+
+@pytest.mark.parametrize(("defect", "outcome"), [("", PASS), ("reinit stays", FAIL), ("reinit empty", FAIL)])
+def test_new_initial_data_are_announced_and_over_when_they_were_read(defect: str, outcome: str) -> None:
+    kernel = Played(7, {defect})
+    kernel.reinit = 40
+    results = run(kernel, "v2.precopy.opt-in", "v2.precopy.reinit")
+    assert [result.outcome for result in results.values()] == [PASS, outcome]
+    kernel = Played(7)
+    kernel.reinit = 40
+    assert findings(run(kernel, "v2.precopy")) == {}
 
 
 def test_a_stream_of_another_type_is_to_be_refused() -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vfio_mig.conform.raw import V2Device
 
 CHECKS: Final = Checks("v2.precopy", PRECOPY)
+INFO_V2: Final = "linux/vfio.h (2026), VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2"
 REINIT: Final = 1
 READS_MAX: Final = 4096
 """Reads in PRE_COPY; a device that dirties its state faster than it is read never comes to an end."""
@@ -231,16 +232,42 @@ def _enomsg(bench: Bench) -> str:
     "opt-in",
     "VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2 makes the flags reliable",
     "0, flags no more than REINIT",
-    source="linux/vfio.h (2026), VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2",
+    source=INFO_V2,
 )
 def _opt_in(bench: Bench) -> str:
+    v2 = _opted_in(bench)
+    flags, _, _ = v2.precopy_info(v2.session(PRE_COPY))
+    require(not flags & ~REINIT, f"flags {flags:#x}")
+    return f"0, flags {flags:#x}"
+
+
+def _opted_in(bench: Bench) -> V2Device:
     v2 = _device(bench)
     if not v2.offers(PRECOPY_INFO_V2, SET):
         raise NotApplicable("the kernel or driver does not have it")
     v2.feature(SET | PRECOPY_INFO_V2)
-    flags, _, _ = v2.precopy_info(v2.session(PRE_COPY))
-    require(not flags & ~REINIT, f"flags {flags:#x}")
-    return f"0, flags {flags:#x}"
+    return v2
+
+
+@CHECKS.add(
+    "reinit",
+    "REINIT comes with new initial data, and is over when that was read",
+    "initial_bytes above 0, then 0",
+    source=INFO_V2,
+)
+def _reinit(bench: Bench) -> str:
+    v2 = _opted_in(bench)
+    fd = v2.session(PRE_COPY)
+    _drain(v2, fd)
+    flags, fresh, _ = v2.precopy_info(fd)
+    if not flags & REINIT:
+        raise NotApplicable("it has no new initial data of its own accord")
+    require(fresh, "REINIT with initial_bytes 0")
+    stream, _ = _drain(v2, fd)
+    require(len(stream) >= fresh, f"{fresh} bytes announced, {len(stream)} read")
+    flags, left, _ = v2.precopy_info(fd)
+    require(left or not flags & REINIT, "REINIT stays, without new data")
+    return f"{fresh}, then {left}"
 
 
 def _save_live(v2: V2Device, *, unread: bool = False, p2p: bool = False) -> bytes:
