@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vfio_mig.conform.check import Deviation, NotApplicable
+from vfio_mig.conform.check import Deviation, NotApplicable, Weakness
 from vfio_mig.conform.raw import ERROR, RESUMING, RUNNING, SAVING, STOP, V2Device, errno_name, state_name
 
 if TYPE_CHECKING:
@@ -36,6 +36,21 @@ def first_difference(one: bytes, other: bytes) -> int:
         else:
             high = middle - 1
     return low
+
+
+def require_ended(fate: str, *, writing: bool) -> str:
+    """Judge what :meth:`Bench.fate` says of a session that has to have ended.
+
+    :raises Deviation: it goes on, or is full, which a live one may be.
+    """
+    call = "write()" if writing else "read()"
+    if not fate:
+        raise Deviation(f"{call} on the ended session's fd works")
+    if fate != "ENODEV" and writing:
+        raise Deviation(f"{call} on the ended session's fd: {fate}, as on one that goes on")
+    if fate != "ENODEV":
+        raise Weakness(f"{call} on the ended session's fd: {fate}", "no rule names the errno; every driver says ENODEV")
+    return fate
 
 
 class Bench:
@@ -209,11 +224,8 @@ class Bench:
         self._altered = False
 
     def require_dead(self, fd: int, *, writing: bool = False) -> str:
-        """Make sure that a session has ended."""
-        fate = self.fate(fd, writing=writing)
-        if fate == "":
-            raise Deviation(f"{'write' if writing else 'read'}() on the ended session's fd works")
-        return fate
+        """Make sure that a session has ended; returns the errno's name."""
+        return require_ended(self.fate(fd, writing=writing), writing=writing)
 
     def fate(self, fd: int, *, writing: bool = False) -> str:
         """Tell by one byte whether a session is alive: empty, or the errno's name."""
