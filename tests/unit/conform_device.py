@@ -348,7 +348,7 @@ class Played(Kernel):
         if not session.saving:
             fail(errno.EBADF)
         if not session.is_live:
-            fail(errno.ENODEV)
+            fail(errno.EIO if "dead errno" in self else errno.ENODEV)
         end = max(min(session.position + size, session.initial), session.position)
         part = bytes(session.data[session.position : end])
         session.position = end
@@ -366,6 +366,8 @@ class Played(Kernel):
             fail(errno.ENODEV)
         if session.broken:
             fail(session.broken)
+        if "full" in self and len(session.data) >= len(self.stream()):
+            fail(errno.ENOMEM)
         session.data += data
         if len(session.data) >= 8 and session.data[:8] != MAGIC:
             session.broken = errno.EINVAL

@@ -83,7 +83,7 @@ def about_missing(ids: set[str], flags: int) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("asked", [7, 1])
+@pytest.mark.parametrize("asked", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_clean_driver_of_v2_has_the_documented_findings_and_no_other(make_instance: MakeInstance, asked: int) -> None:
     flags = asked if HAS_PRE_COPY else asked & 3
     with host.parameter_set("v2", asked):
@@ -201,7 +201,7 @@ def interrupted_at(check: str, *words: str) -> Iterator[subprocess.CompletedProc
     yield subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-@pytest.mark.parametrize("check", ["v2.arc.running.stop-copy", "v2.stream.empty"])
+@pytest.mark.parametrize("check", ["v2.arc.running.stop-copy", pytest.param("v2.stream.empty", marks=pytest.mark.slow)])
 def test_a_signal_ends_it_with_the_device_running(make_instance: MakeInstance, check: str) -> None:
     with host.parameter_set("v2", 1):
         one = make_instance()
