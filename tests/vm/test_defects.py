@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.vm import host
+from tests.vm import defects, host
 from tests.vm.raw import DEVICE_RESET, GET_DIRTY, PAGE, START, STATE, STATE_SIZE, Guest
 from tests.vm.raw import STOP as STATUS_STOP
 from tests.vm.v2 import (
     ERROR,
-    HAS_PRE_COPY,
-    KERNEL,
     LOG_STOP,
     PRE_COPY,
     PRE_COPY_P2P,
@@ -53,7 +51,6 @@ if TYPE_CHECKING:
 README: Final = Path(__file__).parents[2] / "tools/kmod/README.md"
 FAR: Final = 1 << 40  # no guest has memory there
 MEMORY: Final = (0x100000, 256 * PAGE)  # what Guest.opened() maps
-HAS_LOGGING: Final = KERNEL < (6, 7)  # later only with iommufd in the kernel
 
 PROBES: Final[dict[str, Probe]] = {}
 
@@ -491,19 +488,6 @@ def one() -> Iterator[host.Instance]:
         yield instance
 
 
-def knob(instance: host.Instance) -> Path:
-    return instance.debugfs / "defect"
-
-
-def possible(name: str) -> bool:
-    """Tell whether this kernel has what a defect is about."""
-    if name.startswith("log-"):
-        return HAS_LOGGING
-    if name.startswith("precopy-") and name != "precopy-info-late":
-        return HAS_PRE_COPY
-    return HAS_PRE_COPY or name not in {"size-refused", "precopy-info-late"}
-
-
 def breaks(name: str, instance: host.Instance) -> bool:
     with Guest.opened(instance) as guest:
         return PROBES[name](V2(guest))
@@ -511,24 +495,23 @@ def breaks(name: str, instance: host.Instance) -> bool:
 
 @pytest.mark.parametrize("name", PROBES)
 def test_a_defect_breaks_its_rule_when_it_is_switched_on_and_only_then(one: host.Instance, name: str) -> None:
-    if not possible(name):
+    if not defects.possible(name, one):
         pytest.skip("not on this kernel")
     assert not breaks(name, one)
-    knob(one).write_text(name)
+    defects.switch(one, name)
     assert breaks(name, one)
-    knob(one).write_text("\n")
+    defects.switch(one)
     assert not breaks(name, one)
 
 
 def test_the_driver_s_list_of_defects_is_the_readme_s_and_each_has_a_probe() -> None:
-    known = (host.DEBUGFS / "defects").read_text().split()
     section = README.read_text().partition("## Defects")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `([a-z0-9-]+)` \|", section, re.MULTILINE) == known
-    assert sorted(PROBES) == sorted(known)
+    assert re.findall(r"^\| `([a-z0-9-]+)` \|", section, re.MULTILINE) == defects.known()
+    assert sorted(PROBES) == sorted(defects.known())
 
 
 def test_the_file_takes_a_list_and_names_what_is_on_in_its_own_vgpu(one: host.Instance) -> None:
-    file = knob(one)
+    file = defects.file(one)
     assert file.read_text() == ""
     file.write_text("fd-seekable,load-surplus  dirty-tail\n")
     assert file.read_text().split() == ["fd-seekable", "load-surplus", "dirty-tail"]
@@ -540,7 +523,7 @@ def test_the_file_takes_a_list_and_names_what_is_on_in_its_own_vgpu(one: host.In
     file.write_text("save-counts")
     assert file.read_text() == "save-counts\n"
     with host.instance() as other:
-        assert knob(other).read_text() == ""
+        assert defects.file(other).read_text() == ""
     file.write_text(" ,\n")
     assert file.read_text() == ""
 
@@ -572,7 +555,7 @@ def test_all_defects_at_once_do_the_kernel_no_harm() -> None:
     free = host.available(host.SMALL)
     fds: list[int] = []
     with host.parameter_set("v2", 7), host.instance() as one:
-        knob(one).write_text((host.DEBUGFS / "defects").read_text())
+        defects.switch(one, *defects.known())
         states = itertools.cycle((*STATES, ERROR, RESUMING, 9))
         end = time.monotonic() + 2
         while time.monotonic() < end:
