@@ -62,11 +62,15 @@ def test_a_device_is_opened_through_its_node_and_others_are_kept_out(vgpu: host.
         assert device.how == "cdev"
 
 
-def test_who_cannot_look_into_the_holder_hears_that_there_is_one(vgpu: host.Instance) -> None:
+def test_a_user_with_both_nodes_needs_nothing_else_and_hears_of_a_holder_that_cannot_be_seen(
+    vgpu: host.Instance,
+) -> None:
     node = node_of(vgpu)
     Path(node).chmod(0o666)
     Path("/dev/iommu").chmod(0o666)
     try:
+        done = cli.run("-v", "dirty", vgpu.uuid, user=cli.NOBODY, warm=True)
+        assert f"opened through {node}, ".encode() in done.stderr
         with cli.held(vgpu.uuid):
             words = (f"{node} is open in another process: VFIO_DEVICE_BIND_IOMMUFD failed: EINVAL", "run as root")
             cli.refused("dirty", vgpu.uuid, code=3, user=cli.NOBODY, words=words, warm=True)

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import mmap
 import os
 import struct
+import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import pytest
 
-from tests.vm import host
+from tests.vm import cli, host
 from tests.vm.raw import Device, Guest
 from tests.vm.raw import Memory as GuestRam
 from vfio_mig import uapi
@@ -219,6 +222,25 @@ def test_a_container_tells_the_pages_that_a_driver_has_pinned() -> None:
             guest.device.close()
         with open_device(found, via="group") as device, pytest.raises(UnsupportedError, match="no memory was mapped"):
             find_tracker(device)
+
+
+@pytest.mark.mtty
+def test_a_device_whose_log_the_kernel_cannot_read_is_tracked_by_its_container(tmp_path: Path) -> None:
+    """Debian's kernel cannot report what mtty logs; mtty pins nothing. Nobody has it open but the command."""
+    memory = tmp_path / "memory"
+    memory.write_bytes(bytes(16 * PAGE))
+    name = str(uuid.uuid4())
+    (host.MTTY_TYPES / "mtty-2" / "create").write_text(name)
+    try:
+        arguments = ["--json", "--via", "group", "dirty", name, "--memory", f"{memory}@0", "--for", "0"]
+        done = cli.run(*arguments, warm=True)
+        assert json.loads(done.stdout)["pages_dirty"] == 0
+        cannot_report = not Path("/dev/iommu").exists()
+        assert (b"every mapped page counts as dirty" in done.stderr) == cannot_report
+        saved = json.loads(cli.run(*arguments[:3], "save", name, tmp_path / "image", *arguments[5:7], warm=True).stdout)
+        assert (saved["state_bytes"], saved["pages_zero"], saved["state"]) == (96, 16, "closed")
+    finally:
+        (Path("/sys/bus/mdev/devices") / name / "remove").write_text("1")
 
 
 def test_a_container_that_does_not_track_refuses() -> None:
