@@ -391,7 +391,7 @@ def test_an_inherited_fd_of_the_node_is_the_device_if_it_is_bound(kernel: Kernel
         os.close(other)
 
 
-@pytest.mark.parametrize("text", [None, "", "246", "246:x", "246:0:1"])
+@pytest.mark.parametrize("text", [None, "", "246", "246:x", "246:0:1", "9" * 30 + ":0", "-1:0"])
 def test_a_node_without_a_number_in_sysfs_is_none(tmp_path: Path, text: str | None) -> None:
     """As on kernels without VFIO_DEVICE_CDEV, which show the directory all the same."""
     entry = tmp_path / "vfio-dev" / "vfio3"

@@ -12,6 +12,7 @@ from vfio_mig.errors import DeviceNotFoundError, UsageError
 UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 PCI_ADDRESS: Final = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _ATTRIBUTE_MAX: Final = 4096
+_DEVICE_NUMBER: Final = re.compile(r"([0-9]{1,9}):([0-9]{1,9})\n?")
 
 
 class HostDevice(NamedTuple):
@@ -56,10 +57,10 @@ class HostDevice(NamedTuple):
         try:
             (name,) = os.listdir(directory)
             with open(os.path.join(directory, name, "dev"), encoding="ascii") as file:
-                major, minor = map(int, file.read(_ATTRIBUTE_MAX).split(":"))
+                number = _DEVICE_NUMBER.fullmatch(file.read(_ATTRIBUTE_MAX))
         except (OSError, ValueError):
             return None
-        return name, os.makedev(major, minor)
+        return None if number is None else (name, os.makedev(int(number[1]), int(number[2])))
 
 
 class Host:
