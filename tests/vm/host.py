@@ -253,7 +253,12 @@ def _number(text: str) -> int:
 
 def create(kind: str = SMALL, name: str | None = None) -> Instance:
     name = name or str(uuid.uuid4())
-    (type_directory(kind) / "create").write_text(name)
+    # One write: Python's files repeat a failed one when they are closed.
+    fd = os.open(type_directory(kind) / "create", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, name.encode())
+    finally:
+        os.close(fd)
     return Instance(name, kind)
 
 

@@ -17,6 +17,7 @@ from tests.vm.raw import BAR2, CONFIG, IRQ_MSI, PAGE, Guest
 from tests.vm.v2 import (
     LOG_STOP,
     PRE_COPY,
+    PRE_COPY_P2P,
     RESUMING,
     RUNNING,
     SET,
@@ -47,10 +48,18 @@ def no_leak() -> Iterator[None]:
         assert alloc_faults.leaks() == []
 
 
+class Vgpu(V2):
+    """A vGPU with both protocols; what is put on its stack goes away before it."""
+
+    def __init__(self, guest: Guest, stack: contextlib.ExitStack) -> None:
+        super().__init__(guest)
+        self.stack: Final = stack
+
+
 @pytest.fixture
-def vgpu(make_guest: MakeGuest) -> V2:
+def vgpu(make_guest: MakeGuest, resources: contextlib.ExitStack) -> Vgpu:
     with host.parameter_set("v2", 7):
-        return V2(make_guest())
+        return Vgpu(make_guest(), resources)
 
 
 def nothing(_code: int) -> None:
@@ -60,25 +69,26 @@ def nothing(_code: int) -> None:
 # --- one vGPU
 
 
-def region_info(vgpu: V2) -> Operation:
+def region_info(vgpu: Vgpu) -> Operation:
     return lambda: vgpu.guest.device.region(BAR2), nothing
 
 
-def dirty_bitmap(vgpu: V2) -> Operation:
+def dirty_bitmap(vgpu: Vgpu) -> Operation:
     return lambda: vgpu.guest.device.dirty_bytes(0, 1000), nothing
 
 
-def eventfd(vgpu: V2) -> Operation:
+def eventfd(vgpu: Vgpu) -> Operation:
     fd = os.eventfd(0)
+    vgpu.stack.callback(os.close, fd)
     return lambda: vgpu.guest.device.set_eventfd(IRQ_MSI, fd), nothing
 
 
-def rfc_save(vgpu: V2) -> Operation:
+def rfc_save(vgpu: Vgpu) -> Operation:
     vgpu.guest.device.stop()
     return vgpu.guest.device.save, nothing
 
 
-def rfc_restore(vgpu: V2) -> Operation:
+def rfc_restore(vgpu: Vgpu) -> Operation:
     device = vgpu.guest.device
     device.stop()
     engine = gpu.Engine(vgpu.guest)
@@ -93,59 +103,58 @@ def rfc_restore(vgpu: V2) -> Operation:
     return lambda: device.restore(image), same
 
 
-def aperture(vgpu: V2) -> Operation:
+def aperture(vgpu: Vgpu) -> Operation:
     at = iter(range(0, 64 << 20, PAGE << 6))  # a page of its own each time, in a node of the tree of its own
     return lambda: vgpu.guest.device.write(BAR2, next(at), b"x"), nothing
 
 
-def to(vgpu: V2, state: int) -> None:
-    if vgpu.state() not in (state, 0):
-        vgpu.go(state)
-
-
-def begin(vgpu: V2, state: int, rest: int) -> Operation:
+def begin(vgpu: Vgpu, state: int, rest: int) -> Operation:
     """Go to a state with a data fd, from *rest*, where a failure has to leave the device."""
     opened: list[int] = []
-    to(vgpu, rest)
 
     def go() -> None:
         opened.append(vgpu.go(state))
 
     def undo(code: int) -> None:
-        assert vgpu.state() == (rest if code else state)
+        reached, got = vgpu.state(), len(opened)
         while opened:
             os.close(opened.pop())
-        to(vgpu, rest)
+        assert (reached, got) == ((rest, 0) if code else (state, 1))
+        vgpu.guest.device.reset()
+        vgpu.go(rest)
 
+    vgpu.go(rest)
     return go, undo
 
 
-def stop_copy(vgpu: V2) -> Operation:
+def stop_copy(vgpu: Vgpu) -> Operation:
     return begin(vgpu, STOP_COPY, STOP)
 
 
-def resuming(vgpu: V2) -> Operation:
+def resuming(vgpu: Vgpu) -> Operation:
     return begin(vgpu, RESUMING, STOP)
 
 
-def pre_copy(vgpu: V2) -> Operation:
+def pre_copy(vgpu: Vgpu) -> Operation:
     return begin(vgpu, PRE_COPY, RUNNING)
 
 
-def end_of_pre_copy(vgpu: V2) -> Operation:
+def end_of_pre_copy(vgpu: Vgpu) -> Operation:
+    """Go on to STOP_COPY with the same data fd, by way of PRE_COPY_P2P."""
     opened = [vgpu.go(PRE_COPY)]
+    vgpu.stack.callback(lambda: os.close(opened.pop()))
 
     def undo(code: int) -> None:
-        assert vgpu.state() == (PRE_COPY if code else STOP_COPY)
-        if not code:
-            os.close(opened.pop())
-            vgpu.go(RUNNING)
-            opened.append(vgpu.go(PRE_COPY))
+        reached = vgpu.state()
+        os.close(opened.pop())
+        vgpu.guest.device.reset()
+        opened.append(vgpu.go(PRE_COPY))
+        assert reached in ((PRE_COPY, PRE_COPY_P2P) if code else (STOP_COPY,))
 
     return lambda: vgpu.go(STOP_COPY), undo
 
 
-def load(vgpu: V2) -> Operation:
+def load(vgpu: Vgpu) -> Operation:
     """Load a whole state: a failure is for good, and after a reset it works."""
     occupied = gpu.Engine(vgpu.guest)
     vgpu.guest.device.make_ppgtt(4, [0x1000])
@@ -168,7 +177,7 @@ def load(vgpu: V2) -> Operation:
     return whole, undo
 
 
-def logging(vgpu: V2) -> Operation:
+def logging(vgpu: Vgpu) -> Operation:
     memory = vgpu.guest.memory
 
     def undo(_code: int) -> None:
@@ -177,7 +186,7 @@ def logging(vgpu: V2) -> Operation:
     return lambda: log_start(vgpu, memory.iova, memory.size), undo
 
 
-OPERATIONS: Final[dict[str, Callable[[V2], Operation]]] = {
+OPERATIONS: Final[dict[str, Callable[[Vgpu], Operation]]] = {
     "region info": region_info,
     "dirty bitmap": dirty_bitmap,
     "eventfd": eventfd,
@@ -204,33 +213,27 @@ def usable(guest: Guest, iova: int, gma: int) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_failed_allocation_is_enomem_and_changes_nothing(name: str, vgpu: V2) -> None:
+def test_a_failed_allocation_is_enomem_and_changes_nothing(name: str, vgpu: Vgpu) -> None:
     gma, iova = vgpu.guest.bind()
     operation, undo = OPERATIONS[name](vgpu)
-    with Faults.opened() as faults:
-        codes = faults.each(operation, undo)
-    print(f"{name}: {codes}")  # noqa: T201
-    assert errno.ENOMEM in codes
-    assert set(codes) <= {0, errno.ENOMEM}
-    usable(vgpu.guest, iova, gma)
-
-
-def test_pages_that_are_not_to_be_had_are_enomem_too(vgpu: V2) -> None:
-    gma, iova = vgpu.guest.bind()
+    # First no memory at all: a buffer that is made once is not there yet, and there is no other way to get one.
     with Faults.opened(pages=True) as faults:
-        for make in (aperture, dirty_bitmap):
-            codes = faults.each(*make(vgpu))
-            assert errno.ENOMEM in codes
-            assert set(codes) <= {0, errno.ENOMEM}
+        none = faults.from_each(operation, undo)
+    with Faults.opened() as faults:
+        single = faults.each(operation, undo)
+    print(f"{name}: {none} {single}")  # noqa: T201  # shown when the test fails, and with -s
+    assert none[0] == errno.ENOMEM
+    # The caller's own memory may be what is missing, where the driver writes to it.
+    assert set(none + single) <= {0, errno.ENOMEM, *((errno.EFAULT,) if name == "RFC save" else ())}
     usable(vgpu.guest, iova, gma)
 
 
-def test_an_entry_whose_page_cannot_be_pinned_is_scratch(vgpu: V2) -> None:
+def test_an_entry_whose_page_cannot_be_pinned_is_scratch(vgpu: Vgpu) -> None:
     """As in GVT-g the write itself is no error; an entry is present if and only if its page is pinned."""
     guest = vgpu.guest
     gma, _ = guest.bind()
     slot = (gma - guest.device.guest_low()) >> 12
-    spread = iter(range(guest.memory.iova, guest.memory.iova + guest.memory.size, PAGE))
+    spread = iter(range(guest.memory.iova + 64 * PAGE, guest.memory.iova + guest.memory.size, PAGE))  # not pinned yet
     at = 0
     scratch = 0
 
@@ -253,7 +256,7 @@ def test_an_entry_whose_page_cannot_be_pinned_is_scratch(vgpu: V2) -> None:
     assert guest.instance.hw_ggtt()[slot] == at | 1
 
 
-def test_a_root_or_a_workload_that_cannot_be_kept_is_refused(vgpu: V2) -> None:
+def test_a_root_or_a_workload_that_cannot_be_kept_is_refused(vgpu: Vgpu) -> None:
     """Registers are written as in GVT-g, where every failure is EFAULT."""
     guest = vgpu.guest
     guest.device.stop()
@@ -283,36 +286,38 @@ def test_a_root_or_a_workload_that_cannot_be_kept_is_refused(vgpu: V2) -> None:
     assert guest.instance.queue() == []
 
 
-def test_a_workload_that_cannot_be_scanned_is_dropped_and_counted(vgpu: V2) -> None:
+def test_a_workload_that_cannot_be_scanned_is_dropped_and_counted(vgpu: Vgpu) -> None:
     guest = vgpu.guest
     engine = gpu.Engine(guest)
     gma, iova = guest.bind()
-    context = engine.context(*[gpu.store_dword(gma, number) for number in range(8)])
     outcomes = set()
     with Faults.opened() as faults:
         for skip in (0, 0, 64, 100, 200, 300, 400, 600, 1000, 2000):
             guest.memory.set_u32(iova, 0xFFFF)
+            context = engine.context(*[gpu.store_dword(gma, number) for number in range(8)])
             before = guest.instance.counters()
+            fired = True  # if it cannot even be submitted
             with faults.one_of_any_thread(skip) as has_failed, contextlib.suppress(OSError):
                 engine.submit(context)
                 gpu.wait_ended(guest, before, 1)
+                fired = has_failed()
             after = guest.instance.counters()
             failed = after["workloads_failed"] - before["workloads_failed"]
             completed = after["workloads_completed"] - before["workloads_completed"]
             assert failed + completed == after["workloads_submitted"] - before["workloads_submitted"]
             assert guest.memory.u32(iova) == (7 if completed else 0xFFFF)
-            assert has_failed() or completed
+            assert fired or completed
             outcomes.add((failed, completed))
     assert (1, 0) in outcomes  # in the worker, and not when it was submitted
     _, done = engine.run(gpu.store_dword(gma, 0x600D))
     assert done
 
 
-def test_a_state_on_its_way_is_refused_for_good_when_memory_runs_out(vgpu: V2) -> None:
+def test_a_state_on_its_way_is_refused_for_good_when_memory_runs_out(vgpu: Vgpu) -> None:
     vgpu.set_knob("v2_extra_bytes", 10_000)
     stream = vgpu.save()
-    with Faults.opened() as faults, vgpu.session(RESUMING) as fd:
-        assert faults.attempt(1, lambda: write_all(fd, stream)) == errno.ENOMEM
+    with Faults.opened(pages=True) as faults, vgpu.session(RESUMING) as fd:
+        assert faults.behind(0, lambda: write_all(fd, stream)) == errno.ENOMEM
         with pytest.raises(OSError) as caught:
             os.write(fd, b"x")
         assert caught.value.errno in {errno.ENOMEM, errno.EINVAL}
@@ -321,7 +326,7 @@ def test_a_state_on_its_way_is_refused_for_good_when_memory_runs_out(vgpu: V2) -
     assert vgpu.save() == stream
 
 
-def test_logging_starts_or_does_not(vgpu: V2) -> None:
+def test_logging_starts_or_does_not(vgpu: Vgpu) -> None:
     memory = vgpu.guest.memory
     gma, iova = vgpu.guest.bind()
     with Faults.opened() as faults:
@@ -346,8 +351,12 @@ def test_a_vgpu_that_cannot_be_made_is_none_and_takes_nothing() -> None:
         assert host.available(host.SMALL) == free
         assert sorted(path.name for path in host.DEBUGFS.iterdir()) == ["host_fence", "host_ggtt"]
 
-    with Faults.opened() as faults:
+    # Linux (6.12) warns when it has no memory for a group's name: it frees a group that it has not emptied.
+    spared = alloc_faults.function("vfio_create_group")
+    with Faults.opened(spared=spared) as faults:
         codes = faults.each(lambda: made.append(host.create()), undo)
+    with Faults.opened(spared=spared, pages=True) as faults:
+        codes += faults.from_each(lambda: made.append(host.create()), undo)
     assert errno.ENOMEM in codes
     assert set(codes) <= {0, errno.ENOMEM}
 
