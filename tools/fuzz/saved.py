@@ -134,8 +134,15 @@ def qemu_stream(
     return b"".join([*out, end if tail is None else tail])
 
 
+QEMU_WORDS: Final = (*(be64(MARK + number) for number in range(1, 6)), b"\x04vfio", b"\x7e\0\0\0\7", b"\2\0\0\0\7")
+
+
 def qemu_seeds() -> list[bytes]:
-    """Return whole streams, broken ones, and such as make a parser search."""
+    """Return whole streams, broken ones, and such as make a parser search; without magic number and version."""
+    return [one[8:] for one in _qemu_streams()]
+
+
+def _qemu_streams() -> list[bytes]:
     whole = qemu_stream([mtty()[:24], mtty()[24:]])
     small = b"QEVM" + struct.pack(">I", 3)
     vfio = begin(7, b"vfio", be64(SETUP, END))

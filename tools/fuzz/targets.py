@@ -17,7 +17,7 @@ from contextlib import redirect_stdout, suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
 
-from tools.fuzz import corpus
+from tools.fuzz import corpus, looking, saved
 from tools.fuzz.corpus import Choices, entries_for, manifest_of, signed, tar_of
 from tools.fuzz.limits import bounded, require, require_line
 from vfio_mig.cli import image as _image  # noqa: F401 -- for the command line, which imports it late
@@ -489,6 +489,8 @@ TARGETS: Final = {
         Target("manifest", manifest, corpus.manifest_seeds, 16384, _JSON_WORDS),
         Target("gvt-image", gvt_image, corpus.image_seeds, 4096),
         Target("gvt-records", gvt_records, corpus.record_seeds, 1024),
+        Target("inspect", looking.inspect(_image_of), looking.inspect_seeds, 16384, (saved.mtty()[:24], b"gvt_v2\0\0")),
+        Target("qemu-stream", looking.qemu_stream, saved.qemu_seeds, 16384, saved.QEMU_WORDS),
         Target("uapi-header", uapi_header, corpus.header_seeds, 16384, corpus.HEADER_WORDS),
         Target("sysfs", sysfs, corpus.sysfs_seeds, 2048, (corpus.UUID, b"0000:00:02.0", b"/dev/vfio/", b"devices/")),
         Target("syntax", syntax, corpus.syntax_seeds, 8192, (b"0x1000", b"4K", b'"job":"x"', b'"pid":1', b'"left":')),
