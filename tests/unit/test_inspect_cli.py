@@ -540,6 +540,17 @@ def test_states_of_drivers_that_are_known_differ_by_field_and_others_by_byte(tmp
     assert ("stream", "records.dirty_pages") in names
 
 
+def test_bytes_that_no_field_names_are_differences_too(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "one", saved.mtty()), write(tmp_path / "other", saved.mtty() + b"\0")
+    assert differences(one, other) == [("state", "size", 0, 96, 97)]
+    stream = saved.gvt_sample(gvt_state(), filler=32)
+    write(one, stream)
+    write(other, stream[:70] + b"?" + stream[71:])
+    assert differences(one, other) == [("stream", "0x46", 1, b"\x5a".hex(), b"?".hex())]
+    write(other, stream + b"\0")
+    assert [name for _, name, *_ in differences(one, other)] == ["size"]
+
+
 def test_another_device_is_a_difference(tmp_path: Path) -> None:
     header = {"protocol": "x", "device": {**HEADER["device"], "type": "GVTg_V4_4"}}
     found = differences(write(tmp_path / "one"), write(tmp_path / "other", header=header))

@@ -235,6 +235,20 @@ def test_behind_what_is_not_understood_vfio_sections_are_searched_for() -> None:
     assert stream.kinds[0x30].how == "searched"
 
 
+def test_a_part_that_cannot_be_taken_is_passed_over_and_said() -> None:
+    bad = saved.part(7, saved.be64(saved.MARK + 9) + b"unknown")
+    good = saved.part(7, saved.frame(b"good") + saved.be64(saved.END))
+    content = saved.qemu_stream([b"first"], tail=bad + good + b"\0")
+    stream = read(content)
+    assert stream.complete
+    assert states(stream, content) == [b"firstgood"]
+    (problem,) = stream.problems
+    assert "'0000:00:07.0/vfio' at 0x" in problem
+    assert "marker 0xffffffffef100009 is unknown; passed over up to its footer" in problem
+    ram = saved.qemu_stream([b"first"], tail=saved.part(2, saved.be64(0x400)) + b"\0")
+    assert "'ram' at 0x" in read(ram).problems[0]
+
+
 def test_a_cut_stream_gives_what_came_before() -> None:
     whole = saved.qemu_stream([b"first", b"second"])
     content = whole[: whole.index(b"second") + 3]

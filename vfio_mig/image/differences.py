@@ -11,6 +11,7 @@ from vfio_mig.image import gvt
 from vfio_mig.image.decode import pci, registers, streams
 from vfio_mig.image.decode.gtt import ADDRESS, PAGE, PRESENT, Table, changed_runs
 from vfio_mig.image.decode.section import LISTED_MAX, plain
+from vfio_mig.image.window import PartWindow
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ _DEVICE_KEYS: Final = ("kind", "type", "driver")
 _VALUE_SIZE: Final = 32
 """Bytes of a changed run that are shown."""
 _STEP: Final = 1 << 20
+_STREAM_PARTS: Final = ("stream", "filler", "records")
 
 
 class Difference(NamedTuple):
@@ -105,10 +107,9 @@ def state_differences(first: Window, second: Window, driver: str = "") -> Iterat
         inner = [_inner_image(window, one.sections) for window, one in zip((first, second), decoded, strict=True)]
         if inner[0] is not None and inner[1] is not None:
             yield from gvt_differences(inner[0], inner[1])
-            sizes = [{section.name: section.values for section in one.sections[:3]} for one in decoded]
-            yield from _collect("stream", _values("stream", sizes[0], sizes[1]))
+            yield from _collect("stream", _sample_stream(first, second, decoded[0].sections, decoded[1].sections))
             return
-    if decoded[0].layout == decoded[1].layout == "mtty":
+    if decoded[0].layout == decoded[1].layout == "mtty" and not decoded[0].problems + decoded[1].problems:
         ports = [{section.name: section.values for section in one.sections} for one in decoded]
         yield from _collect("state", _values("state", ports[0], ports[1]))
         return
@@ -116,14 +117,27 @@ def state_differences(first: Window, second: Window, driver: str = "") -> Iterat
 
 
 def _inner_image(window: Window, sections: list[Section]) -> GvtImage | None:
-    """Parse the RFC's image inside our sample's stream."""
+    """Parse the RFC's image at the end of our sample's stream; None for one that is not as it should be."""
     for section in sections:
-        if section.name == "records" and section.values["image"] <= gvt.IMAGE_MAX:
+        if section.name == "records":
+            at, size = section.values["image_at"], section.values["image"]
+            if size > gvt.IMAGE_MAX or at + size != window.size:
+                return None
             try:
-                return gvt.parse(memoryview(window.read(section.values["image_at"], section.values["image"])))
+                return gvt.parse(memoryview(window.read(at, size)))
             except ImageError:
                 return None
     return None
+
+
+def _sample_stream(first: Window, second: Window, old: list[Section], new: list[Section]) -> Iterator[Difference]:
+    """Compare what is before the image: another seed makes another filler, so it is compared if the rest is equal."""
+    parts = [{one.name: one.values for one in sections if one.name in _STREAM_PARTS} for sections in (old, new)]
+    if parts[0] != parts[1]:
+        yield from _values("stream", parts[0], parts[1])
+        return
+    before = parts[0]["records"]["image_at"]
+    yield from _bytes("stream", *(PartWindow(window, 0, before) for window in (first, second)))
 
 
 def _values(section: str, first: Any, second: Any, name: str = "") -> Iterator[Difference]:

@@ -38,6 +38,8 @@ _PAGE: Final = 4096
 _BUFFER: Final = 1 << 16
 _VERSION_SIZE: Final = 4
 _IRQ_STATE_SIZE: Final = 16
+PROBLEMS_MAX: Final = 100
+"""Problems that are listed."""
 CONFIG_MAX: Final = 1 << 20
 """Bytes of a VFIO device's configuration record, at most: 2048 MSI-X vectors of 16 bytes are the largest part."""
 
@@ -177,9 +179,13 @@ class _Reader:
                 safe = self.cursor.at
                 self._section()
         except _CutError as error:
-            self.problems.append(f"section at {safe:#x}: {error}; behind it VFIO sections are only searched for")
+            self._note(f"section at {safe:#x}: {error}; behind it VFIO sections are only searched for")
             self._search(safe)
         return QemuStream(self.machine, self.complete, self.kinds, list(self.devices.values()), self.problems)
+
+    def _note(self, problem: str) -> None:
+        if len(self.problems) < PROBLEMS_MAX:
+            self.problems.append(problem)
 
     def _section(self) -> None:
         cursor = self.cursor
@@ -234,8 +240,10 @@ class _Reader:
                 if self._footer(number):
                     kind.size += end - start
                     return
-            except _CutError:
-                pass
+                problem = "no footer behind it"
+            except _CutError as error:
+                problem = str(error)
+            self._note(f"{kind.name!r} at {start:#x}: {problem}; passed over up to its footer")
             self.cursor.at = start
         if self.has_footers is False:
             raise _CutError(f"{kind.name!r}: its length is not known, and the stream has no footers")
@@ -359,7 +367,7 @@ class _Reader:
             try:
                 self._vfio(number)
             except _CutError as error:
-                self.problems.append(f"VFIO section at {at - 1:#x}: {error}")
+                self._note(f"VFIO section at {at - 1:#x}: {error}")
                 continue
             kind = self.kinds[number]
             kind.parts, kind.size, kind.how = kind.parts + 1, kind.size + self.cursor.at - at + 1, "searched"
