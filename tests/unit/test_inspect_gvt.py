@@ -105,6 +105,7 @@ def test_configuration_space_is_decoded() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=256, max_size=4096))
 def test_any_configuration_space_is_decoded(config: bytes) -> None:
     found = pci.decode(config)
@@ -309,6 +310,7 @@ def test_a_context_that_is_not_mapped_is_said() -> None:
     assert element["problem"] == "context image: graphics address 0x31014 is not mapped"
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 0xFFFFFFFF), min_size=1, max_size=40))
 def test_any_words_are_a_list_of_commands_and_perhaps_a_problem(words: list[int]) -> None:
     found, problem = commands.listing(tuple(words))
@@ -338,6 +340,7 @@ def test_changed_bytes_give_a_report(data: st.DataObject) -> None:
     assert decoded.problems or len(decoded.sections) == 10
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=600))
 def test_any_bytes_give_a_report_of_records(content: bytes) -> None:
     decoded = decode(record(1, bytes(528)) + content)

@@ -167,6 +167,7 @@ def test_a_search_finds_what_lies_across_its_blocks() -> None:
     assert find(BytesWindow(content), b"mark", 0, (1 << 20) + 2) == (1 << 20) - 2
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.lists(st.tuples(st.integers(0, 200), st.integers(0, 60)), max_size=6))
 def test_pieces_of_a_window_read_as_if_they_were_joined(content: bytes, frames: list[tuple[int, int]]) -> None:
     frames = [(at, min(size, max(0, len(content) - at))) for at, size in frames]
@@ -264,6 +265,7 @@ def test_what_is_no_stream_is_refused(content: bytes) -> None:
         read(content)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 400))
 def test_any_bytes_in_a_stream_give_a_report(junk: bytes, at: int) -> None:
     whole = saved.qemu_stream([saved.mtty()])

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from vfio_mig.image.decode.section import LISTED_MAX
 from vfio_mig.image.differences import Difference, Found
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from vfio_mig.image.archive import Archive, DirtyBitmap
     from vfio_mig.image.pagemap import Range
-
-_COUNTS: Final = bytes(number.bit_count() for number in range(256))
 
 
 def dirty_differences(first: Archive, second: Archive) -> Iterator[Found]:
@@ -39,9 +37,11 @@ def _bitmap_difference(old: DirtyBitmap, new: DirtyBitmap) -> Difference:
     """Count and list the pages of one bitmap, those that are set in one only."""
     values: list[dict[str, Any]] = []
     for mine, its in ((old, new), (new, old)):
-        pages = sum(mine.bitmap.translate(_COUNTS))
-        only = int.from_bytes(mine.bitmap, "little") & ~int.from_bytes(its.bitmap, "little")
-        values.append({"pages": pages, "only_here": only.bit_count(), "ranges": _listed(_bits(only, mine.start_page))})
+        bits = int.from_bytes(mine.bitmap, "little")
+        only = bits & ~int.from_bytes(its.bitmap, "little")
+        values.append(
+            {"pages": bits.bit_count(), "only_here": only.bit_count(), "ranges": _listed(_bits(only, mine.start_page))}
+        )
     at = old.start_page * PAGE
     return Difference("dirty", f"gpa {at:#x}", at, old.nr_pages * PAGE, *values)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.errors import UsageError, printable
 from vfio_mig.jobs.saved import open_saved
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from vfio_mig.image.decode.section import Decoded, Section
     from vfio_mig.image.window import Window
     from vfio_mig.jobs.saved import Saved
+
+_NAMES_MAX: Final = 40
+"""Names of sections that a message lists."""
 
 
 class InspectReport(NamedTuple):
@@ -160,9 +163,6 @@ def _no_section(file: str, name: str, sections: list[Section]) -> UsageError:
     names = [section.name for section in sections]
     more = "…" if len(names) > _NAMES_MAX else ""
     return UsageError(f"{file} has no section {name!r}", hint=f"it has {', '.join(names[:_NAMES_MAX])}{more}")
-
-
-_NAMES_MAX = 40
 
 
 def section_bytes(file: str, name: str, step: int = 1 << 20) -> Iterator[SectionBytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfio_mig.errors import ImageError, UsageError
 from vfio_mig.jobs.saved import open_saved
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from vfio_mig.image.directory import NewDirectory
     from vfio_mig.image.window import Window
 
-_STEP = 1 << 20
+_STEP: Final = 1 << 20
+STDOUT: Final = "-"
 
 
 class ExtractReport(NamedTuple):
@@ -71,7 +72,7 @@ def _extract_stream(window: Window, stream: QemuStream, into: NewDirectory) -> l
     from vfio_mig.image.window import FramesWindow, PartWindow
 
     if not stream.devices:
-        raise ImageError("no VFIO device in this QEMU stream", hint="; ".join(stream.problems) or None)
+        raise ImageError("no VFIO device in this QEMU stream", hint=stream.problems[0] if stream.problems else None)
     names: list[str] = []
     devices = []
     for number, device in enumerate(stream.devices):
@@ -106,6 +107,8 @@ def pack_image(directory: str, file: str, *, force: bool = False) -> PackReport:
     from vfio_mig.image.directory import Directory
     from vfio_mig.image.files import committed
 
+    if file == STDOUT:
+        raise UsageError("pack writes a file, which it reads back; it has no standard output", hint="name a file")
     with Directory(directory) as source, committed(file, force=force) as output:
         members = parts.pack(source, output)
         output.flush()

@@ -90,18 +90,18 @@ def config(payload: bytes) -> dict[str, Any]:
 
 
 def _vreg(payload: bytes) -> dict[str, Any]:
-    """List the registers that have a name, and runs of others, where they are not zero; fences and PVINFO are apart."""
+    """List the registers that are not zero; fences and PVINFO have sections of their own."""
     import numpy as np
 
     words = np.frombuffer(payload, "<u4")
-    where = np.flatnonzero(words)
-    found = []
-    for at in where[: 4 * LISTED_MAX]:
-        offset = int(at) * 4
-        name = registers.register_name(offset)
-        if not name.startswith(("pvinfo", "fence")):
-            found.append({"register": name, "offset": offset, "value": int(words[at])})
-    return {"nonzero_words": len(where), "registers": listed(found)}
+    places = np.flatnonzero(words) * 4
+    for start, size in ((registers.PVINFO_AT, registers.PVINFO_SIZE), (registers.FENCES_AT, 8 * registers.FENCES_MAX)):
+        places = places[(places < start) | (places >= start + size)]
+    found = [
+        {"register": registers.register_name(offset), "offset": offset, "value": int(words[offset // 4])}
+        for offset in map(int, places[:LISTED_MAX])
+    ]
+    return {"nonzero_words": int(np.count_nonzero(words)), "registers": listed(found, len(places))}
 
 
 def _sreg(payload: bytes) -> dict[str, Any]:
