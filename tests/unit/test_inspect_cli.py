@@ -66,10 +66,12 @@ def test_one_section_is_shown_alone_in_words_or_bytes(tmp_path: Path) -> None:
 
 def test_a_section_that_is_not_there_is_wrong_usage_and_names_the_others(tmp_path: Path) -> None:
     path = write(tmp_path / "image", saved.mtty())
-    for options in ([], ["--hex"]):
+    for options, more in (([], "image.header, image.members, image.statistics, "), (["--hex"], "")):
         result = run("inspect", path, "--section", "gtt", *options)
         assert isinstance(result.exception, UsageError)
-        assert str(result.exception) == f"{path} has no section 'gtt'; it has header, port0, port1"
+        assert str(result.exception) == f"{path} has no section 'gtt'; it has {more}header, port0, port1"
+    assert js("inspect", path, "--section", "image.members")["values"]["members"]["count"] == 2
+    assert text("inspect", path, "--section", "image.statistics") == "image.statistics\n  stop_time 0.5\n"
     assert run("inspect", path, "--hex").exit_code == 2
 
 

@@ -32,7 +32,8 @@ def inspect_command(options: Options, file: str, section: str | None, *, as_hex:
     """Say what is in FILE (- is stdin): header, members, statistics, and the state as far as its layout is known.
 
     FILE is an image, a bare state, or a QEMU migration stream, whose VFIO devices are shown. A GVT-g state has the
-    sections header, cfg, sreg, vreg, pvinfo, fences, engines, gtt, ppgtt and workload; other layouts have theirs.
+    sections header, cfg, sreg, vreg, pvinfo, fences, engines, gtt, ppgtt and workload; other layouts have theirs. Every
+    image has image.header, image.members and image.statistics.
 
     \b
     Example: what is queued, and where the page table begins
@@ -70,12 +71,12 @@ def _print_section(name: str, values: dict[str, object], rows: int) -> None:
 
 
 def _print_report(report: InspectReport) -> None:
+    from vfio_mig.jobs.inspect import image_sections
+
     what = f"{report.kind}, {report.size} bytes, {report.state_bytes} bytes of state: {report.layout}"
     click.echo(printable(f"{report.file}: {what}"))
-    parts = {"header": report.header, "members": report.members, "statistics": report.statistics}
-    for name, values in parts.items():
-        if values is not None:
-            _print_section(f"image {name}", {"members": values} if name == "members" else values, _ROWS)
+    for section in image_sections(report):
+        _print_section(section.name, section.values, _ROWS)
     for section in report.sections:
         _print_section(f"{section.name}  at {section.offset:#x}, {section.size} bytes", section.values, _ROWS)
 

@@ -149,14 +149,24 @@ def inspect_image(file: str) -> InspectReport:
 
 
 def choose_section(report: InspectReport, name: str) -> Section:
-    """Return one section of a report.
+    """Return one section of a report, or ``image.header``, ``image.members``, ``image.statistics``.
 
     :raises UsageError: it has no such section; the hint names those that it has.
     """
-    for section in report.sections:
+    sections = [*image_sections(report), *report.sections]
+    for section in sections:
         if section.name == name:
             return section
-    raise _no_section(report.file, name, report.sections)
+    raise _no_section(report.file, name, sections)
+
+
+def image_sections(report: InspectReport) -> list[Section]:
+    """Return what an image has beside the state, as sections without bytes of their own; none of another kind."""
+    from vfio_mig.image.decode.section import Section
+
+    members = None if report.members is None else {"members": report.members}
+    parts = {"header": report.header, "members": members, "statistics": report.statistics}
+    return [Section(f"image.{name}", 0, 0, values) for name, values in parts.items() if values is not None]
 
 
 def _no_section(file: str, name: str, sections: list[Section]) -> UsageError:
