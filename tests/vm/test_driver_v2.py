@@ -847,7 +847,8 @@ def test_a_reset_does_not_wait_for_a_long_read_to_end(vgpu: V2) -> None:
 def test_dma_logging_tells_what_was_written_since_the_last_report(vgpu: V2) -> None:
     guest = vgpu.guest
     memory, whole = guest.memory, (guest.memory.iova, guest.memory.size)
-    if KERNEL >= (6, 7):  # without iommufd in the kernel there is no bitmap to report in
+    # Since Linux 6.7 the bitmap to report in comes from iommufd, which Debian's kernels do not have.
+    if KERNEL >= (6, 7) and not Path("/dev/iommu").exists():
         fails(errno.ENOTTY, log_start, vgpu, *whole)
         return
     engine = gpu.Engine(guest)
