@@ -24,7 +24,6 @@ from vfio_mig.conform.check import (
     Deviation,
     NotApplicable,
     Weakness,
-    recommend,
     require,
 )
 from vfio_mig.conform.feature import refusal
@@ -298,7 +297,7 @@ def _report_page_size(bench: Bench) -> str:
     v2 = _device(bench)
     with _logging(v2):
         for size in (0, 2048, 12288):
-            refusal(lambda wrong=size: v2.feature(GET | LOG_REPORT, REQUEST.pack(BASE, SIZE, wrong, 8)), errno.EINVAL)  # type: ignore[misc]
+            refusal(partial(v2.feature, GET | LOG_REPORT, REQUEST.pack(BASE, SIZE, size, 8)), errno.EINVAL)
     return "EINVAL"
 
 
@@ -389,5 +388,4 @@ def _every_state(bench: Bench) -> str:
                 report(v2)
             except OSError as error:
                 raise Deviation(f"REPORT in {state_name(state)}: {errno_name(error)}") from error
-    recommend(states, "no state", "")
     return f"0 in {len(states)} states"

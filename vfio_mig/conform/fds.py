@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
@@ -238,7 +239,7 @@ def _emfile(bench: Bench) -> str:
         v2.kernel.close(lowest)
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
         try:
-            refusal(lambda to=state: v2.set(to), errno.EMFILE)  # type: ignore[misc]
+            refusal(partial(v2.set, state), errno.EMFILE)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         v2.reset()
