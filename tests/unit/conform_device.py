@@ -16,7 +16,6 @@ from vfio_mig.conform.raw import (
     DEVICE_STATE,
     ERROR,
     GET,
-    GET_PRECOPY_INFO,
     HEAD,
     INFO,
     LOG_REPORT,
@@ -315,7 +314,7 @@ class Played(Kernel):
     # --- data fds
 
     def _data_ioctl(self, session: Session, request: Request, arg: Any) -> int:
-        if request != GET_PRECOPY_INFO or not session.saving:
+        if request != uapi.MIG_GET_PRECOPY_INFO or not session.saving:
             fail(errno.ENOTTY)
         argsz, flags, _, _ = INFO.unpack(arg)
         if argsz < INFO.size and "info argsz" not in self:

@@ -16,14 +16,27 @@ from click.testing import CliRunner
 
 from tests.unit.conform_device import Played, bench_of
 from vfio_mig.cli.main import cli
-from vfio_mig.conform import runner
+from vfio_mig.conform import dirty, raw, rfc_raw, runner
 from vfio_mig.conform.check import FAIL, OUTCOMES, PASS, SKIP, V2, WARN, Check, NotApplicable, Result
 from vfio_mig.conform.raw import NAMES, STATES
 from vfio_mig.conform.registry import all_checks, select
 from vfio_mig.conform.report import FORMATS
 from vfio_mig.conform.runner import Report, run_check
 from vfio_mig.errors import UsageError
+from vfio_mig.protocols import mainline_v2
+from vfio_mig.uapi import ffi
 
+LAYOUTS: Final = (
+    raw.HEAD,
+    raw.STATE,
+    raw.INFO,
+    raw.NUMBER,
+    dirty.CONTROL,
+    dirty.RANGE,
+    dirty.REQUEST,
+    rfc_raw.STATUS,
+    rfc_raw.DIRTY,
+)
 DOCS: Final = Path(__file__).parents[2] / "docs/conform.md"
 
 
@@ -53,6 +66,25 @@ def test_ids_are_unique_and_every_check_says_what_where_and_what_is_expected() -
         for text in (check.rule, check.source, check.expected):
             assert text
             assert not text.endswith(".")
+
+
+def test_the_raw_structs_have_the_sizes_of_the_header_s() -> None:
+    assert {
+        raw.HEAD: ffi.sizeof("struct vfio_device_feature"),
+        raw.STATE: ffi.sizeof("struct vfio_device_feature_mig_state"),
+        raw.INFO: ffi.sizeof("struct vfio_precopy_info"),
+        raw.NUMBER: ffi.sizeof("struct vfio_device_feature_mig_data_size"),
+        dirty.CONTROL: ffi.sizeof("struct vfio_device_feature_dma_logging_control"),
+        dirty.RANGE: ffi.sizeof("struct vfio_device_feature_dma_logging_range"),
+        dirty.REQUEST: ffi.sizeof("struct vfio_device_feature_dma_logging_report"),
+        rfc_raw.STATUS: ffi.sizeof("struct vfio_pci_status_set"),
+        rfc_raw.DIRTY: ffi.sizeof("struct vfio_pci_get_dirty_bitmap"),
+    } == {layout: layout.size for layout in LAYOUTS}
+
+
+def test_states_have_the_names_that_they_have_everywhere() -> None:
+    assert dict(enumerate(NAMES)) == mainline_v2.NAMES
+    assert sorted([raw.ERROR, *STATES]) == sorted(mainline_v2.NAMES)
 
 
 def test_every_pair_of_states_has_its_check() -> None:

@@ -6,11 +6,11 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
+from vfio_mig import uapi
 from vfio_mig.conform.bench import first_difference
 from vfio_mig.conform.check import FSM, PRECOPY, Checks, Deviation, NotApplicable, Weakness, recommend, require
 from vfio_mig.conform.feature import refusal
 from vfio_mig.conform.raw import (
-    GET_PRECOPY_INFO,
     INFO,
     PRE_COPY,
     PRE_COPY_FLAG,
@@ -132,7 +132,7 @@ def _info_resuming(bench: Bench) -> str:
 def _info_device(bench: Bench) -> str:
     v2 = _device(bench)
     v2.session(PRE_COPY)
-    return refusal(lambda: v2.kernel.ioctl(v2.fd, GET_PRECOPY_INFO, bytearray(INFO.pack(INFO.size, 0, 0, 0))))
+    return refusal(lambda: v2.kernel.ioctl(v2.fd, uapi.MIG_GET_PRECOPY_INFO, bytearray(INFO.pack(INFO.size, 0, 0, 0))))
 
 
 @CHECKS.add("info-takes-nothing", "asking does not move the stream", "the same bytes")

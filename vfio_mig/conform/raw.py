@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from vfio_mig import uapi
 from vfio_mig.conform.check import Deviation, NotApplicable
 from vfio_mig.interrupts import protected
+from vfio_mig.uapi import ffi
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,23 +24,29 @@ if TYPE_CHECKING:
     from vfio_mig.uapi import Request
     from vfio_mig.uapi._generated import CData
 
-# <linux/vfio.h>; a test compares with the C compiler's view of it
-GET: Final = 1 << 16
-SET: Final = 1 << 17
-PROBE: Final = 1 << 18
-MIGRATION: Final = 1
-DEVICE_STATE: Final = 2
-LOG_START: Final = 6
-LOG_STOP: Final = 7
-LOG_REPORT: Final = 8
-DATA_SIZE: Final = 9
-PRECOPY_INFO_V2: Final = 12
+GET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_GET")
+SET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_SET")
+PROBE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_PROBE")
+MIGRATION: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_MIGRATION")
+DEVICE_STATE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE")
+LOG_START: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_START")
+LOG_STOP: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP")
+LOG_REPORT: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT")
+DATA_SIZE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_MIG_DATA_SIZE")
+PRECOPY_INFO_V2: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2")
 
-STOP_COPY_FLAG: Final = 1
-P2P_FLAG: Final = 2
-PRE_COPY_FLAG: Final = 4
+STOP_COPY_FLAG: Final = ffi.integer_const("VFIO_MIGRATION_STOP_COPY")
+P2P_FLAG: Final = ffi.integer_const("VFIO_MIGRATION_P2P")
+PRE_COPY_FLAG: Final = ffi.integer_const("VFIO_MIGRATION_PRE_COPY")
 
-ERROR, STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = range(8)
+ERROR: Final = ffi.integer_const("VFIO_DEVICE_STATE_ERROR")
+STOP: Final = ffi.integer_const("VFIO_DEVICE_STATE_STOP")
+RUNNING: Final = ffi.integer_const("VFIO_DEVICE_STATE_RUNNING")
+STOP_COPY: Final = ffi.integer_const("VFIO_DEVICE_STATE_STOP_COPY")
+RESUMING: Final = ffi.integer_const("VFIO_DEVICE_STATE_RESUMING")
+RUNNING_P2P: Final = ffi.integer_const("VFIO_DEVICE_STATE_RUNNING_P2P")
+PRE_COPY: Final = ffi.integer_const("VFIO_DEVICE_STATE_PRE_COPY")
+PRE_COPY_P2P: Final = ffi.integer_const("VFIO_DEVICE_STATE_PRE_COPY_P2P")
 NAMES: Final = ("error", "stop", "running", "stop-copy", "resuming", "running-p2p", "pre-copy", "pre-copy-p2p")
 STATES: Final = tuple(range(STOP, PRE_COPY_P2P + 1))
 SAVING: Final = (PRE_COPY, PRE_COPY_P2P, STOP_COPY)
@@ -47,7 +54,6 @@ WITH_FD: Final = (*SAVING, RESUMING)
 NEEDS: Final = {RUNNING_P2P: P2P_FLAG, PRE_COPY: PRE_COPY_FLAG, PRE_COPY_P2P: P2P_FLAG | PRE_COPY_FLAG}
 """Flags without which a state does not exist."""
 
-GET_PRECOPY_INFO: Final = uapi.vfio_request("VFIO_MIG_GET_PRECOPY_INFO", 21)
 HEAD: Final = struct.Struct("=II")  # struct vfio_device_feature
 STATE: Final = struct.Struct("=Ii")  # struct vfio_device_feature_mig_state
 INFO: Final = struct.Struct("=IIQQ")  # struct vfio_precopy_info
@@ -323,6 +329,6 @@ class V2Device:
     def precopy_info(self, fd: int, argsz: int = INFO.size) -> tuple[int, int, int]:
         """Ask a session for flags, initial_bytes and dirty_bytes."""
         buffer = bytearray(INFO.pack(argsz, 0, 0, 0))
-        self.kernel.ioctl(fd, GET_PRECOPY_INFO, buffer)
+        self.kernel.ioctl(fd, uapi.MIG_GET_PRECOPY_INFO, buffer)
         _, flags, initial, dirty = INFO.unpack(buffer)
         return flags, initial, dirty
