@@ -75,6 +75,17 @@ def test_a_section_that_is_not_there_is_wrong_usage_and_names_the_others(tmp_pat
     assert run("inspect", path, "--hex").exit_code == 2
 
 
+def test_the_graphics_memory_of_a_vgpu_is_drawn_to_a_new_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    picture = tmp_path / "gm.png"
+    text("inspect", write(tmp_path / "image", gvt_state()), "--plot", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    refused = run("inspect", write(tmp_path / "other", b"no layout of ours"), "--plot", tmp_path / "x.png")
+    assert isinstance(refused.exception, UsageError)
+    assert "gtt" in str(refused.exception)
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_a_bare_state_needs_no_option(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(gvt_state())
     assert js("inspect", tmp_path / "state")["kind"] == "state"

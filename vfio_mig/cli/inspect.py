@@ -27,8 +27,11 @@ _JSON_HEX_MAX: Final = 16 << 20
 @click.argument("file")
 @click.option("--section", metavar="NAME", help="Show this part of the state only, and all of it.")
 @click.option("--hex", "as_hex", is_flag=True, help="Show the bytes of --section, as 'hexdump -C' does.")
+@click.option(
+    "--plot", metavar="PICTURE", help="Draw a vGPU's graphics memory to PICTURE (.png or .svg; needs matplotlib)."
+)
 @click.pass_obj
-def inspect_command(options: Options, file: str, section: str | None, *, as_hex: bool) -> None:
+def inspect_command(options: Options, file: str, section: str | None, *, as_hex: bool, plot: str | None) -> None:
     """Say what is in FILE (- is stdin): header, members, statistics, and the state as far as its layout is known.
 
     FILE is an image, a bare state, or a QEMU migration stream, whose VFIO devices are shown. A GVT-g state has the
@@ -40,14 +43,18 @@ def inspect_command(options: Options, file: str, section: str | None, *, as_hex:
       vfio-mig inspect gpu.vfm --section workload
       vfio-mig inspect gpu.vfm --section gtt --hex | head
     """
+    from vfio_mig.cli.pictures import plot_layout, prepare
     from vfio_mig.jobs.inspect import choose_section, inspect_image
 
+    prepare(plot)
     if as_hex:
         if section is None:
             raise click.UsageError("--hex needs --section")
         _print_hex(options, file, section)
         return
     report = inspect_image(file)
+    if plot is not None:
+        plot_layout(plot, file, choose_section(report, "gtt").values["parts"])
     if section is not None:
         chosen = choose_section(report, section)
         if options.as_json:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -53,6 +53,19 @@ def plot_dirty(path: str | None, device: str, chunks: Sequence[Dirty]) -> None:
     dirty, pages = sum(chunk.total() for chunk in chunks), sum(chunk.nr_pages for chunk in chunks)
     title = f"{device}: {dirty} of {pages} pages dirty"
     _write(path, lambda file, kind: draw_dirty_map(chunks, title, file, kind))
+
+
+def plot_layout(path: str, name: str, parts: Sequence[dict[str, Any]]) -> None:
+    """Draw the parts of a vGPU's graphics memory: ``part base size runs`` each, as a GVT-g state's section has them."""
+    from vfio_mig.errors import printable
+    from vfio_mig.pictures.charts import Segment, draw_layout
+
+    segments = [
+        Segment(one["part"], one["base"], one["size"], [(run["gma"], run["size"]) for run in one["runs"]["listed"]])
+        for one in parts
+    ]
+    title = f"{printable(name)}: the guest's graphics memory"
+    _write(path, lambda file, kind: draw_layout(segments, title, file, kind))
 
 
 def plot_rounds(path: str | None, device: str, rounds: Sequence[Round]) -> None:
