@@ -36,12 +36,15 @@ def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
     assert kernel_log.complaints() == []
 
 
-# On the second kernel the driver's own faults only: the points are all Python's
-@pytest.mark.parametrize(
-    "cell",
-    [cell if cell in [*driver_cells()] else pytest.param(cell, marks=pytest.mark.slow) for cell in all_cells()],
-    ids=str,
-)
+def marks_of(cell: Cell) -> list[pytest.MarkDecorator]:
+    """On the second kernel the driver's own faults only: the points are all Python's; one signal is like another."""
+    if cell in [*driver_cells()]:
+        return []
+    is_variant = cell.action in {"ENOSPC", "sigterm", "sighup"}
+    return [pytest.mark.slow, *([pytest.mark.variant] if is_variant else [])]
+
+
+@pytest.mark.parametrize("cell", [pytest.param(cell, marks=marks_of(cell)) for cell in all_cells()], ids=str)
 def test_the_promise_holds(stage: Stage, cell: Cell) -> None:
     outcome = stage.play(cell)
     assert outcome.broken == []
