@@ -40,6 +40,7 @@ _CONTAINER_HINTS: Final = {
     errno.EPERM: "another device of its group belongs to a host driver",
     errno.EACCES: "run as root, or give this user /dev/vfio/vfio",
 }
+_UNSAFE: Final = "the IOMMU does not remap interrupts; vfio_iommu_type1's parameter allow_unsafe_interrupts lifts this"
 
 
 def open_device(
@@ -265,7 +266,9 @@ def _join(device: HostDevice, group: int, container: int) -> None:
         uapi.call(group, uapi.GROUP_SET_CONTAINER, ffi.new("int *", container))
         uapi.call(container, uapi.SET_IOMMU, _TYPE1V2)
     except IoctlError as error:
-        raise OpenError(str(error), device=device.name, hint=_CONTAINER_HINTS.get(error.errno or 0)) from error
+        is_unsafe = error.request == uapi.SET_IOMMU and error.errno == errno.EPERM
+        hint = _UNSAFE if is_unsafe else _CONTAINER_HINTS.get(error.errno or 0)
+        raise OpenError(str(error), device=device.name, hint=hint) from error
 
 
 def _map(device: HostDevice, container: int, piece: GuestMemory) -> None:
