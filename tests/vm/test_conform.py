@@ -96,7 +96,7 @@ def test_a_clean_driver_of_v2_has_the_documented_findings_and_no_other(make_inst
     assert (report["found"], report["state"], report["driver"]) == ("running", "closed", "gvt_sample_mdev")
     assert report["kernel"] == platform.release()
     assert report["counts"]["warn"] == 2
-    assert 0 < report["seconds"] < 60
+    assert report["seconds"] > 0
     with Device.opened(one) as device:
         assert device.state() == RUNNING
 
