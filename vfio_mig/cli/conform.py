@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vfio_mig.cli import complete
 from vfio_mig.cli.output import borrow_options, print_json, settings_of
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ SHOWN = 3
 
 
 @click.command("conform", short_help="Check DEVICE's migration driver against the kernel's rules.")
-@click.argument("device", required=False)
+@click.argument("device", required=False, shell_complete=complete.device)
 @click.option("--check", "checks", multiple=True, metavar="PATTERN", help="Run these checks only (repeatable).")
 @click.option(
     "--format",

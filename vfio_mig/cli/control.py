@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vfio_mig.cli import complete
 from vfio_mig.cli.output import borrow_options, p2p_option, print_json, settings_of
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def _report(options: Options, reports: list[Done]) -> None:
 
 
 @click.command("stop", short_help="Pause DEVICE and leave it stopped.")
-@click.argument("devices", nargs=-1, required=True, metavar="DEVICE...")
+@click.argument("devices", nargs=-1, required=True, metavar="DEVICE...", shell_complete=complete.device)
 @p2p_option
 @borrow_options
 @click.pass_obj
@@ -44,7 +45,7 @@ def stop_command(options: Options, devices: tuple[str, ...], *, without_p2p: boo
 
 
 @click.command("start")
-@click.argument("devices", nargs=-1, required=True, metavar="DEVICE...")
+@click.argument("devices", nargs=-1, required=True, metavar="DEVICE...", shell_complete=complete.device)
 @p2p_option
 @borrow_options
 @click.pass_obj
@@ -60,7 +61,7 @@ def start_command(options: Options, devices: tuple[str, ...], *, without_p2p: bo
 
 
 @click.command("reset")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.device)
 @click.option("--force", is_flag=True, help="Also when another process uses the device.")
 @borrow_options
 @click.pass_obj
@@ -76,7 +77,7 @@ def reset_command(options: Options, device: str, *, force: bool) -> None:
 
 
 @click.command("status", short_help="Tell who has DEVICE open.")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.device)
 @borrow_options
 @click.pass_obj
 def status_command(options: Options, device: str) -> None:
@@ -107,7 +108,7 @@ def status_command(options: Options, device: str) -> None:
 
 
 @click.command("state", short_help="Show a mainline v2 device's state, or go to another.")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.device)
 @click.argument("new", required=False, metavar="[running|running-p2p|stop]")
 @borrow_options
 @click.pass_obj

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vfio_mig.cli import complete
 from vfio_mig.cli.output import borrow_options, print_json, settings_of
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _print_info(info: DeviceInfo) -> None:
 
 
 @click.command("info", short_help="Tell regions, and whether DEVICE can be migrated.")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.device)
 @click.option("--open", "open_closed", is_flag=True, help="Open it if nobody has it open: it is reset, or restarts.")
 @borrow_options
 @click.pass_obj

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vfio_mig.cli import complete
 from vfio_mig.cli.output import memory_option, parse_memory, print_json, settings_of
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("hold", short_help="Keep DEVICE open for the other commands.")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.device)
 @memory_option
 @click.option("--ready-fd", type=click.IntRange(min=0), help="Write one line to this inherited fd when ready.")
 @click.option("--pidfile", metavar="FILE", help="Write the PID there when ready; removed at the end.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vfio_mig.cli import complete
 from vfio_mig.cli.output import Meter, borrow_options, memory_option, parse_memory, print_json, say, settings_of
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ MISFIT = 6
 
 
 @click.command("verify", short_help="Verify an image file on its own.")
-@click.argument("file")
+@click.argument("file", shell_complete=complete.file)
 @click.option("--raw", is_flag=True, help="FILE is a bare GVT-g device state.")
 @click.option("--no-verify-state", is_flag=True, help="Leave out the device state: its layout is not known here.")
 @click.pass_obj
@@ -45,8 +46,8 @@ def verify_command(options: Options, file: str, *, raw: bool, no_verify_state: b
 
 
 @click.command("check", short_help="Tell whether an image fits DEVICE.")
-@click.argument("file")
-@click.argument("device")
+@click.argument("file", shell_complete=complete.file)
+@click.argument("device", shell_complete=complete.device)
 @click.option("--raw", is_flag=True, help="FILE is a bare device state.")
 @borrow_options
 @click.pass_obj
@@ -73,7 +74,7 @@ def check_command(options: Options, file: str, device: str, *, raw: bool) -> Non
 
 
 @click.command("pages", short_help="Write an image's guest memory, without a device.")
-@click.argument("file")
+@click.argument("file", shell_complete=complete.file)
 @memory_option
 @click.pass_obj
 def pages_command(options: Options, file: str, memory: tuple[str, ...]) -> None:

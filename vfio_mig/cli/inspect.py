@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from vfio_mig.cli import complete
 from vfio_mig.cli.output import print_json, say
 from vfio_mig.errors import UsageError, printable
 
@@ -24,7 +25,7 @@ _JSON_HEX_MAX: Final = 16 << 20
 
 
 @click.command("inspect", short_help="Look inside an image, a bare state, or a QEMU stream.")
-@click.argument("file")
+@click.argument("file", shell_complete=complete.file)
 @click.option("--section", metavar="NAME", help="Show this part of the state only, and all of it.")
 @click.option("--hex", "as_hex", is_flag=True, help="Show the bytes of --section, as 'hexdump -C' does.")
 @click.option(
@@ -105,8 +106,8 @@ def _print_hex(options: Options, file: str, section: str) -> None:
 
 
 @click.command("extract", short_help="Write what is in an image to files.")
-@click.argument("file")
-@click.argument("directory")
+@click.argument("file", shell_complete=complete.file)
+@click.argument("directory", shell_complete=complete.file)
 @click.pass_obj
 def extract_command(options: Options, file: str, directory: str) -> None:
     """Write the members of FILE (- is stdin) to files in DIRECTORY, which is new or empty. Only you can read them.
@@ -128,8 +129,8 @@ def extract_command(options: Options, file: str, directory: str) -> None:
 
 
 @click.command("pack", short_help="Make an image of extracted files.")
-@click.argument("directory")
-@click.argument("file")
+@click.argument("directory", shell_complete=complete.file)
+@click.argument("file", shell_complete=complete.file)
 @click.option("--force", is_flag=True, help="Replace an existing FILE.")
 @click.pass_obj
 def pack_command(options: Options, directory: str, file: str, *, force: bool) -> None:
@@ -150,8 +151,8 @@ def pack_command(options: Options, directory: str, file: str, *, force: bool) ->
 
 
 @click.command("diff", short_help="Say what differs between two saved devices.")
-@click.argument("first")
-@click.argument("second")
+@click.argument("first", shell_complete=complete.file)
+@click.argument("second", shell_complete=complete.file)
 @click.option(
     "--exit-code", is_flag=True, help=f"Exit with {DIFFERENT} if they differ, as `git diff --exit-code` does."
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vfio_mig.cli import complete
 from vfio_mig.cli.output import (
     Meter,
     borrow_options,
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @click.command("migrate", short_help="Move DEVICE's state to another device.")
-@click.argument("device")
-@click.argument("target", metavar="DEVICE|ssh://HOST/DEVICE")
+@click.argument("device", shell_complete=complete.device)
+@click.argument("target", metavar="DEVICE|ssh://HOST/DEVICE", shell_complete=complete.device)
 @memory_option
 @click.option(
     "--target-memory",

@@ -141,6 +141,7 @@ def borrow_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--fd",
             type=click.IntRange(min=0),
+            metavar="N",
             expose_value=False,
             callback=_keep,
             help="Get the device from this inherited fd of its group, or of its own node.",
@@ -148,6 +149,7 @@ def borrow_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--pid",
             type=click.IntRange(min=1),
+            metavar="PID",
             expose_value=False,
             callback=_keep,
             help="Borrow the device from this process.",

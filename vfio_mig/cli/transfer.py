@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from vfio_mig.cli import complete
 from vfio_mig.cli.output import (
     Meter,
     borrow_options,
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.live import Live, StateRound
 
 rounds_option = click.option(
-    "--rounds", type=click.IntRange(min=0), help="Copy rounds before the stop, at most; 30 with --max-downtime."
+    "--rounds",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Copy rounds before the stop, at most; 30 with --max-downtime.",
 )
 max_downtime_option = click.option(
     "--max-downtime",
@@ -102,7 +106,9 @@ def print_reports(targets: Sequence[str], reports: list[dict[str, Any]]) -> None
 
 
 @click.command("save", short_help="Save DEVICE to a file.")
-@click.argument("targets", nargs=-1, required=True, metavar="DEVICE FILE | DEVICE=FILE...")
+@click.argument(
+    "targets", nargs=-1, required=True, metavar="DEVICE FILE | DEVICE=FILE...", shell_complete=complete.target
+)
 @memory_option
 @range_option
 @live_option
@@ -171,7 +177,9 @@ def save_command(
 
 
 @click.command("restore", short_help="Load a file into DEVICE.")
-@click.argument("targets", nargs=-1, required=True, metavar="DEVICE FILE | DEVICE=FILE...")
+@click.argument(
+    "targets", nargs=-1, required=True, metavar="DEVICE FILE | DEVICE=FILE...", shell_complete=complete.target
+)
 @memory_option
 @click.option("--start", is_flag=True, help="Start the device once the state is loaded.")
 @p2p_option
@@ -241,7 +249,7 @@ def restore_command(
 
 
 @click.command("dirty", short_help="Tell which guest pages DEVICE may have written.")
-@click.argument("device")
+@click.argument("device", shell_complete=complete.device)
 @memory_option
 @range_option
 @click.option("--list", "list_ranges", is_flag=True, help="Print the dirty ranges, one per line: ADDRESS BYTES.")
@@ -311,8 +319,8 @@ def dirty_command(
 
 
 @click.command("sync", short_help="Copy the pages that DEVICE may have written.")
-@click.argument("device")
-@click.argument("file")
+@click.argument("device", shell_complete=complete.device)
+@click.argument("file", shell_complete=complete.file)
 @memory_option
 @range_option
 @rounds_option

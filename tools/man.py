@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""Make the man pages of ``man/``, one per command, of the text that ``--help`` shows.
+
+``python -m tools.man [DIRECTORY]`` writes them; a unit test compares the committed ones with a fresh run. Nothing of
+the day, the version or this machine is in them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from vfio_mig.cli.main import PROGRAM, cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT: Final = Path(__file__).parents[1]
+DIRECTORY: Final = ROOT / "man"
+EXIT_STATUS: Final = (
+    ("0", "Done."),
+    ("1", "There are differences (diff \\-\\-exit\\-code)."),
+    ("2", "Wrong usage: syntax, a target that exists, a header without the RFC."),
+    ("3", "No such device, or it cannot be opened (busy, no permission, nobody holds it)."),
+    ("4", "The device does not support it."),
+    ("5", "The device or the kernel failed."),
+    ("6", "The image is invalid or does not fit the device."),
+    ("7", "The host failed: disk full, permission."),
+    ("130", "Interrupted, rolled back."),
+)
+ENVIRONMENT: Final = (
+    ("VFIO_MIG_UAPI_HEADER", "Path of a patched kernel's linux/vfio.h, as \\fB\\-\\-uapi\\-header\\fR."),
+    ("VFIO_MIG_LOCK_DIR", "Directory of the locks and notes, one per device, instead of \\fI/run/vfio\\-mig\\fR."),
+    ("VFIO_MIG_FAULT", "Makes a job fail at a named point, for tests: \\fIJOB\\fR:\\fIPOINT\\fR=\\fIACTION\\fR."),
+    ("NOTIFY_SOCKET", "Where \\fBhold\\fR tells systemd that it is ready."),
+)
+FILES: Final = (
+    ("/dev/vfio/N, /dev/vfio/vfio", "A device's group, and the container."),
+    ("/dev/vfio/devices/vfioN, /dev/iommu", "A device's own node, and iommufd, where the kernel has them."),
+    ("/run/vfio\\-mig/DEVICE.lock", "Who is at work on a device, and what a killed job has left."),
+)
+
+
+def escape(text: str) -> str:
+    r"""Write text so that roff prints it as it stands.
+
+    >>> escape("--json"), escape(".x")
+    ('\\-\\-json', '\\&.x')
+    """
+    text = text.replace("\\", "\\e").replace("-", "\\-")
+    return f"\\&{text}" if text.startswith((".", "'")) else text
+
+
+def _bold_commands(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"\\fB\1\\fR", escape(text))
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Turn a command's help into roff; what stands behind click's mark of a block is printed line by line."""
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text).replace("\f", "")):
+        lines = paragraph.splitlines()
+        if lines[0].strip() != "\b":
+            yield ".PP"
+            yield _bold_commands(" ".join(line.strip() for line in lines))
+            continue
+        title, _, command = lines[1].partition(": ")
+        is_short = len(lines) == 2 and bool(command)  # noqa: PLR2004 -- the mark, and one line with the example in it
+        block = [command] if is_short else [line.removeprefix("  ") for line in lines[2:]]
+        yield ".PP"
+        yield escape(title if is_short else lines[1].removesuffix(":")) + ":"
+        yield ".PP"
+        yield ".nf"
+        yield ".RS 4"
+        yield from map(escape, block)
+        yield ".RE"
+        yield ".fi"
+
+
+def _options(command: click.Command, context: click.Context) -> Iterator[str]:
+    for parameter in command.get_params(context):
+        if isinstance(parameter, click.Argument):
+            continue
+        record = parameter.get_help_record(context)
+        if record is not None:
+            yield ".TP"
+            yield f"\\fB{escape(record[0])}\\fR"
+            yield escape(record[1])
+
+
+def _table(rows: tuple[tuple[str, str], ...]) -> Iterator[str]:
+    for name, text in rows:
+        yield ".TP"
+        yield f"\\fB{name}\\fR"
+        yield text
+
+
+def page(name: str, command: click.Command, context: click.Context, others: list[str]) -> str:
+    """Return one page.
+
+    :param name: of the page: ``vfio-mig`` or ``vfio-mig-COMMAND``.
+    :param others: pages to see also.
+    """
+    usage = " ".join(command.collect_usage_pieces(context))
+    short = command.get_short_help_str(200).rstrip(".")
+    lines = [
+        '.\\" SPDX-License-Identifier: MIT',
+        ".\\\" Made by tools/man.py of the command's help; do not edit.",
+        f'.TH {escape(name.upper())} 1 "" "{PROGRAM}" "User Commands"',
+        ".SH NAME",
+        f"{escape(name)} \\- {escape(short[:1].lower() + short[1:])}",
+        ".SH SYNOPSIS",
+        f"\\fB{escape(context.command_path)}\\fR {escape(usage)}",
+        ".SH DESCRIPTION",
+        *list(paragraphs(command.help or ""))[1:],
+        ".SH OPTIONS",
+        *_options(command, context),
+    ]
+    if isinstance(command, click.Group):
+        lines.append(".SH COMMANDS")
+        for one in command.list_commands(context):
+            sub = command.get_command(context, one)
+            if sub is not None:
+                lines += [".TP", f"\\fB{escape(one)}\\fR", escape(sub.get_short_help_str(200))]
+    lines += [".SH EXIT STATUS", *_table(EXIT_STATUS)]
+    if name == PROGRAM:
+        lines += [".SH ENVIRONMENT", *_table(ENVIRONMENT), ".SH FILES", *_table(FILES)]
+    lines += [".SH SEE ALSO", ",\n".join(f"\\fB{escape(one)}\\fR(1)" for one in others)]
+    return "\n".join(lines) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """Return every page by the name of its file."""
+    root = click.Context(cli, info_name=PROGRAM, **cli.context_settings)
+    names = cli.list_commands(root)
+    every = [f"{PROGRAM}-{name}" for name in names]
+    made = {f"{PROGRAM}.1": page(PROGRAM, cli, root, every)}
+    for name, title in zip(names, every, strict=True):
+        command = cli.get_command(root, name)
+        assert command is not None  # noqa: S101 -- it was listed
+        context = click.Context(command, parent=root, info_name=name)
+        made[f"{title}.1"] = page(title, command, context, [PROGRAM, *(one for one in every if one != title)])
+    return made
+
+
+def main() -> None:
+    """Write all pages, and remove those of commands that are gone."""
+    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else DIRECTORY
+    directory.mkdir(exist_ok=True)
+    made = pages()
+    for old in directory.glob("*.1"):
+        if old.name not in made:
+            old.unlink()
+    for name, text in made.items():
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
