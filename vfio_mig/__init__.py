@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     )
     from vfio_mig.jobs.diff import diff_images
     from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
+    from vfio_mig.jobs.doctor import examine_host
     from vfio_mig.jobs.hold import hold_device
     from vfio_mig.jobs.inform import device_info, list_devices
     from vfio_mig.jobs.inspect import inspect_image
@@ -85,6 +86,7 @@ _MODULES = {
     ),
     "jobs.diff": ("diff_images",),
     "jobs.dirty": ("fetch_dirty", "sync_dirty"),
+    "jobs.doctor": ("examine_host",),
     "jobs.hold": ("hold_device",),
     "jobs.inform": ("device_info", "list_devices"),
     "jobs.inspect": ("inspect_image",),
@@ -120,6 +122,7 @@ __all__ = [
     "device_info",
     "device_status",
     "diff_images",
+    "examine_host",
     "extract_image",
     "fetch_dirty",
     "hold_device",

@@ -131,7 +131,9 @@ def test_the_installed_program_refuses_it_without_a_traceback(arguments: list[st
 
 
 def test_every_command_on_a_device_is_tried_here() -> None:
-    assert set(ON_DEVICES) | {"list", "mdev", "migrate", "pages", "verify", "check", *ON_FILES} == set(COMMANDS)
+    assert set(ON_DEVICES) | {"doctor", "list", "mdev", "migrate", "pages", "verify", "check", *ON_FILES} == set(
+        COMMANDS
+    )
 
 
 def refused(*arguments: str) -> VfioMigError:

@@ -303,6 +303,12 @@ def test_hold_announces_itself_and_ends_on_a_signal() -> None:
         assert js("status", vgpu.uuid)["state"] == "closed"
 
 
+def test_the_doctor_finds_nothing_wrong_with_a_host_that_works(source: Side) -> None:
+    found = {one["name"]: one["result"] for one in js("doctor")["checks"]}
+    assert found["devices"] == found["borrowing"] == found["vfio"] == "ok"
+    assert source.instance.run_state() == "running"
+
+
 def test_mdevs_are_listed_created_and_removed() -> None:
     kind = "gvt_sample-GVTg_V4_8"
     (offered,) = [one for one in js("mdev", "types") if one["type"] == kind]

@@ -23,6 +23,7 @@ COMMANDS = {  # command: module below vfio_mig.cli
     "conform": "conform",
     "diff": "inspect",
     "dirty": "transfer",
+    "doctor": "doctor",
     "extract": "inspect",
     "hold": "hold",
     "info": "devices",

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: MIT
+"""Is this host fit for the work? What is missing, and what to do about it; no device is opened."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from vfio_mig.errors import UsageError, VfioMigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vfio_mig.host.discover import Host
+    from vfio_mig.jobs.session import Settings
+
+OK: Final = "ok"
+NOTE: Final = "note"
+PROBLEM: Final = "problem"
+_CAP_SYS_PTRACE: Final = 19
+_CAP_IPC_LOCK: Final = 14
+_FILES_MIN: Final = 64
+_HANGS: Final = ((6, 2), (7, 1))
+"""First and last release in which STOP_COPY to PRE_COPY spins for ever, unless a stable update has the fix."""
+
+
+class Diagnosis(NamedTuple):
+    """One check of the host.
+
+    :param name: stable; scripts may rely on it.
+    :param result: ``ok``, ``note`` (something does without it), or ``problem``.
+    :param text: what was found, and what to do.
+    """
+
+    name: str
+    result: str
+    text: str
+
+
+class DoctorReport(NamedTuple):
+    """What was found.
+
+    :param problems: how many checks found one.
+    """
+
+    problems: int
+    checks: list[Diagnosis]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {**self._asdict(), "checks": [one._asdict() for one in self.checks]}
+
+
+def examine_host(settings: Settings | None = None, *, root: str = "/") -> DoctorReport:
+    """Examine this host.
+
+    :param settings: its header is read, if it names one.
+    :param root: what stands for ``/``, for tests.
+    """
+    from vfio_mig.host.discover import Host
+
+    host = Host(root)
+    checks = [
+        *_kernel(),
+        *_vfio(host),
+        *_devices(host),
+        *_borrowing(host),
+        *_limits(host),
+        *_locks(),
+        *_numbers(settings),
+        *_modules(),
+    ]
+    return DoctorReport(sum(one.result == PROBLEM for one in checks), checks)
+
+
+def _kernel() -> Iterator[Diagnosis]:
+    release = os.uname().release
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    version = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if _HANGS[0] <= version <= _HANGS[1]:
+        text = f"{release}: may hang if a device goes from stop-copy to pre-copy; vfio-mig never asks for it"
+        yield Diagnosis("kernel", NOTE, f"{text}, other programs must not either")
+    else:
+        yield Diagnosis("kernel", OK, release)
+
+
+def _vfio(host: Host) -> Iterator[Diagnosis]:
+    has_container, has_iommufd = (os.path.exists(host.path("dev", name)) for name in ("vfio/vfio", "iommu"))
+    if has_container or has_iommufd:
+        yield Diagnosis("vfio", OK, "/dev/vfio/vfio" if has_container else "/dev/iommu")
+    else:
+        yield Diagnosis("vfio", PROBLEM, "neither /dev/vfio/vfio nor /dev/iommu; load a driver: modprobe vfio-pci")
+    if has_container and not host.names("sys/module/vfio_iommu_type1"):
+        yield Diagnosis("type1", NOTE, "vfio_iommu_type1 is no loaded module; if groups cannot be opened, load it")
+    elif has_container:
+        yield Diagnosis("type1", OK, "vfio_iommu_type1")
+    cdevs = host.names("dev/vfio/devices")
+    if has_iommufd:
+        yield Diagnosis("iommufd", OK, f"/dev/iommu, and {len(cdevs)} devices with nodes of their own")
+    else:
+        yield Diagnosis("iommufd", NOTE, "this kernel has none; devices are opened through their groups")
+    if host.names("sys/kernel/debug/vfio"):
+        yield Diagnosis("debugfs", OK, "states are shown without opening a device")
+    else:
+        yield Diagnosis("debugfs", NOTE, "none for VFIO (or not for this user): only an open device tells its state")
+
+
+def _devices(host: Host) -> Iterator[Diagnosis]:
+    devices = host.devices()
+    parents = host.names("sys/class/mdev_bus")
+    if devices:
+        yield Diagnosis("devices", OK, f"{len(devices)}: see 'vfio-mig list'")
+    elif parents:
+        yield Diagnosis("devices", NOTE, "no mdev yet: see 'vfio-mig mdev types' and 'vfio-mig mdev create'")
+    else:
+        yield Diagnosis("devices", NOTE, "no device is bound to a VFIO driver, and there is no mdev parent")
+    for one in devices:
+        nodes = [node for node in (one.node, one.cdev) if node is not None]
+        paths = [host.path(node.lstrip("/")) for node in nodes]
+        if not any(os.access(path, os.R_OK | os.W_OK) for path in paths):
+            where = " or ".join(nodes) or "a node: is udev running?"
+            yield Diagnosis("node", PROBLEM, f"{one.name}: this user may not open {where}; run as root")
+
+
+def _capabilities(host: Host) -> int:
+    found = re.search(r"^CapEff:\s*([0-9a-f]{1,16})$", host.read("proc/self/status"), re.MULTILINE)
+    return int(found[1], 16) if found else 0
+
+
+def _borrowing(host: Host) -> Iterator[Diagnosis]:
+    scope = host.read("proc/sys/kernel/yama/ptrace_scope")
+    if scope == "3":
+        text = "Yama's ptrace_scope is 3: nothing can be borrowed from another process, until a reboot without it"
+        yield Diagnosis("borrowing", PROBLEM, text)
+    elif _capabilities(host) >> _CAP_SYS_PTRACE & 1:
+        yield Diagnosis("borrowing", OK, "CAP_SYS_PTRACE is there")
+    else:
+        text = "without CAP_SYS_PTRACE only this user's own processes can be borrowed from"
+        yield Diagnosis("borrowing", NOTE, f"{text}; ptrace_scope is {scope or 'not there'} (docs/privileges.md)")
+
+
+def _limits(host: Host) -> Iterator[Diagnosis]:
+    import resource
+
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    enough = files == resource.RLIM_INFINITY or files >= _FILES_MIN
+    text = f"{files} open files" if enough else f"only {files} open files: a data fd may be lost; ulimit -n 64"
+    yield Diagnosis("files", OK if enough else PROBLEM, text)
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if locked == resource.RLIM_INFINITY or _capabilities(host) >> _CAP_IPC_LOCK & 1:
+        yield Diagnosis("memlock", OK, "guest memory of any size can be mapped for a device")
+    else:
+        yield Diagnosis("memlock", NOTE, f"'hold --memory' can map {locked} bytes; 'ulimit -l' raises that")
+
+
+def _locks() -> Iterator[Diagnosis]:
+    from vfio_mig.host.lock import lock_directory
+
+    directory = lock_directory()
+    nearest = directory if os.path.isdir(directory) else os.path.dirname(directory)
+    if os.access(nearest, os.W_OK | os.X_OK):
+        yield Diagnosis("locks", OK, directory)
+    else:
+        yield Diagnosis("locks", PROBLEM, f"{directory} cannot be written; run as root, or set VFIO_MIG_LOCK_DIR")
+
+
+def _numbers(settings: Settings | None) -> Iterator[Diagnosis]:
+    from vfio_mig.jobs.session import Settings, load_numbers
+
+    settings = settings or Settings()
+    try:
+        profile = load_numbers(settings)
+    except (UsageError, VfioMigError) as error:
+        yield Diagnosis("numbers", PROBLEM, str(error))
+        return
+    text = f"of the 2017 RFC: {profile.source}"
+    if settings.uapi_header is None:
+        yield Diagnosis("numbers", NOTE, f"{text}; --uapi-header takes those of a patched kernel")
+    else:
+        yield Diagnosis("numbers", OK, text)
+
+
+def _modules() -> Iterator[Diagnosis]:
+    from importlib.util import find_spec
+
+    for name, result, use in (
+        ("numpy", PROBLEM, "dirty pages cannot be copied"),
+        ("matplotlib", NOTE, "--plot draws nothing; pip install 'vfio_mig[plot]'"),
+    ):
+        there = find_spec(name) is not None
+        yield Diagnosis(name, OK if there else result, "installed" if there else f"not installed: {use}")
