@@ -61,7 +61,12 @@ def leaks() -> list[str]:
 
 
 def _settings(text: range, spared: range, *, pages: bool) -> dict[Path, str]:
-    settings = {FAILSLAB / "ignore-gfp-wait": "N", FAILSLAB / "cache-filter": "Y"}
+    settings = {
+        FAILSLAB / "ignore-gfp-wait": "N",
+        FAILSLAB / "cache-filter": "Y",
+        # A page that is not to be had is worth sixty lines to the kernel, and the serial console is slow.
+        Path("/proc/sys/kernel/printk"): "1",
+    }
     for pattern in _CACHES:
         settings |= dict.fromkeys(Path("/sys/kernel/slab").glob(f"{pattern}/failslab"), "1")
     if pages:
