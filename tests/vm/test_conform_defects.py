@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What `vfio-mig conform` is worth: each defect of the sample driver is found, by the checks that say so and no others.
 
-For each, whole groups of checks are run on a vGPU that has it, and find it and nothing else; on one that has none they
+For each, the checks around it are run on a vGPU that has it, and find it and nothing else; on one that has none they
 find nothing. The driver's README names the checks; the two tables are compared.
 """
 
@@ -16,7 +16,6 @@ import pytest
 
 from tests.vm import defects, host
 from tests.vm.v2 import HAS_PRE_COPY
-from vfio_mig.conform.registry import select
 from vfio_mig.conform.runner import conform_device
 
 if TYPE_CHECKING:
@@ -26,11 +25,17 @@ README: Final = Path(__file__).parents[2] / "tools/kmod/README.md"
 V2: Final = 7  # the module's parameter
 RFC: Final = 0
 
-FD: Final = ("v2.fd",)
+FD: Final = ("v2.fd.*-direction", "v2.fd.*-seek", "v2.fd.*-cloexec", "v2.fd.zero-*", "v2.fd.unknown-ioctl")
+READ: Final = (
+    *("v2.fd.eof-sticky", "v2.fd.byte-*", "v2.fd.shared-position", "v2.fd.bad-*"),
+    *("v2.fd.close-early", "v2.fd.new-session", "v2.fd.old-stays-dead"),
+)
+LOAD: Final = (
+    *("v2.stream.round-trip", "v2.stream.empty", "v2.stream.cut-*", "v2.stream.trailing-*"),
+    *("v2.stream.foreign-magic", "v2.stream.refused-then-stop"),
+)
 PRECOPY: Final = ("v2.precopy", "v2.arc.pre-copy", "v2.arc.pre-copy-p2p")
 LOG: Final = ("v2.dirty", "v2.close.logging")
-# Those that flip single bits take long, and a flipped bit that is loaded is a warning on this driver.
-STREAM: Final = tuple(check.id for check in select(["v2.stream"]) if ".flip-" not in check.id)
 
 
 class Case(NamedTuple):
@@ -55,10 +60,10 @@ CASES: Final = (
     Case("error-left", ("v2.error", "v2.reset.error"), ("v2.error.refuses",)),
     Case(
         "stop-keeps-fd",
-        ("v2.arc.stop-copy", *FD),
+        ("v2.arc.stop-copy", "v2.fd.old-stays-dead"),
         ("v2.arc.stop-copy.stop", "v2.arc.stop-copy.running", "v2.arc.stop-copy.running-p2p"),
     ),
-    Case("stop-unread", FD, ("v2.fd.close-early", "v2.fd.new-session", "v2.fd.old-stays-dead")),
+    Case("stop-unread", READ, ("v2.fd.close-early", "v2.fd.new-session", "v2.fd.old-stays-dead")),
     Case("reset-stays", ("v2.reset.stop",), ("v2.reset.stop",)),  # where RESET does not lead to RUNNING all else ends
     Case("reset-keeps-saving", ("v2.reset",), ("v2.reset.stop-copy", "v2.reset.pre-copy", "v2.reset.pre-copy-p2p")),
     Case("reset-keeps-resuming", ("v2.reset", "v2.stream.abandoned"), ("v2.reset.resuming", "v2.stream.abandoned")),
@@ -66,15 +71,15 @@ CASES: Final = (
     Case("fd-both-ways", FD, ("v2.fd.save-direction", "v2.fd.resume-direction")),
     Case("fd-seekable", FD, ("v2.fd.save-seek", "v2.fd.resume-seek")),
     Case("fd-any-ioctl", FD, ("v2.fd.unknown-ioctl",)),
-    Case("read-restarts", FD, ("v2.fd.eof-sticky",)),
-    Case("read-loses", FD, ("v2.fd.byte-reads", "v2.fd.shared-position", "v2.fd.bad-read-pointer")),
-    Case("read-fault", FD, ("v2.fd.bad-read-pointer",)),
+    Case("read-restarts", READ, ("v2.fd.eof-sticky",)),
+    Case("read-loses", READ, ("v2.fd.byte-reads", "v2.fd.shared-position", "v2.fd.bad-read-pointer")),
+    Case("read-fault", READ, ("v2.fd.bad-read-pointer",)),
     Case("size-refused", ("v2.size",), ("v2.size.every-state", "v2.size.covers", "v2.size.set", "v2.size.short-argsz")),
-    Case("load-truncated", STREAM, ("v2.stream.empty", "v2.stream.cut-*")),
-    Case("load-surplus", STREAM, ("v2.stream.trailing-*",)),
-    Case("load-foreign", STREAM, ("v2.stream.foreign-magic",)),
-    Case("load-refused", STREAM, ("v2.stream.refused-then-stop",)),
-    Case("load-pieces", FD, ("v2.fd.byte-writes", "v2.fd.bad-write-pointer")),
+    Case("load-truncated", LOAD, ("v2.stream.empty", "v2.stream.cut-*")),
+    Case("load-surplus", LOAD, ("v2.stream.trailing-*",)),
+    Case("load-foreign", LOAD, ("v2.stream.foreign-magic",)),
+    Case("load-refused", LOAD, ("v2.stream.refused-then-stop",)),
+    Case("load-pieces", READ, ("v2.fd.byte-writes", "v2.fd.bad-write-pointer")),
     Case("load-nothing", ("v2.stream.takes-effect", "v2.stream.round-trip"), ("v2.stream.takes-effect",)),
     Case("load-loses-seed", ("v2.second",), ("v2.second.round-trip",)),
     Case("precopy-info-late", PRECOPY, ("v2.precopy.info-stop-copy",)),
@@ -112,12 +117,16 @@ CASES: Final = (
             "v2.precopy.called-off",
         ),
     ),
-    Case("log-all", LOG, ("v2.dirty.report-idle", "v2.dirty.report-twice")),
+    Case(
+        "log-all",
+        LOG,
+        ("v2.dirty.report-idle", "v2.dirty.report-twice", "v2.dirty.report-outside", "v2.dirty.restart"),
+    ),
     Case("log-start-twice", LOG, ("v2.dirty.start-twice",)),
     Case("log-unstarted", LOG, ("v2.dirty.report-not-started",)),
     Case("log-ends-at-stop", LOG, ("v2.dirty.every-state",)),
     Case("log-survives", LOG, ("v2.close.logging",)),
-    Case("load-loses-register", STREAM, ("v2.stream.round-trip",)),
+    Case("load-loses-register", LOAD, ("v2.stream.round-trip", "v2.stream.cut-recovers")),
     Case("load-loses-register", ("rfc.state",), ("rfc.state.round-trip", "rfc.state.refused-recovers"), RFC),
     Case("save-counts", ("v2.stream.repeat",), ("warn:v2.stream.repeat",)),
     Case(
@@ -164,6 +173,8 @@ def expected(case: Case, ids: Iterable[str]) -> set[str]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.defect}-{'v2' if case.v2 else 'rfc'}")
 def test_a_defect_is_found_by_the_checks_that_are_for_it_and_by_no_other(case: Case) -> None:
+    if not HAS_PRE_COPY and not case.defect.startswith("log-"):
+        pytest.skip("Linux 6.1 is here for DMA logging; the rest is found on a later kernel, in more states")
     with host.parameter_set("v2", V2), host.instance() as one:
         if not defects.possible(case.defect, one):
             pytest.skip("not on this kernel")
@@ -171,9 +182,7 @@ def test_a_defect_is_found_by_the_checks_that_are_for_it_and_by_no_other(case: C
     asked = {name for name, outcome in outcomes.items() if outcome != "skip"}
     wanted = expected(case, asked)
     assert findings(outcomes) == wanted
-    if HAS_PRE_COPY:  # else some are skipped
-        assert all(fnmatch.filter(wanted, pattern) for pattern in case.found)
-    assert wanted
+    assert all(fnmatch.filter(wanted, pattern) for pattern in case.found)
 
 
 @pytest.mark.parametrize("v2", [V2, RFC])
