@@ -275,7 +275,8 @@ def test_a_device_that_nobody_holds_is_saved_and_closed(tmp_path: Path) -> None:
         image = tmp_path / "gpu.vfm"
         done = cli.run("-v", "save", vgpu.uuid, image)
         said = done.stderr.decode().splitlines()
-        assert said[0] == (f"{vgpu.uuid}: opened through /dev/vfio/{vgpu.group}, protocol gvt-rfc (numbers built in)")
+        node = Host().find(vgpu.uuid).cdev or f"/dev/vfio/{vgpu.group}"
+        assert said[0] == f"{vgpu.uuid}: opened through {node}, protocol gvt-rfc (numbers built in)"
         assert said[1].endswith("; closed, as nobody else has it open")
         again = js("restore", vgpu.uuid, image)
         assert again["state"] == "closed"
