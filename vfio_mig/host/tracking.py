@@ -162,7 +162,10 @@ def find_tracker(device: Device) -> DmaTracker:
     if isinstance(dma, ContainerDma):
         return ContainerTracker(device.name, dma)
     if dma is not None:
-        why, hint = dma.why_not, "leave out --memory"
+        why, hint = (
+            dma.why_not,
+            "leave out --memory, or open it with --via group: all that is mapped counts as dirty then",
+        )
     elif device.borrowed:
         why = "what was mapped by another process is left alone, as that may be tracking it"
         hint = "ask that process, or leave out --memory"
