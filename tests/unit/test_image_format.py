@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""docs/image-format.md is enough for a second implementation: this one knows that page, and tarfile, json, hashlib."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vfio_mig.image.archive import ArchiveWriter
+
+PAGE = 4096
+DOCUMENT = (Path(__file__).parents[2] / "docs/image-format.md").read_text("utf-8")
+STATES = st.lists(st.binary(max_size=5000), max_size=3)
+RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3), st.booleans(), st.integers(1, 255)), max_size=4)
+
+
+def header_of(name: str, size: int, mtime: int) -> bytes:
+    block = bytearray(512)
+    for at, text in (
+        (0, name.encode("ascii")),
+        (100, b"0000600\x000000000\x000000000\x00"),
+        (124, f"{size:011o}\0".encode()),
+        (136, f"{mtime:011o}\0".encode()),
+        (148, b" " * 8),
+        (156, b"0"),
+        (257, b"ustar\x0000"),
+        (265, b"root"),
+        (297, b"root"),
+    ):
+        block[at : at + len(text)] = text
+    block[148:156] = f"{sum(block):06o}\0 ".encode()
+    return bytes(block)
+
+
+def dumps(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def index_of(content: bytes) -> tuple[list[tuple[int, int]], bytes]:
+    (count,) = struct.unpack_from("<Q", content)
+    pairs = [struct.unpack_from("<QQ", content, 8 + 16 * number) for number in range(count)]
+    assert all(gpa % PAGE == size % PAGE == 0 < size for gpa, size in pairs)
+    return [(gpa, size) for gpa, size in pairs], content[8 + 16 * count :]
+
+
+def read(image: bytes) -> tuple[dict[str, Any], bytes, dict[int, bytes], list[tuple[int, int, bytes]]]:
+    """Return header, state, memory by page address, and dirty bitmaps."""
+    members: list[tuple[str, bytes]] = []
+    at, counts = 0, {"state": 0, "dirty": 0, "pages": 0, "zero": 0}
+    with tarfile.open(fileobj=io.BytesIO(image)) as tar:
+        for one in tar:
+            file = tar.extractfile(one)
+            assert file is not None
+            content = file.read()
+            assert image[at : at + 512] == header_of(one.name, len(content), int(one.mtime))
+            at += 512 + len(content) + -len(content) % 512
+            members.append((one.name, content))
+    assert image[at:] == bytes(1024)
+    (first, header), *middle, (last, commit) = members
+    assert (first, last) == ("header.json", "manifest.json")
+    manifest = json.loads(commit)
+    assert dumps(manifest) == commit
+    assert hashlib.sha256(dumps({k: v for k, v in manifest.items() if k != "sha256"})).hexdigest() == manifest["sha256"]
+    state, memory, bitmaps = b"", dict[int, bytes](), list[tuple[int, int, bytes]]()
+    for (name, content), entry in zip(members[:-1], manifest["members"], strict=True):
+        assert (entry["name"], entry["size"]) == (name, len(content))
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+    for (name, content), entry in zip(middle, manifest["members"][1:], strict=True):
+        kind = name.partition("/")[0]
+        assert name == f"{kind}/{counts[kind]:04}"
+        counts[kind] += 1
+        if kind == "state":
+            state += content
+        elif kind == "dirty":
+            bitmaps.append((entry["start_page"], entry["nr_pages"], content))
+        else:
+            ranges, rest = index_of(content)
+            for gpa, size in ranges:
+                piece, rest = (rest[:size], rest[size:]) if kind == "pages" else (bytes(size), rest)
+                memory.update({gpa + offset: piece[offset : offset + PAGE] for offset in range(0, size, PAGE)})
+            assert rest == b""
+    return json.loads(header), state, memory, bitmaps
+
+
+@given(STATES, RANGES)
+def test_a_second_reader_gets_what_was_written(states: list[bytes], ranges: list[tuple[int, int, bool, int]]) -> None:
+    file = io.BytesIO()
+    writer = ArchiveWriter(file, {"protocol": "mainline-v2", "device": {"name": "ü"}})
+    memory: dict[int, bytes] = {}
+    for page, count, is_zero, byte in ranges:
+        content = bytes(count * PAGE) if is_zero else bytes([byte]) * (count * PAGE)
+        if is_zero:
+            writer.add_zero([(page * PAGE, len(content))])
+        else:
+            writer.add_pages([(page * PAGE, content)])
+        memory.update({(page + number) * PAGE: content[:PAGE] for number in range(count)})
+    writer.add_dirty(16, 11, b"\x05\x04")
+    for state in states:
+        writer.add_state(state)
+    writer.finish({"stop_time": 0.5})
+    header, state, pages, bitmaps = read(file.getvalue())
+    assert header == {"format": "vfio-mig", "version": 1, "protocol": "mainline-v2", "device": {"name": "ü"}}
+    assert state == b"".join(states)
+    assert pages == memory
+    assert bitmaps == [(16, 11, b"\x05\x04")]
+
+
+@pytest.mark.parametrize(
+    "words", ["header.json", "manifest.json", "state/NNNN", "dirty/NNNN", "pages/NNNN", "zero/NNNN"]
+)
+def test_the_page_names_every_member(words: str) -> None:
+    assert f"`{words}`" in DOCUMENT
