@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import errno
 import inspect
+import re
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -23,6 +25,7 @@ from vfio_mig.errors import (
     errno_text,
 )
 
+CATALOGUE: Final = Path(__file__).parents[2] / "docs/errors.md"
 # What DESIGN.md's section 6 promises to scripts
 EXIT_CODES: Final[dict[type[VfioMigError], int]] = {
     UsageError: 2,
@@ -116,3 +119,8 @@ def test_an_errno_is_told_by_name_and_in_words(number: int, text: str) -> None:
 def test_an_error_is_one_line_whatever_a_file_is_called() -> None:
     assert str(HostError("/tmp/a\nb\x1b[31m: gone", hint="x\r")) == "/tmp/a\\nb\\x1b[31m: gone; x\\r"
     assert str(HostError("/tmp/\u00fc")) == "/tmp/\u00fc"
+
+
+def test_the_catalogue_has_every_class_with_its_exit_code() -> None:
+    rows = re.findall(r"^\| (\w+Error) \| (\d+) \|", CATALOGUE.read_text("utf-8"), re.MULTILINE)
+    assert {name: int(code) for name, code in rows} == {one.__name__: one.exit_code for one in CLASSES}
