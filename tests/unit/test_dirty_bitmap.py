@@ -173,3 +173,15 @@ def test_a_chunk_knows_its_pages() -> None:
     chunk = Dirty(100, 10, b"\x05\x02")
     assert chunk.total() == 3
     assert list(chunk.ranges()) == [(100, 1), (102, 1), (109, 1)]
+
+
+@given(st.sets(st.integers(0, 99_999), max_size=12), st.integers(90_000, 100_000), st.integers(0, 1 << 40))
+def test_a_few_pages_among_many_are_found_without_the_others(pages: set[int], nr_pages: int, start: int) -> None:
+    bitmap = bytearray((nr_pages + 7) // 8)
+    inside = {page for page in pages | {page + 1 for page in pages} if page < nr_pages}
+    for page in inside:
+        bitmap[page // 8] |= 1 << page % 8
+    found = list(module.ranges(bytes(bitmap), start, nr_pages))
+    assert {page - start for one in found for page in range(one.start, one.end)} == inside
+    assert all(one.end < after.start for one, after in pairwise(found))
+    assert module.count(bytes(bitmap), nr_pages) == len(inside)
