@@ -417,3 +417,17 @@ def test_the_documentation_s_table_is_the_list_of_the_checks() -> None:
         r"^\| `((?:v2|rfc)\.[^`]+)` \| (.+?) \| (.+?) \| (.+?) \|$", DOCS.read_text("utf-8"), re.MULTILINE
     )
     assert rows == [(check.id, check.rule, check.expected, check.source) for check in all_checks()]
+
+
+def test_every_finding_that_the_documentation_prints_is_explained_in_it() -> None:
+    text, _, printed = DOCS.read_text("utf-8").partition("## As printed")
+    explained = text.partition("## What it finds")[2].partition("## The checks")[0]
+    found = re.findall(r"^(pass|FAIL|WARN|skip) +(\S+)", printed, re.MULTILINE)
+    ids = [check.id for check in all_checks()]
+    assert [name for _, name in found] == [
+        name for family in ("v2.", "v2.", "rfc.") for name in ids if name.startswith(family)
+    ]
+    bad = {(outcome, name) for outcome, name in found if outcome in {"FAIL", "WARN"}}
+    assert len(bad) == 12
+    for outcome, name in bad:
+        assert re.search(rf"^\| {outcome} .*`{re.escape(name)}`", explained, re.MULTILINE), name
