@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""The benchmark's arithmetic, and that its reference counts what we count."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tools.bench import native, table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_a_ratio_is_of_medians_and_its_goal_an_upper_limit() -> None:
+    pairs = [(3.0, 2.0), (100.0, 2.0), (1.0, 2.0)]
+    row = table.ratio("x", "s", pairs, 1.5)
+    assert (row.ours, row.reference, row.figure, row.met) == (3.0, 2.0, 1.5, True)
+    assert table.ratio("x", "s", pairs, 1.4).met is False
+    assert table.ratio("x", "s", pairs).met is None
+    assert table.ratio("x", "s", [(1.0, 0.0)]).figure == float("inf")
+
+
+def test_an_excess_is_in_milliseconds() -> None:
+    row = table.excess("x", [(0.010, 0.004)], 5)
+    assert (round(row.figure, 6), row.met) == (6.0, False)
+    assert table.excess("x", [(0.008, 0.004)], 5).met
+
+
+def test_both_run_in_turn_once_unmeasured() -> None:
+    order: list[str] = []
+
+    def run(name: str) -> float:
+        order.append(name)
+        return len(order)
+
+    pairs = table.alternate(lambda: run("ours"), lambda: run("C"), 2)
+    assert order == ["ours", "C"] * 3
+    assert pairs == [(3, 4), (5, 6)]
+
+
+def test_the_table_and_the_json_have_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [table.ratio("first", "s", [(1.0, 2.0)], 1.1), table.excess("second", [(0.02, 0.01)], 5, "a note")]
+    table.show(rows, "Title")
+    said = capsys.readouterr().out
+    for words in ("Title", "first, s", "at most 1.1 times  met", "second, ms", "MISSED; a note"):
+        assert words in said
+    assert [json.loads(line)["name"] for line in table.as_json(rows).splitlines()] == ["first", "second"]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler; scripts/setup installs one")
+def test_the_reference_finds_the_pages_and_runs_that_we_find(tmp_path: Path) -> None:
+    program = native.build(tmp_path)
+    bitmap = native._bitmap(1 << 16, 0.3)
+    (tmp_path / "bitmap").write_bytes(bitmap)
+    theirs = native.said(program, "decode", tmp_path / "bitmap")
+    from vfio_mig.dirty.bitmap import Dirty
+
+    ours = Dirty(0, 1 << 16, bitmap)
+    assert (theirs["pages"], theirs["found"]) == (ours.total(), len(list(ours.ranges())))
+    memory = tmp_path / "memory"
+    memory.write_bytes(b"".join(bytes([number % 3]) * 4096 for number in range(64)))
+    (tmp_path / "bits").write_bytes(b"\xff" * 4 + bytes(4))
+    copied = native.said(program, "copy", memory, tmp_path / "theirs", tmp_path / "bits")
+    native._copier(memory, b"\xff" * 4 + bytes(4), tmp_path / "ours", 64)()
+    assert (tmp_path / "theirs").read_bytes() == (tmp_path / "ours").read_bytes()
+    assert copied["pages"] == sum(number % 3 != 0 for number in range(32))

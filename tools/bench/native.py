@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""What needs no kernel: decoding dirty bitmaps and copying pages, against C, on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tools.bench.table import Row, alternate, ratio, show
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SOURCE: Final = Path(__file__).with_name("c") / "reference.c"
+PAGE: Final = 4096
+GIB: Final = 1 << 30
+SIZES: Final = ((1, "1 GiB"), (64, "64 GiB"), (1024, "1 TiB"))
+DENSITIES: Final = (0.001, 0.1, 0.9)
+COPY_PAGES: Final = 1 << 16
+
+
+def build(directory: Path) -> Path:
+    """Compile the reference program."""
+    program = directory / "reference"
+    subprocess.run(["gcc", "-O2", "-Wall", "-o", program, SOURCE], check=True)
+    return program
+
+
+def said(program: Path, *words: str | Path) -> dict[str, float]:
+    """Run the reference program and return what it prints."""
+    done = subprocess.run([program, *words], stdout=subprocess.PIPE, text=True, check=True)
+    fields = done.stdout.split()
+    return {name: float(value) for name, value in zip(fields[::2], fields[1::2], strict=True)}
+
+
+def _bitmap(pages: int, density: float) -> bytes:
+    import numpy as np
+
+    rng = np.random.default_rng(1)
+    parts = [
+        np.packbits(rng.random(min(1 << 22, pages - at)) < density, bitorder="little").tobytes()
+        for at in range(0, pages, 1 << 22)
+    ]
+    return b"".join(parts)
+
+
+def _decode(bitmap: bytes, pages: int) -> tuple[float, float, int]:
+    """Return the seconds of counting, and of finding runs, and how many pages are dirty."""
+    from vfio_mig.dirty.fetch import fetch
+    from vfio_mig.dirty.ranges import PageRange
+
+    view = memoryview(bitmap)
+    chunks = list(fetch(lambda start, count: view[start // 8 : (start + count + 7) // 8], [PageRange(0, pages)]))
+    began = time.perf_counter()
+    total = sum(chunk.total() for chunk in chunks)
+    counted = time.perf_counter()
+    runs = sum(1 for chunk in chunks for _ in chunk.ranges())
+    assert runs  # noqa: S101 -- it is the work
+    return counted - began, time.perf_counter() - counted, total
+
+
+def decode_rows(program: Path, directory: Path) -> list[Row]:
+    """Count and take apart bitmaps of up to 1 TiB."""
+    rows = []
+    for gib, size in SIZES:
+        for density in DENSITIES:
+            pages = gib * GIB // PAGE
+            bitmap = _bitmap(pages, density)
+            file = directory / "bitmap"
+            file.write_bytes(bitmap)
+            is_large = gib == SIZES[-1][0]
+            pairs = alternate(
+                lambda bitmap=bitmap, pages=pages: _decode(bitmap, pages)[0] * 1e3,  # type: ignore[misc]
+                lambda file=file: said(program, "decode", file)["count"] * 1e3,  # type: ignore[misc]
+            )
+            rows.append(ratio(f"count, {size}, {density:.1%} dirty", "ms", pairs, 1.5 if is_large else None))
+            if density == DENSITIES[0]:
+                pairs = alternate(
+                    lambda bitmap=bitmap, pages=pages: _decode(bitmap, pages)[1] * 1e3,  # type: ignore[misc]
+                    lambda file=file: said(program, "decode", file)["runs"] * 1e3,  # type: ignore[misc]
+                )
+                rows.append(ratio(f"find runs, {size}, {density:.1%} dirty", "ms", pairs))
+    return rows
+
+
+def copy_rows(program: Path, directory: Path) -> list[Row]:
+    """Copy the dirty half of 256 MiB into a sparse file."""
+    import numpy as np
+
+    rng = np.random.default_rng(2)
+    bits = rng.random(COPY_PAGES) < 0.5  # noqa: PLR2004 -- half of them
+    bitmap = np.packbits(bits, bitorder="little").tobytes()
+    memory = directory / "memory"
+    memory.write_bytes(rng.bytes(COPY_PAGES * PAGE))
+    (directory / "bits").write_bytes(bitmap)
+    reference = lambda: said(program, "copy", memory, directory / "target", directory / "bits")["total"]  # noqa: E731
+    pairs = alternate(_copier(memory, bitmap, directory / "copy"), reference)
+    rate = int(bits.sum()) * PAGE / 1e6
+    row = ratio("sync 128 MiB in scattered pages", "s", pairs, 1 / 0.8)
+    return [row._replace(note=f"{rate / row.ours:.0f} and {rate / row.reference:.0f} MB/s")]
+
+
+def _copier(memory: Path, bitmap: bytes, target: Path, pages: int = COPY_PAGES) -> Callable[[], float]:
+    from vfio_mig.dirty.bitmap import Dirty
+    from vfio_mig.dirty.memory import Memory, MemoryMap
+    from vfio_mig.dirty.sync import LiveCopy, SparseFile
+
+    def run() -> float:
+        target.unlink(missing_ok=True)
+        fd = os.open(target, os.O_RDWR | os.O_CREAT, 0o600)
+        began = time.perf_counter()
+        try:
+            with Memory([MemoryMap(str(memory), 0)]) as guest:
+                sink = SparseFile(fd, str(target))
+                LiveCopy(guest, lambda: [Dirty(0, pages, bitmap)], sink, remember=False).last_round()
+                sink.finish(pages * PAGE)
+        finally:
+            os.close(fd)
+        return time.perf_counter() - began
+
+    return run
+
+
+def measure() -> list[Row]:
+    """Measure everything that needs no kernel, and print it."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        program = build(directory)
+        rows = [*decode_rows(program, directory), *copy_rows(program, directory)]
+    show(rows, "On this machine, no VM: dirty bitmaps and pages")
+    return rows
