@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ALIASES: Final[dict[str, dict[str, str]]] = {
-    "pre-stop": {"save": "opened", "migrate": "opened", "sync": "before-stop", "stop": "opened", "restore": "verified"},
+    "pre-stop": {
+        "save": "after-live",
+        "migrate": "after-live",
+        "sync": "before-stop",
+        "stop": "opened",
+        "restore": "verified",
+    },
     "post-stop": dict.fromkeys(("save", "sync", "stop", "restore"), "after-stop"),
     "pre-start": {
         "save": "after-state",
