@@ -38,8 +38,8 @@ def test_both_run_in_turn_once_unmeasured() -> None:
         return len(order)
 
     pairs = table.alternate(lambda: run("ours"), lambda: run("C"), 2)
-    assert order == ["ours", "C"] * 3
-    assert pairs == [(3, 4), (5, 6)]
+    assert order == ["ours", "C", "ours", "C", "C", "ours"]
+    assert pairs == [(3, 4), (6, 5)]
 
 
 def test_the_table_and_the_json_have_every_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -260,7 +260,8 @@ def test_events_and_hooks_follow_a_job(source: Side, tmp_path: Path) -> None:
     cli.run(*words, "-q", "save", source.name, tmp_path / "x.vfm", "--leave-running", warm=True)
     lines = [json.loads(line) for line in events.read_text().splitlines()]
     assert [line["step"] for line in lines] == [
-        "opened", "after-live", "after-stop", "after-dirty", "after-pages", "after-state", "after-start", "written", "done",
+        "opened", "after-live", "after-stop", "after-dirty", "after-pages", "after-state", "after-start", "written",
+        "done",
     ]  # fmt: skip
     assert all(line["device"] == source.name and line["job"] == "save" for line in lines[:-1])
     assert lines[-1]["code"] == 0

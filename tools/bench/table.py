@@ -49,10 +49,18 @@ def excess(name: str, pairs: list[tuple[float, float]], most: float, note: str =
 
 
 def alternate(one: Callable[[], float], other: Callable[[], float], runs: int = RUNS) -> list[tuple[float, float]]:
-    """Run both in turn, once unmeasured."""
+    """Run both in turn, once unmeasured; each is the first one every other time."""
     one()
     other()
-    return [(one(), other()) for _ in range(runs)]
+    pairs = []
+    for number in range(runs):
+        if number % 2:
+            second = other()
+            pairs.append((one(), second))
+        else:
+            first = one()
+            pairs.append((first, other()))
+    return pairs
 
 
 def show(rows: list[Row], title: str) -> None:
@@ -63,7 +71,7 @@ def show(rows: list[Row], title: str) -> None:
         sign = "x" if "times" in row.goal or not row.goal else row.unit
         met = "" if row.met is None else ("  met" if row.met else "  MISSED")
         print(
-            f"{row.name + ', ' + row.unit:<46} {row.ours:>10.2f} {row.reference:>10.2f} {row.figure:>8.2f}{sign[0]}"
+            f"{row.name + ', ' + row.unit:<46} {row.ours:>10.2f} {row.reference:>10.2f} {row.figure:>8.2f} {sign:<2}"
             f"  {row.goal}{met}{'; ' + row.note if row.note else ''}"
         )
     sys.stdout.flush()

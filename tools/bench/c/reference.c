@@ -4,8 +4,8 @@
  * its errno. Prints one line of "name number" pairs; times are seconds.
  *
  *   reference rfc-save GROUP DEVICE FILE	stop, read the state region, start; then write and sync FILE
- *   reference v2-save GROUP DEVICE FILE	stop, copy the stream to FILE, start; then sync FILE
- *   reference v2-load GROUP DEVICE FILE	copy FILE to the device, stop, start
+ *   reference v2-save GROUP DEVICE FILE	stop, copy the stream to FILE, stop again (timed so far), start, sync FILE
+ *   reference v2-load GROUP DEVICE FILE	stop, copy FILE to the device, have it loaded (timed so far), start
  *   reference decode BITMAP		count the dirty pages of a bitmap, and find their runs
  *   reference copy SOURCE TARGET BITMAP	copy the dirty pages of a file to a sparse one, zeros left out
  */
@@ -134,10 +134,12 @@ static void v2_save(int device, const char *file)
 {
 	char *chunk = take(CHUNK);
 	int out = create(file), data;
-	double began = now(), stopped;
 	unsigned long long total = 0;
+	double began, read_time;
 	ssize_t size;
 
+	set_state(device, VFIO_DEVICE_STATE_STOP);
+	began = now();
 	data = set_state(device, VFIO_DEVICE_STATE_STOP_COPY);
 	while ((size = read(data, chunk, CHUNK)) > 0) {
 		write_all(out, chunk, size);
@@ -146,20 +148,23 @@ static void v2_save(int device, const char *file)
 	if (size < 0)
 		err(1, "data");
 	close(data);
+	set_state(device, VFIO_DEVICE_STATE_STOP);
+	read_time = now() - began;
 	set_state(device, VFIO_DEVICE_STATE_RUNNING);
-	stopped = now() - began;
 	fsync(out);
-	printf("stopped %.6f total %.6f bytes %llu\n", stopped, now() - began, total);
+	printf("read %.6f total %.6f bytes %llu\n", read_time, now() - began, total);
 }
 
 static void v2_load(int device, const char *file)
 {
 	char *chunk = take(CHUNK);
 	int in = open(file, O_RDONLY), data;
-	double began = now();
 	unsigned long long total = 0;
+	double began, write_time;
 	ssize_t size;
 
+	set_state(device, VFIO_DEVICE_STATE_STOP);
+	began = now();
 	data = set_state(device, VFIO_DEVICE_STATE_RESUMING);
 	while ((size = read(in, chunk, CHUNK)) > 0) {
 		write_all(data, chunk, size);
@@ -168,8 +173,10 @@ static void v2_load(int device, const char *file)
 	if (size < 0)
 		err(1, "%s", file);
 	close(data);
+	set_state(device, VFIO_DEVICE_STATE_STOP);
+	write_time = now() - began;
 	set_state(device, VFIO_DEVICE_STATE_RUNNING);
-	printf("total %.6f bytes %llu\n", now() - began, total);
+	printf("write %.6f bytes %llu\n", write_time, total);
 }
 
 static uint64_t *map(const char *path, size_t *size)
