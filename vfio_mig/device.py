@@ -218,6 +218,19 @@ class Device:
             raise DeviceError(f"region {region.number}: {len(data)} bytes read instead of {size}", device=self.name)
         return data
 
+    def pread_into(self, region: Region, offset: int, buffer: bytearray) -> None:
+        """Fill *buffer* from *offset* of a region on, in one call.
+
+        :raises DeviceError: the kernel refused, or returned fewer bytes.
+        """
+        size = len(buffer)
+        try:
+            done = os.preadv(self.fileno(), [buffer], region.offset + offset)
+        except OSError as error:
+            raise self._failed(f"reading {size} bytes at {offset:#x} of region {region.number}", error) from error
+        if done != size:
+            raise DeviceError(f"region {region.number}: {done} bytes read instead of {size}", device=self.name)
+
     def pwrite(self, region: Region, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write at *offset* of a region in one call.
 

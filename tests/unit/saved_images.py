@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tests.unit.test_image_gvt import CFG, GTT, ROOT, SREG, VREG, WORKLOAD, image
 from vfio_mig.cli.main import cli
-from vfio_mig.image.archive import ArchiveWriter
+from vfio_mig.image.writer import ArchiveWriter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

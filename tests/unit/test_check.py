@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from vfio_mig.device import Device, Region
 from vfio_mig.errors import DeviceError, HostError, ImageError, MismatchError, UsageError
 from vfio_mig.host.discover import HostDevice
-from vfio_mig.image.archive import Archive, ArchiveWriter, read_archive
+from vfio_mig.image.archive import Archive, read_archive
+from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs import session as session_module
 from vfio_mig.jobs.check import (
     MISMATCH,

@@ -19,7 +19,7 @@ from vfio_mig.cli.main import COMMANDS, cli
 from vfio_mig.device import Device
 from vfio_mig.errors import DeviceNotFoundError, UsageError, VfioMigError
 from vfio_mig.host.discover import HostDevice
-from vfio_mig.image.archive import ArchiveWriter
+from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs import save as save_job
 from vfio_mig.jobs.session import Session
 from vfio_mig.protocols.base import MigrationProtocol

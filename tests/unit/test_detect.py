@@ -430,11 +430,11 @@ class RfcDevice(Device):
         self.writes: list[tuple[int, int, bytes]] = []
         self.calls: list[tuple[Request, bytes]] = []
 
-    def pread(self, region: Region, offset: int, size: int) -> bytes:
-        self.reads.append((region.number, offset, size))
+    def pread_into(self, region: Region, offset: int, buffer: bytearray) -> None:
+        self.reads.append((region.number, offset, len(buffer)))
         if self.refusal:
             raise self.refusal
-        return self.state.ljust(size, b"\0")
+        buffer[: len(self.state)] = self.state
 
     def pwrite(self, region: Region, offset: int, data: bytes | bytearray | memoryview) -> None:
         self.writes.append((region.number, offset, bytes(data)))

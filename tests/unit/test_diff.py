@@ -15,10 +15,11 @@ from tests.unit.test_image_archive import PAGE
 from tests.unit.test_image_gvt import CFG, GTT, SREG, VREG
 from tools.fuzz import saved
 from vfio_mig.errors import UsageError
-from vfio_mig.image.archive import ArchiveWriter, read_archive
+from vfio_mig.image.archive import read_archive
 from vfio_mig.image.differences import state_differences
 from vfio_mig.image.pagemap import PageMap, intersect, merge, pages_in, runs, subtract
 from vfio_mig.image.window import BytesWindow
+from vfio_mig.image.writer import ArchiveWriter
 
 if TYPE_CHECKING:
     from pathlib import Path

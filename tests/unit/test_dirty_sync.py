@@ -19,7 +19,8 @@ from vfio_mig.dirty.memory import CHUNK, Memory, MemoryMap
 from vfio_mig.dirty.ranges import PageRange
 from vfio_mig.dirty.sync import Copy, Round, SparseFile, sync, zero_runs
 from vfio_mig.errors import HostError, UsageError
-from vfio_mig.image.archive import ArchiveWriter, read_archive
+from vfio_mig.image.archive import read_archive
+from vfio_mig.image.writer import ArchiveWriter
 
 PAGE = 4096
 

@@ -19,9 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfio_mig.errors import HostError, ImageError
-from vfio_mig.image import archive as module
-from vfio_mig.image import tar
-from vfio_mig.image.archive import CHUNK, MEMBER_MAX, ArchiveWriter, DirtyBitmap, read_archive
+from vfio_mig.image import archive as reader
+from vfio_mig.image import layout, tar
+from vfio_mig.image.archive import read_archive
+from vfio_mig.image.layout import CHUNK, MEMBER_MAX, DirtyBitmap
+from vfio_mig.image.writer import ArchiveWriter
 
 HEADER = {"protocol": "gvt-rfc", "device": "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "time": 1.5}
 STATISTICS = {"stop_time": 0.25, "pages_dirty": 3}
@@ -83,8 +85,8 @@ def manifest_for(members: list[tuple[str, bytes]], changes: dict[str, Any] | Non
         {"name": n, "size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in members
     ]
     body: dict[str, Any] = {"format": "vfio-mig", "version": 1, "members": entries, "statistics": {}, **(changes or {})}
-    body["sha256"] = hashlib.sha256(module.canonical(body)).hexdigest()
-    return "manifest.json", module.canonical(body)
+    body["sha256"] = hashlib.sha256(layout.canonical(body)).hexdigest()
+    return "manifest.json", layout.canonical(body)
 
 
 GOOD_HEADER = ("header.json", b'{"format":"vfio-mig","version":1}')
@@ -290,9 +292,9 @@ def test_a_bitmap_that_does_not_fit_its_range_is_refused(start: Any, nr_pages: A
 
 
 def pages_member(*ranges: tuple[int, int], count: int | None = None, content: bytes | None = None) -> bytes:
-    index = b"".join(module._PAIR.pack(*pair) for pair in ranges)
+    index = b"".join(layout.PAIR.pack(*pair) for pair in ranges)
     body = bytes(sum(size for _, size in ranges) % (1 << 20)) if content is None else content
-    return module._COUNT.pack(len(ranges) if count is None else count) + index + body
+    return layout.COUNT.pack(len(ranges) if count is None else count) + index + body
 
 
 @pytest.mark.parametrize(
@@ -357,7 +359,7 @@ def test_a_small_file_of_hostile_json_does_not_fill_the_memory() -> None:
 
 
 def test_a_manifest_may_be_long_when_it_lists_many_members(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MANIFEST_MAX", 1024)
+    monkeypatch.setattr(reader, "MANIFEST_MAX", 1024)
     members = [GOOD_HEADER, *((f"state/{number:04d}", b"") for number in range(10_001))]
     manifest = manifest_for(members)
     assert len(manifest[1]) > 1 << 20
@@ -366,8 +368,8 @@ def test_a_manifest_may_be_long_when_it_lists_many_members(monkeypatch: pytest.M
 
 
 def test_an_entry_of_a_manifest_is_never_longer_than_the_reader_allows() -> None:
-    member = module.Member("dirty/" + "9" * 20, MEMBER_MAX, "f" * 64, 0, {"start_page": 1 << 64, "nr_pages": 1 << 64})
-    assert len(module.canonical(member.entry())) < module.ENTRY_MAX
+    member = layout.Member("dirty/" + "9" * 20, MEMBER_MAX, "f" * 64, 0, {"start_page": 1 << 64, "nr_pages": 1 << 64})
+    assert len(layout.canonical(member.entry())) < layout.ENTRY_MAX
 
 
 @pytest.mark.parametrize("value", ["x" * 100_000, [[[[[[[[[0]]]]]]]]] * 1000, 10**4000], ids=type)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfio_mig.image.archive import ArchiveWriter
+from vfio_mig.image.writer import ArchiveWriter
 
 PAGE = 4096
 DOCUMENT = (Path(__file__).parents[2] / "docs/image-format.md").read_text("utf-8")

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = "vfio_mig"
-FLOOR: Final = frozenset({"errors", "interrupts"})
+FLOOR: Final = frozenset({"errors", "interrupts", "threads"})
 # room: what it may import beside itself
 ROOMS: Final[dict[str, frozenset[str]]] = {
     "errors": frozenset(),
     "interrupts": frozenset(),
+    "threads": frozenset(),
     "uapi": FLOOR,
     "device": FLOOR | {"uapi"},
     "host": FLOOR | {"uapi", "device"},

@@ -23,7 +23,8 @@ from vfio_mig.errors import DeviceBusyError, DeviceError, HostError, ImageError,
 from vfio_mig.host.discover import HostDevice
 from vfio_mig.host.holders import Holder
 from vfio_mig.host.lock import LOADING, STOPPED, VARIABLE, DeviceLock, Left, left_behind
-from vfio_mig.image.archive import ArchiveWriter, read_archive
+from vfio_mig.image.archive import read_archive
+from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.interrupts import ENDING
 from vfio_mig.jobs import control, session
 from vfio_mig.jobs.control import device_status, reset_device, start_device, stop_device

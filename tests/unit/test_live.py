@@ -73,7 +73,7 @@ class Played(MigrationProtocol):
         return self._pending.pop(0) if len(self._pending) > 1 else self._pending[0]
 
 
-def discard(chunks: Iterable[bytes]) -> int:
+def discard(chunks: Iterable[bytes | memoryview]) -> int:
     return sum(map(len, chunks))
 
 

@@ -108,7 +108,7 @@ def test_a_stream_is_read_in_chunks_and_the_device_is_at_rest_afterwards(size: i
     content = os.urandom(size)
     device = V2Device(content, state=v2.STOP)
     before = open_fds()
-    chunks = list(MainlineV2(device, ALL_FLAGS).read_chunks())
+    chunks = [bytes(chunk) for chunk in MainlineV2(device, ALL_FLAGS).read_chunks()]
     assert b"".join(chunks) == content
     assert max(map(len, chunks), default=0) <= CHUNK
     assert device.now == v2.STOP

@@ -19,7 +19,8 @@ from tests.vm import gpu, host
 from tests.vm.cli import NOBODY, refused, run
 from tests.vm.raw import Guest
 from tests.vm.test_migration import guest_view
-from vfio_mig.image.archive import ArchiveWriter, read_archive
+from vfio_mig.image.archive import read_archive
+from vfio_mig.image.writer import ArchiveWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

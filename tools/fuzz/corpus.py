@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vfio_mig.image import tar
-from vfio_mig.image.archive import ArchiveWriter
+from vfio_mig.image.writer import ArchiveWriter
 
 PAGE: Final = 4096
 _CDEFS: Final = Path(__file__).parents[2] / "cdefs"

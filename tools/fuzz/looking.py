@@ -16,10 +16,10 @@ from tools.fuzz import corpus, saved
 from tools.fuzz.corpus import Choices
 from tools.fuzz.limits import bounded, require, require_line
 from vfio_mig.cli.words import lines
-from vfio_mig.image.archive import ArchiveWriter
 from vfio_mig.image.decode import qemu
 from vfio_mig.image.differences import state_differences
 from vfio_mig.image.window import BytesWindow
+from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs.inspect import inspect_image
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from vfio_mig.host import lock
 from vfio_mig.host.discover import Host
 from vfio_mig.host.holders import Holder
 from vfio_mig.image import gvt
-from vfio_mig.image.archive import MEMBER_MAX, read_archive
+from vfio_mig.image.archive import read_archive
+from vfio_mig.image.layout import MEMBER_MAX
 from vfio_mig.jobs import check, source  # noqa: F401 -- as above
 from vfio_mig.uapi.profile import load_profile, parse_header
 

@@ -1,234 +1,34 @@
 # SPDX-License-Identifier: MIT
-"""The archive: one file, or one stream, that holds a saved device. Format version 1.
-
-It is a POSIX tar, so ``tar tvf`` lists it and ``tar xf`` unpacks it. Members, in this order:
-
-``header.json``
-    A JSON object: ``format`` ("vfio-mig"), ``version`` (1), and what the saving job knows of the device.
-``state/0000``, ``state/0001``, …
-    The device state, cut into members of at most 8 MiB; joined in this order it is the state.
-``dirty/0000``, …
-    A dirty bitmap each: bit *i* of byte *j* is page 8*j* + *i* (4096 bytes each) counted from the member's
-    ``start_page``; bits past its ``nr_pages`` are zero. Both numbers are in the manifest.
-``pages/0000``, …
-    Guest memory. A little-endian u64 count *n*, then *n* pairs of u64 (guest-physical address, bytes), multiples of
-    4096, then the contents in the same order.
-``zero/0000``, …
-    Guest memory that is all zero: the same index, no contents.
-``manifest.json``
-    The commit record: ``format``, ``version``, ``members`` (``name``, ``size``, ``sha256`` of each member before it,
-    in order, with what belongs to its kind), ``statistics``, and ``sha256`` of the manifest itself as it is without
-    this key. It is written as ``json.dumps(…, sort_keys=True, separators=(",", ":"))``.
-
-``state``, ``dirty``, ``pages`` and ``zero`` members may be mixed; each kind is numbered from 0000 without gaps. Where a
-page comes again in a later member, ``pages`` or ``zero``, the later one counts. After the
-manifest come tar's two zero blocks and nothing else. An archive without a manifest is incomplete and is refused.
-``header.json`` has at most 1 MiB, ``manifest.json`` 1 MiB and 256 bytes for each member before it, any other 16 MiB.
-"""
+"""Reads an archive and verifies all of it; :mod:`vfio_mig.image.layout` specifies it."""
 
 import hashlib
 import json
-import struct
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any, BinaryIO, Final, NamedTuple, Self, cast
+from typing import Any, BinaryIO, Final, Self, cast
 
 from vfio_mig.errors import ImageError, excerpt
 from vfio_mig.image import tar
 from vfio_mig.image.files import host_error
+from vfio_mig.image.layout import (
+    ADDRESS_END,
+    COUNT,
+    ENTRY_MAX,
+    FORMAT,
+    HEADER_MAX,
+    KINDS,
+    MANIFEST_MAX,
+    MEMBER_MAX,
+    PAGE,
+    PAIR,
+    VERSION,
+    DirtyBitmap,
+    Member,
+    canonical,
+    dirty_problem,
+)
 
-Buffer = bytes | bytearray | memoryview
-
-FORMAT: Final = "vfio-mig"
-VERSION: Final = 1
-CHUNK: Final = 8 << 20
-"""Content of one state or pages member, bytes at most."""
-MEMBER_MAX: Final = 16 << 20
-"""What the reader takes for one member, bytes; nothing larger is ever allocated for a size it has read."""
-HEADER_MAX: Final = 1 << 20
-MANIFEST_MAX: Final = 1 << 20
-ENTRY_MAX: Final = 256
-"""What the reader takes for a manifest is MANIFEST_MAX and this for each member it lists: parsed JSON is up to 40 times
-as large, and so nobody makes us fill the memory with a small file."""
-PAGE: Final = 4096
-ADDRESS_END: Final = 1 << 64
 _SPOOL_IN_MEMORY: Final = 8 << 20
-_COUNT: Final = struct.Struct("<Q")
-_PAIR: Final = struct.Struct("<QQ")
-_KINDS: Final = ("state", "dirty", "pages", "zero")
-ZERO_RANGES: Final = CHUNK // _PAIR.size
-"""Ranges in one zero member, at most."""
-
-
-class Member(NamedTuple):
-    """A member as the manifest lists it, and where its content is in the file or spool it can be read again from."""
-
-    name: str
-    size: int
-    sha256: str
-    offset: int
-    extra: dict[str, int]
-
-    def entry(self) -> dict[str, Any]:
-        """Return the manifest's words."""
-        return {"name": self.name, "size": self.size, "sha256": self.sha256, **self.extra}
-
-    @property
-    def kind(self) -> str:
-        """``state``, ``dirty``, ``pages``, ``zero``, or the name of the header."""
-        return self.name.partition("/")[0]
-
-
-class DirtyBitmap(NamedTuple):
-    """A bitmap from an archive: first page, number of pages, ceil(nr_pages / 8) bytes."""
-
-    start_page: int
-    nr_pages: int
-    bitmap: bytes
-
-
-def canonical(value: Mapping[str, Any]) -> bytes:
-    """Return JSON as a manifest has it.
-
-    :raises ValueError: it has a number or a character that JSON has not.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-class ArchiveWriter:
-    """Write an archive to a file or pipe, front to back. Not complete before :meth:`finish`; never closes the file.
-
-    :param file: where to; nothing is read back.
-    :param header: what ``header.json`` says beside format and version; values that JSON can carry.
-    :raises HostError: a write failed; what is in the file is no archive.
-    """
-
-    def __init__(self, file: BinaryIO, header: Mapping[str, Any]) -> None:
-        self._file = file
-        self._mtime = int(time.time())
-        self._members: list[Member] = []
-        self._counts = dict.fromkeys(_KINDS, 0)
-        self._finished = False
-        self._ranges: list[list[int]] = []
-        self._content = bytearray()
-        self._put("header.json", [canonical({**header, "format": FORMAT, "version": VERSION})])
-
-    def add_state(self, chunks: Buffer | Iterable[Buffer]) -> int:
-        """Append device state, in pieces of any size; may be called again. Returns the bytes added."""
-        total = 0
-        pending = bytearray()
-        for chunk in [chunks] if isinstance(chunks, bytes | bytearray | memoryview) else chunks:
-            view = memoryview(chunk).cast("B")
-            total += len(view)
-            while len(pending) + len(view) >= CHUNK:
-                room = CHUNK - len(pending)
-                self._add("state", [pending, view[:room]])
-                pending, view = bytearray(), view[room:]
-            pending += view
-        if pending:
-            self._add("state", [pending])
-        return total
-
-    def add_dirty(self, start_page: int, nr_pages: int, bitmap: Buffer) -> None:
-        """Append the dirty bitmap of *nr_pages* pages from *start_page* on: ceil(nr_pages / 8) bytes."""
-        problem = _dirty_problem(start_page, nr_pages, bitmap)
-        if problem:
-            raise ValueError(problem)
-        self._add("dirty", [bitmap], start_page=start_page, nr_pages=nr_pages)
-
-    def add_pages(self, pages: Iterable[tuple[int, Buffer]]) -> int:
-        """Append guest memory: (guest-physical address, content), both whole pages. Returns the bytes added.
-
-        A buffer is copied before the next one is asked for, so it may be used again.
-        """
-        total = sum(self.put_pages(gpa, buffer) for gpa, buffer in pages)
-        self.flush_pages()
-        return total
-
-    def put_pages(self, gpa: int, buffer: Buffer) -> int:
-        """Append one piece of guest memory; it may wait for more until :meth:`flush_pages`. Returns its bytes."""
-        view = memoryview(buffer).cast("B")
-        size = len(view)
-        if gpa % PAGE or size % PAGE or not 0 <= gpa <= ADDRESS_END - size:
-            raise ValueError(f"no whole pages: {size} bytes at {gpa:#x}")
-        while view:
-            piece = view[: CHUNK - len(self._content)]
-            if self._ranges and sum(self._ranges[-1]) == gpa:
-                self._ranges[-1][1] += len(piece)
-            else:
-                self._ranges.append([gpa, len(piece)])
-            self._content += piece
-            gpa, view = gpa + len(piece), view[len(piece) :]
-            if len(self._content) == CHUNK:
-                self.flush_pages()
-        return size
-
-    def flush_pages(self) -> None:
-        """Write the guest memory that waits."""
-        if self._ranges:
-            self._add("pages", [_index(self._ranges), self._content])
-            self._ranges, self._content = [], bytearray()
-
-    def add_zero(self, ranges: Iterable[tuple[int, int]]) -> int:
-        """Append guest memory that is all zero: (guest-physical address, bytes), whole pages. Returns the bytes."""
-        total = 0
-        merged: list[list[int]] = []
-        for gpa, size in ranges:
-            if gpa % PAGE or size % PAGE or size <= 0 or not 0 <= gpa <= ADDRESS_END - size:
-                raise ValueError(f"no whole pages: {size} bytes at {gpa:#x}")
-            total += size
-            if merged and sum(merged[-1]) == gpa:
-                merged[-1][1] += size
-                continue
-            if len(merged) == ZERO_RANGES:
-                self._add("zero", [_index(merged)])
-                merged = []
-            merged.append([gpa, size])
-        if merged:
-            self._add("zero", [_index(merged)])
-        return total
-
-    def finish(self, statistics: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Write manifest and end, and return the manifest. After this the archive is whole (flush is the caller's)."""
-        self.flush_pages()
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "members": [member.entry() for member in self._members],
-            "statistics": dict(statistics or {}),
-        }
-        manifest["sha256"] = hashlib.sha256(canonical(manifest)).hexdigest()
-        self._put("manifest.json", [canonical(manifest)])
-        self._write(tar.END)
-        self._finished = True
-        return manifest
-
-    def _add(self, kind: str, parts: list[Buffer], **extra: int) -> None:
-        self._put(f"{kind}/{self._counts[kind]:04d}", parts, **extra)
-        self._counts[kind] += 1
-
-    def _put(self, name: str, parts: list[Buffer], **extra: int) -> None:
-        if self._finished:
-            raise ValueError("the archive is finished")
-        size = sum(len(part) for part in parts)
-        digest = hashlib.sha256()
-        self._write(tar.header(name, size, self._mtime))
-        for part in parts:
-            self._write(part)
-            digest.update(part)
-        self._write(bytes(tar.padding(size)))
-        self._members.append(Member(name, size, digest.hexdigest(), 0, extra))
-
-    def _write(self, data: Buffer) -> None:
-        try:
-            view = memoryview(data)
-            while view:
-                # A raw (unbuffered) stream may take a part, or None when it would block.
-                written = self._file.write(view) or 0
-                view = view[written:]
-        except OSError as error:
-            raise host_error("cannot write", str(getattr(self._file, "name", "output")), error) from error
 
 
 class Archive:
@@ -379,7 +179,7 @@ class _Reader:
         self.base = file.tell() if spool is None else 0
         self.offset = 0
         self.mtime: int | None = None
-        self.counts = dict.fromkeys(_KINDS, 0)
+        self.counts = dict.fromkeys(KINDS, 0)
 
     def read(self) -> Archive:
         name, content, first = self._member()
@@ -400,7 +200,7 @@ class _Reader:
         archive.mtime = self.mtime or 0
         self._check_end()
         for bitmap in archive.dirty():
-            if problem := _dirty_problem(*bitmap):
+            if problem := dirty_problem(*bitmap):
                 raise ImageError(f"dirty bitmap: {problem}")
         return archive
 
@@ -506,23 +306,6 @@ def _match(members: list[Member], entries: list[object]) -> list[Member]:
     return matched
 
 
-def _dirty_problem(start_page: int, nr_pages: int, bitmap: Buffer) -> str | None:
-    """Say what is wrong with a bitmap, if anything."""
-    if start_page < 0 or nr_pages < 0 or start_page + nr_pages > ADDRESS_END // PAGE:
-        return f"impossible range: {nr_pages} pages from page {start_page} on"
-    if len(bitmap) != (nr_pages + 7) // 8:
-        return f"{len(bitmap)} bytes for {nr_pages} pages"
-    if len(bitmap) > MEMBER_MAX:
-        return f"{nr_pages} pages are too many for one member"
-    if nr_pages % 8 and bitmap[-1] >> nr_pages % 8:
-        return f"bits set past {nr_pages} pages"
-    return None
-
-
-def _index(ranges: list[list[int]]) -> bytes:
-    return _COUNT.pack(len(ranges)) + b"".join(_PAIR.pack(*pair) for pair in ranges)
-
-
 def _check_memory(kind: str, name: str, member: memoryview) -> None:
     """Check the index of a member with guest memory."""
     if kind == "pages":
@@ -534,13 +317,13 @@ def _check_memory(kind: str, name: str, member: memoryview) -> None:
 
 def _split_index(name: str, member: memoryview) -> tuple[list[tuple[int, int]], int]:
     """Return the ranges at the beginning of a member and where they end, every bound checked."""
-    if len(member) < _COUNT.size:
+    if len(member) < COUNT.size:
         raise ImageError(f"{name}: too short")
-    (count,) = _COUNT.unpack_from(member)
-    content_at = _COUNT.size + count * _PAIR.size
+    (count,) = COUNT.unpack_from(member)
+    content_at = COUNT.size + count * PAIR.size
     if content_at > len(member):
         raise ImageError(f"{name}: {count} ranges do not fit into {len(member)} bytes")
-    ranges = list(_PAIR.iter_unpack(member[_COUNT.size : content_at]))
+    ranges = list(PAIR.iter_unpack(member[COUNT.size : content_at]))
     for gpa, size in ranges:
         if gpa % PAGE or size % PAGE or not size or gpa + size > ADDRESS_END:
             raise ImageError(f"{name}: impossible range: {size} bytes at {gpa:#x}")

@@ -27,6 +27,8 @@ _KINDS: Final = {
     stat.S_IFCHR: "is a character device; use - and a redirection",
     stat.S_IFBLK: "is a block device; use - and a redirection",
 }
+_BUFFER: Final = 1 << 16
+"""Bytes; larger pieces than this are not copied first."""
 _NO_HARD_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -67,6 +69,11 @@ def committed(path: str | os.PathLike[str], *, force: bool = False) -> NewFile:
 class Output(Protocol):
     """Where an image goes: a context manager that gives a stream."""
 
+    @property
+    def can_reread(self) -> bool:
+        """Whether what has been written can be read again through the stream's fd."""
+        ...
+
     def __enter__(self) -> BinaryIO: ...
 
     def __exit__(
@@ -86,6 +93,8 @@ class Output(Protocol):
 class NewFile:
     """A file in the making; see :func:`committed`. Use it once."""
 
+    can_reread: Final = True
+
     def __init__(self, target: str, *, force: bool) -> None:
         self._target = target
         self._force = force
@@ -100,7 +109,7 @@ class NewFile:
         fd = _open_unnamed(self._directory)
         if fd is None:
             self._temporary, fd = _open_temporary(self._directory, self._target)
-        self._file = io.BufferedWriter(_File(fd, self._target), 1 << 20)
+        self._file = io.BufferedWriter(_File(fd, self._target), _BUFFER)
         return self._file
 
     @protected
@@ -181,8 +190,10 @@ class NewFile:
 class Stream:
     """A stream to an open fd, which is closed with the block; its failed writes are HostErrors on *name*."""
 
+    can_reread: Final = False
+
     def __init__(self, fd: int, name: str) -> None:
-        self._file = io.BufferedWriter(_File(fd, name), 1 << 20)
+        self._file = io.BufferedWriter(_File(fd, name), _BUFFER)
 
     def __enter__(self) -> BinaryIO:
         return self._file

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from vfio_mig.image.archive import Archive, Member
+    from vfio_mig.image.archive import Archive
+    from vfio_mig.image.layout import Member
 
 PAGE: Final = 4096
 _LOADED_MAX: Final = 256

@@ -12,7 +12,8 @@ from vfio_mig.image.pagemap import PAGE, PageMap, pages_in, runs
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vfio_mig.image.archive import Archive, DirtyBitmap
+    from vfio_mig.image.archive import Archive
+    from vfio_mig.image.layout import DirtyBitmap
     from vfio_mig.image.pagemap import Range
 
 

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from vfio_mig.errors import ImageError, excerpt
 from vfio_mig.image import tar
-from vfio_mig.image.archive import (
+from vfio_mig.image.files import host_error
+from vfio_mig.image.layout import (
     CHUNK,
     ENTRY_MAX,
     FORMAT,
@@ -34,7 +35,6 @@ from vfio_mig.image.archive import (
     Member,
     canonical,
 )
-from vfio_mig.image.files import host_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -103,7 +103,7 @@ def header_findings(session: Session, archive: Archive) -> Iterator[Finding]:
     yield Finding("state-size", OK if size <= limit else MISMATCH, f"{size} bytes, the device takes {limit}")
 
 
-def parse_state(protocol: str, state: bytes) -> GvtImage | None:
+def parse_state(protocol: str, state: bytes | memoryview) -> GvtImage | None:
     """Parse a device state strictly where its layout is known; None where it is not.
 
     :param protocol: name of the protocol it was read with.
@@ -202,7 +202,7 @@ def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> 
     :param verify_state: False for a state of a layout that is not known here.
     :raises ImageError: anything is wrong; the message names member or offset.
     """
-    from vfio_mig.image.archive import PAGE
+    from vfio_mig.image.layout import PAGE
     from vfio_mig.jobs.source import open_input, read_image
     from vfio_mig.uapi.profile import DEFAULT_PROFILE
 

@@ -200,7 +200,7 @@ class _Pipe:
 
     def open_sink(self, session: Session, guest: Memory) -> Sink:  # noqa: ARG002 -- as the file's
         """Return where pages go."""
-        from vfio_mig.image.archive import ArchiveWriter
+        from vfio_mig.image.writer import ArchiveWriter
         from vfio_mig.jobs.window import ImageSink
 
         self._writer = ArchiveWriter(self._stream, describe_device(session))

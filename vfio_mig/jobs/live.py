@@ -80,7 +80,7 @@ class StateCopy:
     :param write: takes the chunks, and returns how many bytes they had.
     """
 
-    def __init__(self, protocol: MigrationProtocol, write: Callable[[Iterable[bytes]], int]) -> None:
+    def __init__(self, protocol: MigrationProtocol, write: Callable[[Iterable[bytes | memoryview]], int]) -> None:
         self._protocol = protocol
         self._write = write
         self._seconds = 0.0

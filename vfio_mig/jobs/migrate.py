@@ -99,18 +99,20 @@ class _Sender:
     """Sends one device's image into a pipe."""
 
     def __init__(self, session: Session, run: Run, guest: Memory, ranges: list[PageRange], live: Live) -> None:
-        from vfio_mig.image.archive import ArchiveWriter
+        from vfio_mig.image.digests import Digests
         from vfio_mig.image.files import Stream
+        from vfio_mig.image.writer import ArchiveWriter
 
         self._session = session
         self.output: Final = Stream(os.dup(run.stdin), CONNECTION)
+        self.digests: Final = Digests(None)
         self._archive: Final = ArchiveWriter
         self._arguments = (guest, ranges, live)
 
     def open(self, rollback: Rollback) -> None:
         """Send the header; nothing is changed yet."""
         guest, ranges, live = self._arguments
-        self._writer = self._archive(self.output.__enter__(), describe_device(self._session))
+        self._writer = self._archive(self.output.__enter__(), describe_device(self._session), self.digests)
         self.window = Window(JOB, self._session, rollback, ranges, guest, writer=self._writer, live=live)
         self.window.begin()
 
@@ -185,7 +187,7 @@ def migrate(
             run.wait_for("waiting")
             sender = _Sender(session, run, guest, default_ranges(guest, ranges), live or Live())
             try:
-                with sender.output:
+                with sender.output, sender.digests:
                     sender.open(rollback)
                     point(JOB, "opened", session)
                     sender.window.copy_live()

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.dirty.sync import Round
-    from vfio_mig.image.archive import ArchiveWriter
+    from vfio_mig.image.digests import Digests
     from vfio_mig.image.files import Output
+    from vfio_mig.image.writer import ArchiveWriter
     from vfio_mig.jobs.live import StateRound
     from vfio_mig.jobs.session import Session
 
@@ -123,19 +124,27 @@ class _Target:
         self, stack: ExitStack, settings: Settings | None, guest: Memory, ranges: list[PageRange], live: Live
     ) -> None:
         """Open device and file; nothing is changed yet."""
-        from vfio_mig.image.archive import ArchiveWriter
+        from vfio_mig.image.writer import ArchiveWriter
 
         self.session = stack.enter_context(open_session(self.name, settings, memory=guest.maps, job=JOB))
         # Inside the rollback: a commit that fails starts the device again
         self.rollback = stack.enter_context(Rollback())
         self._stream = stack.enter_context(self.output)
         if not self._raw:
-            self._writer = ArchiveWriter(self._stream, describe_device(self.session))
+            self._writer = ArchiveWriter(self._stream, describe_device(self.session), self._digests(stack))
         self.window = Window(
             JOB, self.session, self.rollback, ranges, guest, writer=self._writer, raw=self._stream, live=live
         )
         self.window.begin()
         point(JOB, "opened", self.session)
+
+    def _digests(self, stack: ExitStack) -> Digests | None:
+        """Have the digests of a streamed state taken beside the job."""
+        if not self.session.protocol.streams:
+            return None
+        from vfio_mig.image.digests import Digests
+
+        return stack.enter_context(Digests(self._stream.fileno() if self.output.can_reread else None))
 
     def write(self, *, started: bool) -> SaveReport:
         """Write what is left to the file, which is whole then."""

@@ -45,7 +45,12 @@ class Image(NamedTuple):
         if self.state:
             yield self.state
         elif self.archive is not None:
-            yield from self.archive.state_chunks()
+            from vfio_mig.image.layout import CHUNK as MEMBER
+            from vfio_mig.threads import ahead
+
+            # A member is read and verified once more, which takes longer than to load it
+            chunks = self.archive.state_chunks()
+            yield from ahead(chunks) if self.archive.state_size > MEMBER else chunks
         elif self.bare is not None:
             self.bare.seek(0)
             while chunk := self.bare.read(CHUNK):
@@ -116,5 +121,7 @@ def read_image(stream: BinaryIO, limit: int | None, *, raw: bool = False, alone:
         yield Image(_read_raw(stream, limit or 0), None)
     else:
         with read_archive(stream, alone=alone) as archive:
+            if limit is None:
+                import vfio_mig.threads  # noqa: F401 -- before the device is stopped
             is_small = limit is not None and archive.state_size <= limit
             yield Image(archive.state() if is_small else b"", archive)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.memory import Memory
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.dirty.sync import LiveCopy, Round
-    from vfio_mig.image.archive import ArchiveWriter
+    from vfio_mig.image.writer import ArchiveWriter
     from vfio_mig.jobs.live import Live, StateRound
     from vfio_mig.jobs.rollback import Rollback
     from vfio_mig.jobs.session import Session
@@ -113,7 +113,7 @@ class Window:
         self._state_copy = self._prepare_state_copy()
         self.rounds: list[Round] = []
         self.dirty: list[Dirty] = []
-        self.state = b""
+        self.state = memoryview(b"")
         self.state_bytes = 0
 
     def _prepare_state_copy(self) -> StateCopy | None:
@@ -169,7 +169,8 @@ class Window:
             self._rollback.push(self._session.go_on)
 
     def begin(self) -> None:
-        """Have the device log its writes, if that is needed."""
+        """Do what need not wait for the stop, and have the device log its writes, if that is needed."""
+        self._session.protocol.prepare()
         if self._copy is not None:
             self._rollback.push(self._log.end)
             self._log.begin()
@@ -221,7 +222,7 @@ class Window:
             if protocol.streams:
                 self.state_bytes = self.precopy_bytes + self._pass_on(protocol.read_chunks())
             else:
-                self.state = bytes(protocol.read_state())
+                self.state = protocol.read_state()
                 self.state_bytes = len(self.state)
         self._point("after-state")
 

@@ -116,6 +116,9 @@ class MigrationProtocol(ABC):
         del may_reset
         self.require_rest()
 
+    def prepare(self) -> None:  # noqa: B027 -- as a rule there is nothing to do
+        """Do what reading the state needs and what need not wait for the stop; the device runs."""
+
     def begin_live(self) -> bool:
         """Begin to save the state of the running device; False when it does not run, and there is nothing to begin.
 
@@ -123,8 +126,10 @@ class MigrationProtocol(ABC):
         """
         return False
 
-    def read_live(self, limit: int) -> Iterator[bytes]:
+    def read_live(self, limit: int) -> Iterator[bytes | memoryview]:
         """Yield what there is of the state for now, up to *limit* bytes: it may grow as fast as it is read.
+
+        A chunk may be overwritten by the next one.
 
         :raises DeviceError: what was read so far is worthless.
         """
@@ -152,7 +157,10 @@ class MigrationProtocol(ABC):
         """
 
     def read_chunks(self) -> Iterator[bytes | memoryview]:
-        """Yield the state of the stopped device, chunk by chunk; see :meth:`read_state`."""
+        """Yield the state of the stopped device, chunk by chunk; see :meth:`read_state`.
+
+        A chunk may be overwritten by the next one.
+        """
         yield self.read_state()
 
     def write_chunks(self, chunks: Iterable[bytes | memoryview]) -> None:

@@ -38,6 +38,7 @@ class GvtRfc(MigrationProtocol):
         super().__init__(device)
         self.profile = profile
         self._region = region
+        self._buffer: bytearray | None = None
 
     @property
     def state_size_max(self) -> int:
@@ -62,10 +63,20 @@ class GvtRfc(MigrationProtocol):
             self.profile.status_set, ffi.new("struct vfio_pci_status_set *", {"argsz": size, "flags": flags})
         )
 
+    def prepare(self) -> None:
+        """Have memory for the region, every page of it touched: page faults would prolong the stop."""
+        if self._buffer is None:
+            self._buffer = bytearray(self._region.size)
+
     def read_state(self) -> memoryview:
         """Read the whole region in one call, as each call is a snapshot of its own, and cut it at its data_size."""
+        self.prepare()
+        # Each state has a buffer of its own, which is the caller's from now on
+        buffer, self._buffer = self._buffer, None
+        assert buffer is not None  # noqa: S101 -- for the type checker
+        whole = memoryview(buffer)
         try:
-            whole = memoryview(self.device.pread(self._region, 0, self._region.size))
+            self.device.pread_into(self._region, 0, buffer)
         except DeviceError as error:
             error.hint = "a vGPU of type _1 does not fit into the region and cannot be saved" if error.errno else None
             raise

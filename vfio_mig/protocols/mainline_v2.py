@@ -85,6 +85,7 @@ class MainlineV2(MigrationProtocol):
         self._log: Final = DmaLog(device)
         self._live_fd = -1
         self._tells_anew = False
+        self._buffer = memoryview(b"")
 
     @cached_property
     def has_dirty(self) -> bool:
@@ -208,7 +209,12 @@ class MainlineV2(MigrationProtocol):
 
     def read_state(self) -> memoryview:
         """Read the whole stream into memory; :meth:`read_chunks` does not."""
-        return memoryview(b"".join(self.read_chunks()))
+        return memoryview(b"".join(map(bytes, self.read_chunks())))
+
+    def prepare(self) -> None:
+        """Have a buffer, every page of it touched."""
+        if not self._buffer:
+            self._buffer = memoryview(bytearray(CHUNK))
 
     def begin_live(self) -> bool:
         """Go to PRE_COPY; a device that was found stopped would begin to run there."""
@@ -237,7 +243,7 @@ class MainlineV2(MigrationProtocol):
         """Close the data fd of a live save."""
         self._end_live()
 
-    def read_live(self, limit: int) -> Iterator[bytes]:
+    def read_live(self, limit: int) -> Iterator[memoryview]:
         """Read to the end that there is for now, ENOMSG or for many drivers 0 bytes, and no more than *limit*."""
         try:
             while limit > 0 and (chunk := self._read(self._live_fd, limit)):
@@ -268,7 +274,7 @@ class MainlineV2(MigrationProtocol):
         size: int = _SIZE.unpack(request)[2]
         return size
 
-    def read_chunks(self) -> Iterator[bytes]:
+    def read_chunks(self) -> Iterator[memoryview]:
         """Go to STOP_COPY, if it is not there from a live save, yield the stream to its end, and go back to STOP."""
         if self._live_fd < 0:
             self._live_fd = self._require_fd(STOP_COPY)
@@ -279,9 +285,12 @@ class MainlineV2(MigrationProtocol):
             self._end_live()
         self._rest(STOP)
 
-    def _read(self, fd: int, limit: int = CHUNK) -> bytes:
+    def _read(self, fd: int, limit: int = CHUNK) -> memoryview:
+        """Read once; what is returned is overwritten by the next call."""
+        if not self._buffer:
+            self.prepare()
         try:
-            return os.read(fd, min(limit, CHUNK))
+            return self._buffer[: os.readv(fd, [self._buffer[:limit]])]
         except OSError as error:
             number = error.errno or 0
             raise DeviceError(

@@ -3,7 +3,10 @@
  * What the same work costs in C: the same requests and the same bytes, without any check of what comes back beyond
  * its errno. Prints one line of "name number" pairs; times are seconds.
  *
- *   reference rfc-save GROUP DEVICE FILE	stop, read the state region, start; then write and sync FILE
+ *   reference rfc-save GROUP DEVICE FILE	stop, fetch the dirty bitmap of 4 GiB, read the state region (timed so far),
+ *					start; then write and sync FILE
+ *   reference rfc-load GROUP DEVICE FILE	stop, write FILE to the state region (timed), start
+ *   reference dirty GROUP DEVICE PAGES		fetch the dirty bitmap of PAGES pages and count them
  *   reference v2-save GROUP DEVICE FILE	stop, copy the stream to FILE, stop again (timed so far), start, sync FILE
  *   reference v2-load GROUP DEVICE FILE	stop, copy FILE to the device, have it loaded (timed so far), start
  *   reference decode BITMAP		count the dirty pages of a bitmap, and find their runs
@@ -25,6 +28,8 @@
 #include <unistd.h>
 
 #define STATUS_SET	_IO(VFIO_TYPE, VFIO_BASE + 14)	/* VFIO_DEVICE_PCI_STATUS_SET of the 2017 RFC */
+#define GET_DIRTY	_IO(VFIO_TYPE, VFIO_BASE + 15)	/* VFIO_DEVICE_PCI_GET_DIRTY_BITMAP */
+#define DIRTY_PAGES	(1 << 20)			/* of one request */
 #define STATE_REGION	9
 #define CHUNK		(1 << 20)
 #define PAGE		4096
@@ -91,28 +96,88 @@ static void set_status(int device, uint32_t flags)
 		err(1, "status");
 }
 
-static void rfc_save(int device, const char *file)
+struct dirty {
+	uint64_t address;
+	uint64_t pages;
+	uint64_t bits[DIRTY_PAGES / 64 + 1];		/* the kernel copies one word more than it needs */
+};
+
+static unsigned long long fetch_dirty(int device, struct dirty *dirty, uint64_t page, uint64_t count)
+{
+	unsigned long long pages = 0;
+
+	memset(dirty->bits, 0, (count + 63) / 64 * 8);
+	dirty->address = page * PAGE;
+	dirty->pages = count;
+	if (ioctl(device, GET_DIRTY, dirty))
+		err(1, "dirty bitmap");
+	for (uint64_t at = 0; at < (count + 63) / 64; at++)
+		pages += __builtin_popcountll(dirty->bits[at]);
+	return pages;
+}
+
+static void dirty(int device, uint64_t total)
+{
+	struct dirty *request = take(sizeof(*request));
+	unsigned long long pages = 0;
+	double began = now();
+
+	for (uint64_t at = 0; at < total; at += DIRTY_PAGES)
+		pages += fetch_dirty(device, request, at, total - at < DIRTY_PAGES ? total - at : DIRTY_PAGES);
+	printf("fetch %.6f pages %llu\n", now() - began, pages);
+}
+
+static struct vfio_region_info state_region(int device)
 {
 	struct vfio_region_info info = { .argsz = sizeof(info), .index = STATE_REGION };
-	double began, stopped;
-	char *state;
-	int out = create(file);
-	uint32_t size;
 
 	if (ioctl(device, VFIO_DEVICE_GET_REGION_INFO, &info))
 		err(1, "region");
-	state = take(info.size);
+	return info;
+}
+
+static void rfc_save(int device, const char *file)
+{
+	struct vfio_region_info info = state_region(device);
+	struct dirty *request = take(sizeof(*request));
+	double began, read_time, stopped;
+	char *state = take(info.size);
+	int out = create(file);
+	uint32_t size;
+
 	memset(state, 0, info.size);
+	memset(request, 0, sizeof(*request));
 	began = now();
 	set_status(device, 1);
+	fetch_dirty(device, request, 0, DIRTY_PAGES);
+	read_time = now();
 	if (pread(device, state, info.size, info.offset) != (ssize_t)info.size)
 		err(1, "state");
+	read_time = now() - read_time;
 	set_status(device, 2);
 	stopped = now() - began;
 	memcpy(&size, state + 12, sizeof(size));	/* data_size of the HEAD record */
 	write_all(out, state, size);
 	fsync(out);
-	printf("stopped %.6f total %.6f bytes %u\n", stopped, now() - began, size);
+	printf("stopped %.6f read %.6f total %.6f bytes %u\n", stopped, read_time, now() - began, size);
+}
+
+static void rfc_load(int device, const char *file)
+{
+	struct vfio_region_info info = state_region(device);
+	char *state = take(info.size);
+	int in = open(file, O_RDONLY);
+	double began;
+
+	memset(state, 0, info.size);
+	if (in < 0 || read(in, state, info.size) <= 0)
+		err(1, "%s", file);
+	set_status(device, 1);
+	began = now();
+	if (pwrite(device, state, info.size, info.offset) != (ssize_t)info.size)
+		err(1, "state");
+	printf("write %.6f\n", now() - began);
+	set_status(device, 2);
 }
 
 static int set_state(int device, uint32_t state)
@@ -244,6 +309,10 @@ int main(int argc, char **argv)
 
 	if (argc == 5 && !strcmp(what, "rfc-save"))
 		rfc_save(open_device(argv[2], argv[3]), argv[4]);
+	else if (argc == 5 && !strcmp(what, "rfc-load"))
+		rfc_load(open_device(argv[2], argv[3]), argv[4]);
+	else if (argc == 5 && !strcmp(what, "dirty"))
+		dirty(open_device(argv[2], argv[3]), strtoull(argv[4], NULL, 10));
 	else if (argc == 5 && !strcmp(what, "v2-save"))
 		v2_save(open_device(argv[2], argv[3]), argv[4]);
 	else if (argc == 5 && !strcmp(what, "v2-load"))

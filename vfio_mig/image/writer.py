@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: MIT
+"""Writes an archive, front to back; :mod:`vfio_mig.image.layout` specifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from vfio_mig.image import tar
+from vfio_mig.image.files import host_error
+from vfio_mig.image.layout import (
+    ADDRESS_END,
+    CHUNK,
+    FORMAT,
+    KINDS,
+    PAGE,
+    VERSION,
+    ZERO_RANGES,
+    Buffer,
+    Member,
+    canonical,
+    dirty_problem,
+    index,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from vfio_mig.errors import HostError
+    from vfio_mig.image.digests import Digests
+
+
+class ArchiveWriter:
+    """Write an archive to a file or pipe, front to back. Not complete before :meth:`finish`; never closes the file.
+
+    :param file: where to; nothing is read back.
+    :param header: what ``header.json`` says beside format and version; values that JSON can carry.
+    :param digests: takes the digests of a streamed state beside the job; if it can read *file*, which is empty then,
+        nothing of the state is kept in memory, and no digest is waited for before :meth:`finish`.
+    :raises HostError: a write failed; what is in the file is no archive.
+    """
+
+    def __init__(self, file: BinaryIO, header: Mapping[str, Any], digests: Digests | None = None) -> None:
+        self._file = file
+        self._digests = digests
+        self._at = 0
+        self._mtime = int(time.time())
+        self._members: list[tuple[Member, Callable[[], str] | None]] = []
+        self._counts = dict.fromkeys(KINDS, 0)
+        self._finished = False
+        self._ranges: list[list[int]] = []
+        self._content = bytearray()
+        self._put("header.json", [canonical({**header, "format": FORMAT, "version": VERSION})])
+
+    def add_state(self, chunks: Buffer | Iterable[Buffer]) -> int:
+        """Append device state, in pieces of any size; may be called again. Returns the bytes added.
+
+        A piece is done with before the next one is asked for, so its buffer may be used again.
+        """
+        if isinstance(chunks, bytes | bytearray | memoryview):
+            view = memoryview(chunks).cast("B")
+            for at in range(0, len(view), CHUNK):
+                self._put(self._next("state"), [view[at : at + CHUNK]])
+            return len(view)
+        views = (memoryview(chunk).cast("B") for chunk in chunks)
+        return self._gather(views) if self._digests is None or self._digests.fd is None else self._stream(views)
+
+    def _gather(self, chunks: Iterable[memoryview]) -> int:
+        """Gather members in memory, as a member's size stands in front of it: what a pipe needs."""
+        total = filled = 0
+        # One is filled while the digest of the other is taken
+        buffers = [memoryview(bytearray(CHUNK)) for _ in range(1 if self._digests is None else 2)]
+        for chunk in chunks:
+            view = chunk
+            total += len(view)
+            while view:
+                piece = view[: CHUNK - filled]
+                buffers[0][filled : filled + len(piece)] = piece
+                filled, view = filled + len(piece), view[len(piece) :]
+                if filled == CHUNK:
+                    self._put_state(buffers[0])
+                    buffers.reverse()
+                    filled = 0
+        if filled:
+            self._put_state(buffers[0][:filled])
+        return total
+
+    def _put_state(self, content: memoryview) -> None:
+        """Write a state member, after the digest of the one before: its buffer is to be used again."""
+        if self._digests is None:
+            self._put(self._next("state"), [content])
+            return
+        self._settle()
+        name = self._next("state")
+        self._begin(name, len(content))
+        digest = self._digests.of_memory(content)
+        self._write(content)
+        self._pad()
+        self._members.append((Member(name, len(content), "", 0, {}), digest))
+
+    def _settle(self) -> None:
+        """Wait for the digest of the last member."""
+        member, digest = self._members[-1]
+        if digest is not None:
+            self._members[-1] = (member._replace(sha256=digest()), None)
+
+    def _stream(self, chunks: Iterable[memoryview]) -> int:
+        """Write members as they come: a size is put right, and a digest taken, when they are in the file."""
+        total = filled = start = 0
+        name = ""
+        for chunk in chunks:
+            view = chunk
+            total += len(view)
+            while view:
+                if not filled:
+                    name, start = self._next("state"), self._at
+                    self._begin(name, CHUNK)
+                piece = view[: CHUNK - filled]
+                self._write(piece)
+                filled, view = filled + len(piece), view[len(piece) :]
+                if filled == CHUNK:
+                    self._end_streamed(name, start, filled)
+                    filled = 0
+        if filled:
+            self._end_streamed(name, start, filled)
+        return total
+
+    def _end_streamed(self, name: str, start: int, size: int) -> None:
+        assert self._digests is not None  # noqa: S101 -- for the type checker
+        assert self._digests.fd is not None  # noqa: S101 -- for the type checker
+        self._pad()
+        try:
+            self._file.flush()
+            if size < CHUNK:
+                os.pwrite(self._digests.fd, tar.header(name, size, self._mtime), start)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._members.append((Member(name, size, "", 0, {}), self._digests.of_file(start + tar.BLOCK, size)))
+
+    def add_dirty(self, start_page: int, nr_pages: int, bitmap: Buffer) -> None:
+        """Append the dirty bitmap of *nr_pages* pages from *start_page* on: ceil(nr_pages / 8) bytes."""
+        problem = dirty_problem(start_page, nr_pages, bitmap)
+        if problem:
+            raise ValueError(problem)
+        self._add("dirty", [bitmap], start_page=start_page, nr_pages=nr_pages)
+
+    def add_pages(self, pages: Iterable[tuple[int, Buffer]]) -> int:
+        """Append guest memory: (guest-physical address, content), both whole pages. Returns the bytes added.
+
+        A buffer is copied before the next one is asked for, so it may be used again.
+        """
+        total = sum(self.put_pages(gpa, buffer) for gpa, buffer in pages)
+        self.flush_pages()
+        return total
+
+    def put_pages(self, gpa: int, buffer: Buffer) -> int:
+        """Append one piece of guest memory; it may wait for more until :meth:`flush_pages`. Returns its bytes."""
+        view = memoryview(buffer).cast("B")
+        size = len(view)
+        if gpa % PAGE or size % PAGE or not 0 <= gpa <= ADDRESS_END - size:
+            raise ValueError(f"no whole pages: {size} bytes at {gpa:#x}")
+        while view:
+            piece = view[: CHUNK - len(self._content)]
+            if self._ranges and sum(self._ranges[-1]) == gpa:
+                self._ranges[-1][1] += len(piece)
+            else:
+                self._ranges.append([gpa, len(piece)])
+            self._content += piece
+            gpa, view = gpa + len(piece), view[len(piece) :]
+            if len(self._content) == CHUNK:
+                self.flush_pages()
+        return size
+
+    def flush_pages(self) -> None:
+        """Write the guest memory that waits."""
+        if self._ranges:
+            self._add("pages", [index(self._ranges), self._content])
+            self._ranges, self._content = [], bytearray()
+
+    def add_zero(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Append guest memory that is all zero: (guest-physical address, bytes), whole pages. Returns the bytes."""
+        total = 0
+        merged: list[list[int]] = []
+        for gpa, size in ranges:
+            if gpa % PAGE or size % PAGE or size <= 0 or not 0 <= gpa <= ADDRESS_END - size:
+                raise ValueError(f"no whole pages: {size} bytes at {gpa:#x}")
+            total += size
+            if merged and sum(merged[-1]) == gpa:
+                merged[-1][1] += size
+                continue
+            if len(merged) == ZERO_RANGES:
+                self._add("zero", [index(merged)])
+                merged = []
+            merged.append([gpa, size])
+        if merged:
+            self._add("zero", [index(merged)])
+        return total
+
+    def finish(self, statistics: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write manifest and end, and return the manifest. After this the archive is whole (flush is the caller's)."""
+        self.flush_pages()
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "members": [_entry(*member) for member in self._members],
+            "statistics": dict(statistics or {}),
+        }
+        manifest["sha256"] = hashlib.sha256(canonical(manifest)).hexdigest()
+        self._put("manifest.json", [canonical(manifest)])
+        self._write(tar.END)
+        self._finished = True
+        return manifest
+
+    def _add(self, kind: str, parts: list[Buffer], **extra: int) -> None:
+        self._put(self._next(kind), parts, **extra)
+
+    def _next(self, kind: str) -> str:
+        """Return the name of a kind's next member."""
+        number = self._counts[kind]
+        self._counts[kind] += 1
+        return f"{kind}/{number:04d}"
+
+    def _put(self, name: str, parts: list[Buffer], **extra: int) -> None:
+        size = sum(len(part) for part in parts)
+        digest = hashlib.sha256()
+        self._begin(name, size)
+        for part in parts:
+            self._write(part)
+            digest.update(part)
+        self._pad()
+        self._members.append((Member(name, size, digest.hexdigest(), 0, extra), None))
+
+    def _begin(self, name: str, size: int) -> None:
+        if self._finished:
+            raise ValueError("the archive is finished")
+        self._write(tar.header(name, size, self._mtime))
+
+    def _pad(self) -> None:
+        self._write(bytes(tar.padding(self._at)))
+
+    def _write(self, data: Buffer) -> None:
+        try:
+            view = memoryview(data)
+            self._at += len(view)
+            while view:
+                # A raw (unbuffered) stream may take a part, or None when it would block.
+                written = self._file.write(view) or 0
+                view = view[written:]
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> HostError:
+        return host_error("cannot write", str(getattr(self._file, "name", "output")), error)
+
+
+def _entry(member: Member, digest: Callable[[], str] | None) -> dict[str, Any]:
+    """Return the manifest's words for a member, whose digest may have to be waited for."""
+    return (member if digest is None else member._replace(sha256=digest())).entry()
