@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, BinaryIO, Final, Self, cast
 
@@ -34,8 +34,9 @@ _SPOOL_IN_MEMORY: Final = 8 << 20
 class Archive:
     """A whole archive: every member was there and matched its SHA-256 when :func:`read_archive` returned.
 
-    Contents are read again from the file and checked again (ImageError if it changed meanwhile), so the file must
-    stay open; or from the copy that was made of a pipe. A context manager, which owns that copy and not the file.
+    Contents are read again from the file and, unless it is known to be the same, checked again (ImageError if it
+    changed meanwhile), so the file must stay open; or from the copy that was made of a pipe. A context manager, which
+    owns that copy and not the file.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class Archive:
         self.header = header
         self.members = members
         self.manifest = manifest
+        self.is_frozen: Callable[[], bool] = lambda: False
+        """Whether nobody can have changed the file since the reader began; the reader sets it."""
         self.mtime = 0
         """The time in every member's tar header, seconds since 1970; the reader sets it."""
 
@@ -122,16 +125,18 @@ class Archive:
             raise host_error("cannot read", _name_of(self._source), error) from error
         content = _read(self._source, member.size)
         # A file may be changed by others meanwhile; the copy of a pipe has no name, and is nobody's but ours
-        if self._spool is None and hashlib.sha256(content).hexdigest() != member.sha256:
+        is_safe = self._spool is not None or self.is_frozen()
+        if not is_safe and hashlib.sha256(content).hexdigest() != member.sha256:
             raise ImageError(f"{member.name}: the file has changed while it was used")
         return content
 
 
-def read_archive(file: BinaryIO, *, alone: bool = True) -> Archive:
+def read_archive(file: BinaryIO, *, alone: bool = True, is_frozen: Callable[[], bool] = lambda: False) -> Archive:
     """Read a whole archive and verify it: format, order, names, sizes, every member's SHA-256, nothing behind it.
 
     :param file: a file, read from where it stands, or a pipe, which is copied to an unnamed temporary file.
     :param alone: whether the file must end behind the archive; otherwise it is read exactly so far.
+    :param is_frozen: asked after each later read: whether nobody can have changed the file since this function began.
     :raises ImageError: anything is wrong; the message names the member or the byte offset.
     :raises HostError: reading failed, or there is no room for the copy of a pipe.
     """
@@ -141,7 +146,7 @@ def read_archive(file: BinaryIO, *, alone: bool = True) -> Archive:
 
         spool = cast("BinaryIO", tempfile.SpooledTemporaryFile(_SPOOL_IN_MEMORY))  # noqa: SIM115 -- Archive closes it
     try:
-        return _Reader(file, spool, alone=alone).read()
+        return _Reader(file, spool, alone=alone, is_frozen=is_frozen).read()
     except BaseException:
         if spool is not None:
             with suppress(OSError):  # what it could not write is not wanted any more
@@ -172,8 +177,9 @@ def _read(file: BinaryIO, size: int) -> bytes:
 class _Reader:
     """One pass over an archive."""
 
-    def __init__(self, file: BinaryIO, spool: BinaryIO | None, *, alone: bool) -> None:
+    def __init__(self, file: BinaryIO, spool: BinaryIO | None, *, alone: bool, is_frozen: Callable[[], bool]) -> None:
         self.file = file
+        self.is_frozen = is_frozen
         self.alone = alone
         self.spool = spool
         self.base = file.tell() if spool is None else 0
@@ -197,6 +203,7 @@ class _Reader:
             members.append(member)
         manifest = _load_manifest(content)
         archive = Archive(self.file, header, _match(members, manifest["members"]), manifest, self.spool)
+        archive.is_frozen = self.is_frozen
         archive.mtime = self.mtime or 0
         self._check_end()
         for bitmap in archive.dirty():

@@ -48,7 +48,7 @@ class Image(NamedTuple):
             from vfio_mig.image.layout import CHUNK as MEMBER
             from vfio_mig.threads import ahead
 
-            # A member is read and verified once more, which takes longer than to load it
+            # A member is read once more, and as a rule verified, which may take longer than to load it
             chunks = self.archive.state_chunks()
             yield from ahead(chunks) if self.archive.state_size > MEMBER else chunks
         elif self.bare is not None:
@@ -109,6 +109,7 @@ def read_image(stream: BinaryIO, limit: int | None, *, raw: bool = False, alone:
     :param alone: whether the stream must end behind the image.
     :raises ImageError: it is not whole, or a raw state is longer than *limit*.
     """
+    from vfio_mig.host.lease import Lease
     from vfio_mig.image.archive import read_archive
 
     if raw and limit is None:
@@ -120,7 +121,8 @@ def read_image(stream: BinaryIO, limit: int | None, *, raw: bool = False, alone:
     elif raw:
         yield Image(_read_raw(stream, limit or 0), None)
     else:
-        with read_archive(stream, alone=alone) as archive:
+        is_frozen = Lease(stream.fileno()).holds if stream.seekable() else lambda: False
+        with read_archive(stream, alone=alone, is_frozen=is_frozen) as archive:
             if limit is None:
                 import vfio_mig.threads  # noqa: F401 -- before the device is stopped
             is_small = limit is not None and archive.state_size <= limit
