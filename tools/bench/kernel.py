@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What needs the kernel: saving and restoring the sample device, against C, in the VM."""
+"""What needs the kernel: saving and restoring the sample device, asking it for dirty pages; against C, in the VM."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tests.vm import host
-from tools.bench.native import build, said
-from tools.bench.table import Row, alternate, excess, ratio, show
+from tools.bench.native import SIZES, build, said
+from tools.bench.table import RUNS, Row, alternate, excess, ratio, show
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+GIB: Final = 1 << 30
 MIB: Final = 1 << 20
-STREAMS: Final = (64,)
+PAGE: Final = 4096
+STREAMS: Final = ((64, RUNS), (1024, 1))
+"""MiB of state, and how often: a GiB takes minutes under emulation."""
 OWN_MS: Final = 5
 THROUGHPUT: Final = 0.9
+DIRECTORY: Final = "/dev/shm"  # noqa: S108 -- a name of our own in it; the VM's disk is a file system of its own kind
 
 
 class Ours:
@@ -34,61 +38,90 @@ class Ours:
         self._program: Final = program
         self.peak = 0
 
-    def run(self, *words: str | Path) -> dict[str, Any]:
-        """Return the report of one run."""
-        with tempfile.TemporaryFile() as out:
-            process = subprocess.Popen([self._program, "--json", *words], stdout=out)
+    def run(self, *words: str | Path, to: str | None = None) -> dict[str, Any]:
+        """Return the report of one run.
+
+        :param to: where the image goes that is written to standard output; there is no report then.
+        """
+        with tempfile.TemporaryFile() as out, open(to or os.devnull, "wb") as sink:  # noqa: PTH123 -- /dev/null, as a rule
+            process = subprocess.Popen(
+                [self._program, "-q", "--json", *words], stdout=sink if to else out, stderr=subprocess.DEVNULL
+            )
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:
                 sys.exit(f"vfio-mig {words[0]} failed")
             self.peak = max(self.peak, usage.ru_maxrss * 1024)
             out.seek(0)
-            report: dict[str, Any] = json.loads(out.read())
+            report: dict[str, Any] = {} if to else json.loads(out.read())
             return report
 
 
-def rfc_rows(program: Path, directory: Path) -> Iterator[Row]:
-    """Compare how long a vGPU stands still."""
-    ours = Ours()
+class Sides(NamedTuple):
+    """Both programs, and a directory for what they write."""
+
+    ours: Ours
+    program: Path
+    directory: Path
+
+    def pair(
+        self, vgpu: host.Instance, words: tuple[str, ...], key: str, its_words: tuple[str, ...], its_key: str
+    ) -> tuple[Callable[[], float], Callable[[], float]]:
+        """Return what runs ``vfio-mig`` and the reference, and gives a figure of what each one says."""
+        return (
+            lambda: float(self.ours.run(words[0], vgpu.uuid, *words[1:])[key]),
+            lambda: said(self.program, its_words[0], str(vgpu.group), vgpu.uuid, *its_words[1:])[its_key],
+        )
+
+
+def rfc_rows(sides: Sides) -> Iterator[Row]:
+    """Compare how long a vGPU stands still, and the way of its state."""
+    image, raw = str(sides.directory / "image"), str(sides.directory / "raw")
+    save, its_save = ("save", image, "--leave-running", "--force"), ("rfc-save", raw)
     with host.instance() as vgpu:
-        image, raw = directory / "image", directory / "raw"
+        pairs = alternate(*sides.pair(vgpu, save, "stopped_time", its_save, "stopped"))
+        size = Path(raw).stat().st_size
+        yield excess("RFC: stopped during a save", pairs, OWN_MS, f"{size} bytes of state")
+        pairs = alternate(*sides.pair(vgpu, save, "state_read_time", its_save, "read"))
+        yield ratio("RFC: read the state", "s", pairs)
+        pairs = alternate(
+            *sides.pair(vgpu, ("restore", image, "--start"), "state_write_time", ("rfc-load", raw), "write")
+        )
+        yield ratio("RFC: write the state", "s", pairs)
 
-        def save() -> float:
-            return float(ours.run("save", vgpu.uuid, image, "--leave-running", "--force")["stopped_time"])
 
-        pairs = alternate(save, lambda: said(program, "rfc-save", str(vgpu.group), vgpu.uuid, raw)["stopped"])
-        yield excess("RFC: stopped during a save", pairs, OWN_MS, f"{raw.stat().st_size} bytes of state")
+def dirty_rows(sides: Sides) -> Iterator[Row]:
+    """Compare fetching and counting the dirty bitmap of ever more address space, of which little is dirty."""
+    with host.instance() as vgpu:
+        for gib, size in SIZES:
+            pages = gib * GIB // PAGE
+            words = ("dirty", "--range", f"0+{gib << 30}")
+            pairs = alternate(*sides.pair(vgpu, words, "bitmap_time", ("dirty", str(pages)), "fetch"))
+            yield ratio(f"RFC: fetch dirty bitmap, {size}", "s", pairs)
 
 
-def v2_rows(program: Path, directory: Path, mib: int) -> Iterator[Row]:
+def v2_rows(sides: Sides, mib: int, runs: int) -> Iterator[Row]:
     """Compare a stream's way into a file and back; ours with SHA-256 of every byte."""
-    ours = Ours()
+    image, raw = str(sides.directory / "image"), str(sides.directory / "raw")
+    most = 1 / THROUGHPUT
     with host.loaded(v2=7, migratable=0), host.instance() as vgpu:
         (vgpu.debugfs / "v2_extra_bytes").write_text(str(mib * MIB))
-        image, raw = directory / "image", directory / "raw"
-
-        def save() -> float:
-            return float(ours.run("save", vgpu.uuid, image, "--leave-running", "--force")["state_read_time"])
-
-        # The pass that verifies the whole image comes before the device is stopped, and is not in this figure
-        def restore() -> float:
-            return float(ours.run("restore", vgpu.uuid, image, "--start")["state_write_time"])
-
-        most = 1 / THROUGHPUT
-        pairs = alternate(save, lambda: said(program, "v2-save", str(vgpu.group), vgpu.uuid, raw)["read"])
+        # Digests are taken, and the image is verified, outside of what these times are of
+        words = ("save", image, "--leave-running", "--force")
+        pairs = alternate(*sides.pair(vgpu, words, "state_read_time", ("v2-save", raw), "read"), runs)
         yield ratio(f"v2: {mib} MiB, device to file", "s", pairs, most)
-        pairs = alternate(restore, lambda: said(program, "v2-load", str(vgpu.group), vgpu.uuid, raw)["write"])
-        yield ratio(f"v2: {mib} MiB, file to device", "s", pairs, most, f"peak {ours.peak // MIB} MiB resident")
+        load = ("restore", image, "--start")
+        pairs = alternate(*sides.pair(vgpu, load, "state_write_time", ("v2-load", raw), "write"), runs)
+        yield ratio(f"v2: {mib} MiB, file to device", "s", pairs, most, f"peak {sides.ours.peak // MIB} MiB resident")
 
 
 def measure() -> list[Row]:
     """Measure everything that needs the kernel, and print it."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=DIRECTORY) as name:
         directory = Path(name)
-        program = build(directory)
-        rows = list(rfc_rows(program, directory))
-        for mib in STREAMS:
-            rows += v2_rows(program, directory, mib)
+        sides = Sides(Ours(), build(directory), directory)
+        rows = [*rfc_rows(sides), *dirty_rows(sides)]
+        for mib, runs in STREAMS:
+            rows += v2_rows(sides, mib, runs)
     show(rows, f"In the VM, Linux {os.uname().release}, the sample device; an emulated CPU")
     return rows

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What needs no kernel: decoding dirty bitmaps and copying pages, against C, on this machine."""
+"""What needs no kernel: own time while stopped, dirty bitmaps, copying pages; against C, on this machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tools.bench.table import Row, alternate, ratio, show
+from tools.bench.window import window_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 SOURCE: Final = Path(__file__).with_name("c") / "reference.c"
 PAGE: Final = 4096
@@ -22,6 +23,7 @@ GIB: Final = 1 << 30
 SIZES: Final = ((1, "1 GiB"), (64, "64 GiB"), (1024, "1 TiB"))
 DENSITIES: Final = (0.001, 0.1, 0.9)
 COPY_PAGES: Final = 1 << 16
+COPIES: Final = ((0.5, "in scattered pages"), (0.999, "nearly all dirty"))
 
 
 def build(directory: Path) -> Path:
@@ -112,21 +114,22 @@ def decode_rows(program: Path, directory: Path) -> list[Row]:
     return rows
 
 
-def copy_rows(program: Path, directory: Path) -> list[Row]:
-    """Copy the dirty half of 256 MiB into a sparse file."""
+def copy_rows(program: Path, directory: Path) -> Iterator[Row]:
+    """Copy dirty pages of 256 MiB into a sparse file: in very short runs, and in long ones."""
     import numpy as np
 
     rng = np.random.default_rng(2)
-    bits = rng.random(COPY_PAGES) < 0.5  # noqa: PLR2004 -- half of them
-    bitmap = np.packbits(bits, bitorder="little").tobytes()
     memory = directory / "memory"
     memory.write_bytes(rng.bytes(COPY_PAGES * PAGE))
-    (directory / "bits").write_bytes(bitmap)
-    reference = lambda: said(program, "copy", memory, directory / "target", directory / "bits")["total"]  # noqa: E731
-    pairs = alternate(_copier(memory, bitmap, directory / "copy"), reference)
-    rate = int(bits.sum()) * PAGE / 1e6
-    row = ratio("sync 128 MiB in scattered pages", "s", pairs, 1 / 0.8)
-    return [row._replace(note=f"{rate / row.ours:.0f} and {rate / row.reference:.0f} MB/s")]
+    file = directory / "bits"
+    for density, name in COPIES:
+        bits = rng.random(COPY_PAGES) < density
+        file.write_bytes(np.packbits(bits, bitorder="little").tobytes())
+        reference = lambda: said(program, "copy", memory, directory / "target", file)["total"]  # noqa: E731
+        pairs = alternate(_copier(memory, file.read_bytes(), directory / "copy"), reference)
+        size = int(bits.sum()) * PAGE / 1e6
+        row = ratio(f"sync {size / 1.048576:.0f} MiB {name}", "s", pairs, 1 / 0.8)
+        yield row._replace(note=f"{size / row.ours:.0f} and {size / row.reference:.0f} MB/s")
 
 
 def _copier(memory: Path, bitmap: bytes, target: Path, pages: int = COPY_PAGES) -> Callable[[], float]:
@@ -155,6 +158,10 @@ def measure() -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         program = build(directory)
-        rows = [*decode_rows(program, directory), *copy_rows(program, directory)]
-    show(rows, "On this machine, no VM: dirty bitmaps and pages")
+        rows = [
+            *window_rows(lambda region: said(program, "window", region)["stopped"], directory),
+            *decode_rows(program, directory),
+            *copy_rows(program, directory),
+        ]
+    show(rows, "On this machine, no VM")
     return rows

@@ -20,6 +20,7 @@ ROUNDS_LIVE: Final = 30
 """The same where a downtime is asked for, and the rounds may take their time."""
 
 _ZERO_PAGE: Final = bytes(PAGE)
+_FEW: Final = 16 * PAGE
 
 
 class Round(NamedTuple):
@@ -138,8 +139,8 @@ class SparseFile:
 
 def zero_runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
     """Yield the runs of whole pages that are all zero, or are not: (first page in *view*, pages, all zero)."""
-    if len(view) == PAGE:  # scattered pages come one by one, and numpy's set-up would cost more than the look
-        yield 0, 1, bytes(view) == _ZERO_PAGE
+    if len(view) <= _FEW:
+        yield from _short_zero_runs(view)
         return
 
     import numpy as np
@@ -150,6 +151,20 @@ def zero_runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
     for start, end in pairwise(edges):
         if start < end:
             yield start, end - start, bool(zero[start])
+
+
+def _short_zero_runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
+    """Do so page by page: scattered pages come in short runs, and numpy's set-up would cost more than the look."""
+    begin, was_zero, end = 0, False, len(view) // PAGE
+    for page in range(end):
+        # memoryviews are compared item by item, bytes at once
+        is_zero = bytes(view[page * PAGE : (page + 1) * PAGE]) == _ZERO_PAGE
+        if page and is_zero != was_zero:
+            yield begin, page - begin, was_zero
+            begin = page
+        was_zero = is_zero
+    if end:
+        yield begin, end - begin, was_zero
 
 
 class Copy:

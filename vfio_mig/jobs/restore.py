@@ -144,6 +144,7 @@ class _Target:
             self.warnings.append(NOT_HELD)
         if not self._force:
             _require_own(session)
+        session.protocol.prepare()
         self._rollback = stack.enter_context(Rollback())
         point(JOB, "verified", session)
 

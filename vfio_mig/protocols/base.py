@@ -117,7 +117,7 @@ class MigrationProtocol(ABC):
         self.require_rest()
 
     def prepare(self) -> None:  # noqa: B027 -- as a rule there is nothing to do
-        """Do what reading the state needs and what need not wait for the stop; the device runs."""
+        """Do what reading or loading the state needs and what need not wait for the stop; the device runs."""
 
     def begin_live(self) -> bool:
         """Begin to save the state of the running device; False when it does not run, and there is nothing to begin.

@@ -68,12 +68,16 @@ class GvtRfc(MigrationProtocol):
         if self._buffer is None:
             self._buffer = bytearray(self._region.size)
 
-    def read_state(self) -> memoryview:
-        """Read the whole region in one call, as each call is a snapshot of its own, and cut it at its data_size."""
+    def _take_buffer(self) -> bytearray:
+        """Return the prepared memory, all zeros: each state has its own."""
         self.prepare()
-        # Each state has a buffer of its own, which is the caller's from now on
         buffer, self._buffer = self._buffer, None
         assert buffer is not None  # noqa: S101 -- for the type checker
+        return buffer
+
+    def read_state(self) -> memoryview:
+        """Read the whole region in one call, as each call is a snapshot of its own, and cut it at its data_size."""
+        buffer = self._take_buffer()
         whole = memoryview(buffer)
         try:
             self.device.pread_into(self._region, 0, buffer)
@@ -92,7 +96,7 @@ class GvtRfc(MigrationProtocol):
         """Write the whole region in one call; zeros behind the state, as the kernel reads on until it finds some."""
         if len(state) > self.state_size_max:
             raise ValueError(f"{len(state)} bytes do not fit into {self._region.size}")
-        whole = bytearray(self._region.size)
+        whole = self._take_buffer()
         whole[: len(state)] = state
         self.device.pwrite(self._region, 0, whole)
 

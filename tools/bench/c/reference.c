@@ -6,6 +6,7 @@
  *   reference rfc-save GROUP DEVICE FILE	stop, fetch the dirty bitmap of 4 GiB, read the state region (timed so far),
  *					start; then write and sync FILE
  *   reference rfc-load GROUP DEVICE FILE	stop, write FILE to the state region (timed), start
+ *   reference window FILE			what rfc-save does while the device is stopped, with FILE for a region
  *   reference dirty GROUP DEVICE PAGES		fetch the dirty bitmap of PAGES pages and count them
  *   reference v2-save GROUP DEVICE FILE	stop, copy the stream to FILE, stop again (timed so far), start, sync FILE
  *   reference v2-load GROUP DEVICE FILE	stop, copy FILE to the device, have it loaded (timed so far), start
@@ -180,6 +181,28 @@ static void rfc_load(int device, const char *file)
 	set_status(device, 2);
 }
 
+static void window(const char *path)
+{
+	struct dirty *request = take(sizeof(*request));
+	unsigned long long pages = 0;
+	struct stat status;
+	int fd = open(path, O_RDONLY);
+	char *state;
+	double began;
+
+	if (fd < 0 || fstat(fd, &status))
+		err(1, "%s", path);
+	state = take(status.st_size);
+	memset(state, 0, status.st_size);
+	memset(request, 0, sizeof(*request));
+	began = now();
+	for (int at = 0; at < DIRTY_PAGES / 64; at++)
+		pages += __builtin_popcountll(request->bits[at]);
+	if (pread(fd, state, status.st_size, 0) != status.st_size)
+		err(1, "%s", path);
+	printf("stopped %.6f pages %llu\n", now() - began, pages);
+}
+
 static int set_state(int device, uint32_t state)
 {
 	uint64_t buffer[2];
@@ -317,6 +340,8 @@ int main(int argc, char **argv)
 		v2_save(open_device(argv[2], argv[3]), argv[4]);
 	else if (argc == 5 && !strcmp(what, "v2-load"))
 		v2_load(open_device(argv[2], argv[3]), argv[4]);
+	else if (argc == 3 && !strcmp(what, "window"))
+		window(argv[2]);
 	else if (argc == 3 && !strcmp(what, "decode"))
 		decode(argv[2]);
 	else if (argc == 5 && !strcmp(what, "copy"))
