@@ -1,2 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Programs for developing and testing; no part of the installed package."""
+"""Programs for developing and testing; no part of the installed package.
+
+================  ===================================================================================
+``vm``            the VM runner: ``scripts/vm``
+``kmod``          the sample driver, a kernel module for that VM: tools/kmod/README.md
+``demo``          ``scripts/demo``
+``qemu_host``     ``scripts/qemu-save``, ``scripts/qemu-restore``: the one that is for real hosts
+``pair``          ``scripts/pair``, a migration between two VMs
+``faults``        ``scripts/faults``, each fault on each job
+``fuzz``          ``scripts/fuzz``
+``bench``         ``scripts/bench``
+``gen_uapi``      makes ``vfio_mig/uapi/_generated.py`` of ``cdefs/``
+``uapi_diff``     shows how two ``vfio.h`` differ
+``man``           makes ``man/`` of the commands' help
+``conform_table`` makes the tables of docs/conform.md
+================  ===================================================================================
+"""

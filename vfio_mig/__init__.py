@@ -11,6 +11,12 @@ What the command line does, as functions; each returns a report (a named tuple) 
     report = vfio_mig.save("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "gpu.vfm", leave_running=True)
 
 Names are imported when they are first used, so ``import vfio_mig`` costs nothing.
+
+Rooms, from the top down; each imports from those below it only, and its own docstring says what is in it:
+``cli`` (parses and prints), ``conform`` (checks of a driver), ``jobs`` (whole jobs with rollback), ``protocols`` (how a
+family of devices is stopped, read and loaded), ``host`` (finding and opening devices), ``device`` (an open one),
+``pictures``, ``image`` and ``dirty`` (bytes and files alone, no device), ``uapi`` (the kernel's words). Everywhere:
+``errors``, ``interrupts`` (signals), ``threads``. docs/concepts.md says what the words mean.
 """
 
 from typing import TYPE_CHECKING, Any

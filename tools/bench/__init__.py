@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Benchmarks: ours against a reference, alternately in the same run, medians and ratios."""
+"""Benchmarks: ours against a reference, alternately in the same run, medians and ratios.
+
+``native`` needs no kernel, ``kernel`` and ``imports`` run in the VM, ``startup`` times the command line; ``table`` is
+what their figures go through. ``c/reference.c`` is the reference.
+"""

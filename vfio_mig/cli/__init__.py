@@ -1,5 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""The command line: parses, calls one job, prints. No ioctls here."""
+"""The command line: parses, calls one job, prints. No ioctls here.
+
+``main`` is the frame: global options, commands loaded when they are called, errors, exit codes. ``output`` is what the
+commands have in common, ``words`` prints decoded states, ``pictures`` is ``--plot``, ``complete`` what shells ask for.
+The others have the commands:
+
+=============  ==================================
+``devices``    ``list``, ``info``
+``control``    ``status``, ``stop``, ``start``, ``reset``, ``state``
+``transfer``   ``dirty``, ``sync``, ``save``, ``restore``
+``migrate``    ``migrate``
+``image``      ``verify``, ``check``, ``pages``
+``inspect``    ``inspect``, ``extract``, ``pack``, ``diff``
+``hold``       ``hold``
+``mdev``       ``mdev types``, ``mdev create``, ``mdev remove``
+``conform``    ``conform``
+``doctor``     ``doctor``
+=============  ==================================
+"""
 
 from vfio_mig.cli.main import main
 

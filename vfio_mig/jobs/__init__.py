@@ -1,2 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Whole jobs with rollback: what the command line and the public API call."""
+"""Whole jobs with rollback: what the command line and the public API call.
+
+- On a device: ``control`` (stop, start, reset, state, status), ``dirty`` (bitmap, sync), ``save``, ``restore``,
+  ``migrate`` (with ``peer``, its other end), ``hold``, ``check`` (does an image fit?).
+- Without one: ``inform`` (list, info), ``doctor``, ``inspect``, ``diff``, ``parts`` (extract, pack), ``pages``.
+- What they are made of: ``session`` (from a name to an open device and its protocol), ``window`` (from the first
+  live round to the start), ``live`` (rounds), ``dirtylog`` (where dirty pages come from), ``together`` (several
+  devices), ``source`` and ``saved`` (images to load, and to look into), ``rollback``, ``steps`` (events and hooks),
+  ``points`` (where tests make a job fail).
+"""

@@ -3,4 +3,8 @@
 
 All of it works on bytes that anybody may have made: sizes are compared with what is there, lists have a bound, and
 what cannot be decoded is said instead of raised.
+
+``streams`` knows a state by its first bytes, and takes streams of protocol v2 apart: begin there to add one. ``gvt`` is
+the RFC's image, with ``gtt`` (page tables), ``registers`` and ``commands`` (queued work) for its parts; ``pci`` a
+configuration space; ``qemu`` finds VFIO devices in a QEMU migration stream. ``section`` is what all of them return.
 """
