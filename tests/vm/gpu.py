@@ -26,7 +26,6 @@ RING_GPR: Final = 0x600
 RESET_REGISTER: Final = 0x941C
 
 MASTER_IRQ: Final = 0x44200
-GT_ISR: Final = 0x44300
 GT_IMR: Final = 0x44304
 GT_IIR: Final = 0x44308
 GT_IER: Final = 0x4430C

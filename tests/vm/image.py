@@ -14,11 +14,8 @@ HEAD_SIZE: Final = 536
 
 # Offsets in every image with a configuration space of 4096 bytes
 CFG_AT: Final = 0x218
-SREG_AT: Final = 0x1220
-VREG_AT: Final = 0x201228
 PVINFO_AT: Final = 0x279230
 FENCES_AT: Final = 0x301230
-TABLE_AT: Final = 0x401230
 
 
 @dataclass(frozen=True)

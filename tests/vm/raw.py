@@ -30,7 +30,6 @@ def _request(number: int) -> int:
     return int(IO(ord(";"), 100 + number))
 
 
-CHECK_EXTENSION: Final = _request(1)
 SET_IOMMU: Final = _request(2)
 GROUP_GET_STATUS: Final = _request(3)
 GROUP_SET_CONTAINER: Final = _request(4)
@@ -49,7 +48,6 @@ GET_DIRTY: Final = _request(15)
 TYPE1V2: Final = 3
 MAP_READ_WRITE: Final = 3
 
-FLAG_RESET: Final = 1 << 0
 FLAG_PCI: Final = 1 << 1
 FLAG_MIGRATABLE: Final = 1 << 5
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.vm import gpu, host
+from tests.vm.raw import DIRTY_START, DIRTY_STOP
 
 if TYPE_CHECKING:
     from tests.vm.raw import Guest
@@ -106,7 +107,7 @@ def test_completion_shows_in_the_context_the_head_register_and_the_status_page(
 
 
 def test_type1_and_the_driver_agree_on_what_is_dirty(guest: Guest, engine: gpu.Engine) -> None:
-    guest.container.dirty_tracking(1)
+    guest.container.dirty_tracking(DIRTY_START)
     gma, iova = guest.bind()
     unbound = guest.page()
     assert engine.run(gpu.store_dword(gma, 5))[1]
@@ -115,7 +116,7 @@ def test_type1_and_the_driver_agree_on_what_is_dirty(guest: Guest, engine: gpu.E
     assert iova in ours
     assert unbound not in ours
     assert theirs == ours == set(guest.instance.pinned())
-    guest.container.dirty_tracking(2)
+    guest.container.dirty_tracking(DIRTY_STOP)
 
 
 # --- what is refused

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tests.vm.conftest import MakeGuest
 
 PAGE = 4096
-Parts = list[tuple[int, bytes]]
 
 
 # --- dirty bitmap

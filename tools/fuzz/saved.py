@@ -56,7 +56,7 @@ def hisi(magic: int = 0xAACCFEEDDECADEDE) -> bytes:
 # QEMU ----------------------------------------------------------------------------------------------------------------
 
 MARK: Final = 0xFFFFFFFFEF100000
-END, CONFIG, SETUP, DATA, INIT_SENT = (MARK + number for number in range(1, 6))
+END, CONFIG, SETUP, DATA = (MARK + number for number in range(1, 5))
 RAM_SIZE, RAM_PAGE, RAM_EOS, RAM_CONTINUE, RAM_ZERO = 0x04, 0x08, 0x10, 0x20, 0x02
 
 

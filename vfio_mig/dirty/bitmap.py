@@ -5,10 +5,9 @@
 Counting needs no numpy, because every save counts; the rest loads it.
 """
 
-import operator
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig.dirty.ranges import PageRange
 
@@ -110,56 +109,3 @@ def _words(bitmap: Buffer, nr_pages: int) -> "NDArray[np.uint64]":
 
     trimmed = trim(bitmap, nr_pages)
     return np.frombuffer(trimmed + bytes(-len(trimmed) % 8), "<u8")
-
-
-def from_ranges(page_ranges: "list[PageRange]", start_page: int, nr_pages: int) -> bytes:
-    """Return the bitmap in which exactly these pages are set; pages outside are left out."""
-    import numpy as np
-
-    bits = np.zeros(nr_pages, np.uint8)
-    for range_ in page_ranges:
-        bits[max(range_.start - start_page, 0) : max(range_.end - start_page, 0)] = 1
-    return np.packbits(bits, bitorder="little").tobytes()
-
-
-def union(one: Buffer, other: Buffer, nr_pages: int) -> bytes:
-    """Return the pages that are in at least one of two bitmaps of the same pages."""
-    return _combine(operator.or_, one, other, nr_pages)
-
-
-def intersection(one: Buffer, other: Buffer, nr_pages: int) -> bytes:
-    """Return the pages that are in both of two bitmaps of the same pages."""
-    return _combine(operator.and_, one, other, nr_pages)
-
-
-def difference(one: Buffer, other: Buffer, nr_pages: int) -> bytes:
-    """Return the pages that are in the first of two bitmaps of the same pages and not in the second."""
-    return _combine(lambda left, right: left & ~right, one, other, nr_pages)
-
-
-def density(bitmap: Buffer, nr_pages: int, buckets: int) -> list[float]:
-    """Return the share of dirty pages, 0 to 1, in each of *buckets* equal parts, at most one per page."""
-    import numpy as np
-
-    buckets = min(buckets, nr_pages)
-    if buckets < 1:
-        return []
-    bounds = [bucket * nr_pages // buckets for bucket in range(buckets + 1)]
-    sums = np.add.reduceat(_bits(bitmap, nr_pages), bounds[:-1], dtype=np.int64)
-    return [float(share) for share in sums / np.diff(bounds)]
-
-
-def _bits(bitmap: Buffer, nr_pages: int) -> "NDArray[np.uint8]":
-    import numpy as np
-
-    if len(bitmap) < size(nr_pages):
-        raise ValueError(f"{len(bitmap)} bytes are no bitmap of {nr_pages} pages")
-    return np.unpackbits(np.frombuffer(bitmap, np.uint8), count=nr_pages, bitorder="little")
-
-
-def _combine(function: Callable[[Any, Any], Any], one: Buffer, other: Buffer, nr_pages: int) -> bytes:
-    import numpy as np
-
-    arrays = [np.frombuffer(trim(bitmap, nr_pages), np.uint8) for bitmap in (one, other)]
-    result: bytes = function(*arrays).tobytes()
-    return result

@@ -8,7 +8,6 @@ import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, cast
 
-from vfio_mig.errors import UsageError
 from vfio_mig.jobs.source import open_input
 
 if TYPE_CHECKING:
@@ -86,13 +85,3 @@ def open_saved(file: str) -> Iterator[Saved]:
             yield Saved(QEMU, window.size, window, stream=qemu.read_stream(window))
         else:
             yield Saved(STATE, window.size, window)
-
-
-def require_image(saved: Saved, file: str) -> Archive:
-    """Return the archive of an image.
-
-    :raises UsageError: it is something else.
-    """
-    if saved.archive is None:
-        raise UsageError(f"{file} is no image of 'vfio-mig save'", hint="see 'vfio-mig inspect'")
-    return saved.archive

@@ -20,14 +20,12 @@ if TYPE_CHECKING:
     from vfio_mig.uapi._generated import CData
 
 __all__ = [
-    "CHECK_EXTENSION",
     "DEVICE_ATTACH_IOMMUFD_PT",
     "DEVICE_BIND_IOMMUFD",
     "DEVICE_FEATURE",
     "DEVICE_GET_INFO",
     "DEVICE_GET_REGION_INFO",
     "DEVICE_RESET",
-    "GET_API_VERSION",
     "GROUP_GET_DEVICE_FD",
     "GROUP_GET_STATUS",
     "GROUP_SET_CONTAINER",
@@ -72,8 +70,6 @@ def vfio_request(name: str, nr: int) -> Request:
     return Request(name, ioctl_opt.IO(VFIO_TYPE, VFIO_BASE + nr))
 
 
-GET_API_VERSION: Final = vfio_request("VFIO_GET_API_VERSION", 0)
-CHECK_EXTENSION: Final = vfio_request("VFIO_CHECK_EXTENSION", 1)
 SET_IOMMU: Final = vfio_request("VFIO_SET_IOMMU", 2)
 GROUP_GET_STATUS: Final = vfio_request("VFIO_GROUP_GET_STATUS", 3)
 GROUP_SET_CONTAINER: Final = vfio_request("VFIO_GROUP_SET_CONTAINER", 4)

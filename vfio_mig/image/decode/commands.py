@@ -63,7 +63,6 @@ _OPS: Final = {  # MI opcode
 }
 _FLUSH: Final = 0x26
 _BATCH_START: Final = 0x31
-_BATCH_END: Final = 0x0A
 
 
 def descriptor(high: int, low: int) -> dict[str, Any]:

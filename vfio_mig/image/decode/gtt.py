@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from vfio_mig.image.gvt import GvtImage
 
 PAGE: Final = 4096
-ENTRY: Final = 8
 PRESENT: Final = 1
 ADDRESS: Final = 0x3FFFFFFFF000
 """Bits 45:12 of an entry: the guest-physical page. GVT-g masks 46 bits."""

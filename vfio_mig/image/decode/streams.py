@@ -44,7 +44,7 @@ _TAGGED: Final = struct.Struct("<QII")
 _TAGS: Final = {0: "data", 1: "stop-copy-size"}
 _XE: Final = struct.Struct("<BBBBIQQ")
 _XE_TYPES: Final = {1: "descriptor", 2: "trailer", 3: "ggtt", 4: "mmio", 5: "guc", 6: "vram"}
-_XE_DESCRIPTOR, _XE_TRAILER = 1, 2
+_XE_DESCRIPTOR: Final = 1
 
 
 def _mtty(stream: Window, _: PageReader) -> Decoded:
