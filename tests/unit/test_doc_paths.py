@@ -80,5 +80,5 @@ def test_a_room_says_what_is_in_it_and_nothing_else(init: Path) -> None:
     inside = {one.stem for one in init.parent.glob("[a-z]*.py")}
     inside |= {one.parent.name for one in init.parent.glob("*/*") if one.name in ("__init__.py", "Makefile")}
     commands = set(cli.list_commands(click.Context(cli)))
-    assert inside - told == set()
+    assert inside - told == set(), "name them in the room's docstring"
     assert told - inside - commands == set()
