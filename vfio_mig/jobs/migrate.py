@@ -16,7 +16,7 @@ from vfio_mig import interrupts
 from vfio_mig.errors import DeviceError, HostError, MismatchError, OpenError, VfioMigError
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import parse_state
-from vfio_mig.jobs.live import Live
+from vfio_mig.jobs.live import Live, with_rounds
 from vfio_mig.jobs.peer import Peer
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
@@ -73,8 +73,7 @@ class MigrateReport(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        rounds = {key: [one.as_dict() for one in getattr(self, key)] for key in ("rounds", "state_rounds")}
-        return {**self._asdict(), **rounds}
+        return with_rounds(self._asdict())
 
 
 def _require_target(session: Session, peer: Peer) -> None:

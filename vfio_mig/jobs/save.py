@@ -13,7 +13,7 @@ from vfio_mig import interrupts
 from vfio_mig.errors import UsageError, VfioMigError
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import parse_state
-from vfio_mig.jobs.live import Live
+from vfio_mig.jobs.live import Live, with_rounds
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.session import Settings, open_session
@@ -68,8 +68,7 @@ class SaveReport(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        rounds = {key: [one.as_dict() for one in getattr(self, key)] for key in ("rounds", "state_rounds")}
-        return {**self._asdict(), **rounds}
+        return with_rounds(self._asdict())
 
     def statistics(self) -> dict[str, Any]:
         """Return the part that the manifest keeps."""
