@@ -7,8 +7,7 @@ import json
 import struct
 from typing import TYPE_CHECKING, Any
 
-from click.testing import CliRunner
-
+from tests.unit.click_runner import runner
 from tests.unit.test_image_gvt import CFG, GTT, ROOT, SREG, VREG, WORKLOAD, image
 from vfio_mig.cli.main import cli
 from vfio_mig.image.writer import ArchiveWriter
@@ -51,7 +50,7 @@ def write(
 
 
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli, list(map(str, arguments)))
+    return runner().invoke(cli, list(map(str, arguments)))
 
 
 def text(*arguments: str | Path) -> str:

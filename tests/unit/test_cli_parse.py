@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from click.testing import CliRunner, Result
 
+from tests.unit.click_runner import runner
 from vfio_mig import __version__
 from vfio_mig.cli.main import COMMANDS, cli
 from vfio_mig.device import Device
@@ -26,6 +26,8 @@ from vfio_mig.protocols.base import MigrationProtocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from click.testing import Result
 
 PROGRAM: Final = Path(sys.executable).parent / "vfio-mig"
 MISSING: Final = "deadbeef-0000-4000-8000-00000000dead"
@@ -54,7 +56,7 @@ def run(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Com
 
 def invoke(*arguments: str) -> Result:
     """Run a command in this process; an error of ours is the result's exception."""
-    return CliRunner().invoke(cli, arguments, prog_name="vfio-mig")
+    return runner().invoke(cli, arguments, prog_name="vfio-mig")
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +121,14 @@ def test_a_command_line_that_makes_no_sense_is_wrong_usage(arguments: list[str],
     assert result.exit_code == 2
     assert culprit in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("group", [[], ["mdev"]])
+def test_a_group_alone_is_wrong_usage_and_prints_its_help(group: list[str]) -> None:
+    done = run(*group)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(" ".join(["Usage: vfio-mig", *group, "[OPTIONS] COMMAND [ARGS]...\n"]))
+    assert "Commands:" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["frobnicate"], ["--frobnicate"], ["stop"], ["stop", MISSING, "--pid", "0"]])
@@ -292,7 +302,7 @@ def test_verify_prints_one_clean_line_whatever_stands_in_the_image(tmp_path: Pat
         writer = ArchiveWriter(file, {"protocol": hostile, "device": {"type": hostile}})
         writer.add_state(b"state")
         writer.finish()
-    done = CliRunner().invoke(cli, ["verify", "hostile.vfm"], prog_name="vfio-mig", color=True)
+    done = runner().invoke(cli, ["verify", "hostile.vfm"], prog_name="vfio-mig", color=True)
     escaped = repr(hostile)[1:-1]
     assert done.exception is None
     assert done.output == (

@@ -49,7 +49,18 @@ ABIS = ("auto", "gvt-rfc", "mainline-v2")
 WAYS = ("auto", "group", "cdev")
 
 
-class Lazy(click.Group):
+class Group(click.Group):
+    """A group that, called with nothing, prints its help on stderr as wrong usage: click 8.1 takes that for done."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what follows the group's name."""
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help(), err=True, color=ctx.color)
+            ctx.exit(UsageError.exit_code)
+        return super().parse_args(ctx, args)
+
+
+class Lazy(Group):
     """A group that imports a command's module only to run it, or to tell about it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
@@ -203,9 +214,6 @@ def main() -> NoReturn:
         sys.exit(_run())
     except VfioMigError as error:
         _fail(error)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(error.exit_code)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else PROGRAM
         _fail(UsageError(error.format_message().rstrip("."), hint=f"see '{command} --help'"))

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vfio_mig.cli.main import Group
 from vfio_mig.cli.output import print_json, say
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
 
 
-@click.group("mdev")
+@click.group("mdev", cls=Group)
 def mdev_command() -> None:
     """List mdev types, create and remove mdevs.
 

@@ -127,7 +127,9 @@ def draw_rounds(rounds: Sequence[Round], title: str, file: BinaryIO, kind: str) 
     times.set_ylabel("ms")
     times.set_ylim(bottom=0)
     lines = [handle for one in (axes, times) for handle in one.get_legend_handles_labels()[0]]
-    figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=4, fontsize=9)
+    # below the axis' label; matplotlib 3.6 has no loc="outside …"
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+    axes.legend(lines, [line.get_label() for line in lines], ncols=4, fontsize=9, **place)
     _save(figure, file, kind)
 
 
