@@ -186,7 +186,7 @@ def _modules() -> Iterator[Diagnosis]:
 
     for name, result, use in (
         ("numpy", PROBLEM, "dirty pages cannot be copied"),
-        ("matplotlib", NOTE, "--plot draws nothing; pip install 'vfio_mig[plot]'"),
+        ("matplotlib", NOTE, "--plot draws nothing; pip install 'vfio_mig[plot]', or Debian's python3-matplotlib"),
     ):
         there = find_spec(name) is not None
         yield Diagnosis(name, OK if there else result, "installed" if there else f"not installed: {use}")

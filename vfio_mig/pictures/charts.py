@@ -54,7 +54,9 @@ def require() -> None:
     try:
         import matplotlib as mpl
     except ImportError:
-        raise HostError("pictures need matplotlib", hint="pip install 'vfio_mig[plot]'") from None
+        raise HostError(
+            "pictures need matplotlib", hint="pip install 'vfio_mig[plot]', or Debian's python3-matplotlib"
+        ) from None
     mpl.use("agg")
 
 
