@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Benchmarks: ours against a reference, alternately in the same run, medians and ratios.
 
-``native`` needs no kernel, ``kernel`` and ``imports`` run in the VM, ``startup`` times the command line; ``table`` is
-what their figures go through. ``c/reference.c`` is the reference.
+``native`` needs no kernel, and so ``window``, what a save does while the device is stopped; ``kernel`` and ``imports``
+run in the VM, ``startup`` times the command line; ``table`` is what their figures go through. ``c/reference.c`` is the
+reference.
 """
