@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``python -m tools.bench startup|imports|native|kernel``: one benchmark; exit status 1 when a goal is missed."""
+"""``python -m tools.bench startup|imports|native|kernel|scale``: one benchmark; exit status 1 when a goal is missed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.bench import startup
 def main() -> int:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("which", choices=("startup", "imports", "native", "kernel"))
+    parser.add_argument("which", choices=("startup", "imports", "native", "kernel", "scale"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the figures of native or kernel, a line each")
     options = parser.parse_args()
     if options.which == "startup":
@@ -22,6 +22,10 @@ def main() -> int:
         from tools.bench import imports  # needs the VM
 
         return 0 if imports.report() else 1
+    if options.which == "scale":
+        from tools.bench import scale  # needs the VM
+
+        return 0 if scale.measure() else 1
     from tools.bench import table
 
     if options.which == "native":

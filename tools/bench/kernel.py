@@ -43,14 +43,13 @@ class Ours:
 
         :param to: where the image goes that is written to standard output; there is no report then.
         """
-        with tempfile.TemporaryFile() as out, open(to or os.devnull, "wb") as sink:  # noqa: PTH123 -- /dev/null, as a rule
-            process = subprocess.Popen(
-                [self._program, "-q", "--json", *words], stdout=sink if to else out, stderr=subprocess.DEVNULL
-            )
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(to or os.devnull, "wb") as sink:  # noqa: PTH123 -- /dev/null, as a rule
+            process = subprocess.Popen([self._program, "-q", "--json", *words], stdout=sink if to else out, stderr=err)
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:
-                sys.exit(f"vfio-mig {words[0]} failed")
+                err.seek(0)
+                sys.exit(err.read().decode().strip() or f"vfio-mig {words[0]} failed")
             self.peak = max(self.peak, usage.ru_maxrss * 1024)
             out.seek(0)
             report: dict[str, Any] = {} if to else json.loads(out.read())

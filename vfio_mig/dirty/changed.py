@@ -7,37 +7,30 @@ were. 16 bytes of BLAKE2b per page tell, keyed by chance so that no guest can ma
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final
 
-from vfio_mig.dirty.ranges import PAGE, PageRange
+from vfio_mig.dirty.ranges import PAGE
 
 DIGEST: Final = 16
-"""Bytes kept per page of guest memory; untouched memory costs none, as the kernel gives zeros only when written."""
+"""Bytes kept per page of guest memory."""
+BLOCK: Final = 256
+"""Pages (1 MiB of guest memory) whose digests are kept together, from when one of them is first looked at."""
 
 
 class Fingerprints:
-    """Remembers what each page of guest memory was like.
+    """Remembers what each page was like that it was asked for: memory grows with these, not with the address space."""
 
-    :param ranges: the pages that will be asked for, in order, without overlaps.
-    """
-
-    def __init__(self, ranges: Sequence[PageRange]) -> None:
-        self._tables = [(range_, bytearray(range_.nr_pages * DIGEST)) for range_ in ranges]
+    def __init__(self) -> None:
+        self._blocks: dict[int, bytearray] = {}
         self._key = os.urandom(DIGEST)
 
     def changed(self, gpa: int, view: memoryview) -> Iterator[tuple[int, int]]:
         """Yield the runs of pages that are new or changed, (first page in *view*, pages), and remember them."""
-        range_, table = self._table(gpa // PAGE)
-        at = (gpa // PAGE - range_.start) * DIGEST
         start = None
         number = 0
         for number in range(len(view) // PAGE):
-            page = view[number * PAGE : (number + 1) * PAGE]
-            digest = hashlib.blake2b(page, digest_size=DIGEST, key=self._key).digest()
-            place = slice(at + number * DIGEST, at + (number + 1) * DIGEST)
-            if table[place] != digest:
-                table[place] = digest
+            if self._is_new(gpa // PAGE + number, view[number * PAGE : (number + 1) * PAGE]):
                 start = number if start is None else start
             elif start is not None:
                 yield start, number - start
@@ -45,8 +38,14 @@ class Fingerprints:
         if start is not None:
             yield start, number + 1 - start
 
-    def _table(self, page: int) -> tuple[PageRange, bytearray]:
-        for range_, table in self._tables:
-            if range_.start <= page < range_.end:
-                return range_, table
-        raise ValueError(f"page {page:#x} is none that was announced")
+    def _is_new(self, page: int, content: memoryview) -> bool:
+        block = self._blocks.get(page // BLOCK)
+        if block is None:
+            block = self._blocks[page // BLOCK] = bytearray(BLOCK * DIGEST)
+        digest = hashlib.blake2b(content, digest_size=DIGEST, key=self._key).digest()
+        at = page % BLOCK * DIGEST
+        place = slice(at, at + DIGEST)
+        if block[place] == digest:
+            return False
+        block[place] = digest
+        return True

@@ -223,7 +223,7 @@ class LiveCopy:
         self._memory = memory
         self._fetch = fetch
         self._sink = sink
-        self._known = Fingerprints(memory.ranges) if remember else None
+        self._known = Fingerprints() if remember else None
 
     def run(self, rounds: int, max_downtime: float | None, progress: Callable[[Round], object]) -> list[Round]:
         """Copy until a round brings nothing, the last one is expected to fit, or *rounds* are done."""
