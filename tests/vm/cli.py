@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PROGRAM: Final = "vfio-mig"
 NOBODY: Final = 65534
-SECONDS: Final = 60
+SECONDS: Final = 300 if os.uname().release.endswith("-custom") else 60  # its checks make all of it slower
 
 Done = subprocess.CompletedProcess[bytes]
 
