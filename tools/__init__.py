@@ -13,6 +13,7 @@
 ``gen_uapi``      makes ``vfio_mig/uapi/_generated.py`` of ``cdefs/``
 ``uapi_diff``     shows how two ``vfio.h`` differ
 ``man``           makes ``man/`` of the commands' help
+``schemas``       makes docs/schemas of the reports' annotations
 ``conform_table`` makes the tables of docs/conform.md
 ================  ===================================================================================
 """

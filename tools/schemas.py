@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: MIT
+"""``python -m tools.schemas``: write docs/schemas, a JSON Schema for what each command prints with ``--json``.
+
+They are made of the reports' own annotations and docstrings, so a key cannot be added to one alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from vfio_mig.conform.check import Check as ConformCheck
+from vfio_mig.conform.check import Result
+from vfio_mig.conform.runner import Report
+from vfio_mig.device import Region
+from vfio_mig.dirty.sync import Round
+from vfio_mig.host.mdev import MdevType
+from vfio_mig.image.decode.section import Section
+from vfio_mig.image.differences import Difference
+from vfio_mig.jobs.check import CheckReport, Finding, VerifyReport
+from vfio_mig.jobs.control import Done, State, Status
+from vfio_mig.jobs.diff import DiffReport
+from vfio_mig.jobs.dirty import DirtyReport, SyncReport
+from vfio_mig.jobs.doctor import Diagnosis, DoctorReport
+from vfio_mig.jobs.inform import DeviceInfo, Listed
+from vfio_mig.jobs.inspect import InspectReport, SectionBytes
+from vfio_mig.jobs.live import StateRound
+from vfio_mig.jobs.migrate import MigrateReport
+from vfio_mig.jobs.pages import PagesReport
+from vfio_mig.jobs.parts import ExtractReport, PackReport
+from vfio_mig.jobs.restore import RestoreReport
+from vfio_mig.jobs.save import SaveReport
+from vfio_mig.protocols.detect import Check
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT: Final = Path(__file__).parents[1]
+DIRECTORY: Final = ROOT / "docs" / "schemas"
+Schema = dict[str, Any]
+_KNOWN: Final = {
+    one.__name__: one for one in (Check, Diagnosis, Difference, Finding, Region, Result, Round, Section, StateRound)
+}
+_SIMPLE: Final[dict[Any, str]] = {str: "string", int: "integer", bool: "boolean", float: "number", NoneType: "null"}
+_ADDED: Final[dict[type, dict[str, tuple[Any, str]]]] = {
+    Round: {
+        "rate": (float, "bytes of guest memory dealt with per second"),
+        "estimated_downtime": (float, "seconds that the same round would take with the device stopped"),
+    },
+    StateRound: {"estimated_downtime": (float, "seconds that the rest is expected to take with the device stopped")},
+    Report: {"counts": (dict[str, int], "checks of each outcome")},
+}
+"""What ``as_dict`` adds to the fields."""
+_UNITS: Final = (("_time", "seconds"), ("seconds", "seconds"), ("downtime", "seconds"), ("_bytes", "bytes"))
+_STATES: Final = {"state": "of the device afterwards: stop, running, or closed when nobody else has it open"}
+
+
+class Shown(NamedTuple):
+    """What a command prints.
+
+    :param shapes: one of these.
+    """
+
+    shapes: tuple[Any, ...]
+
+
+DOCUMENTS: Final[dict[str, Shown]] = {
+    "check": Shown((CheckReport,)),
+    "conform": Shown((Report, list[ConformCheck])),
+    "diff": Shown((DiffReport,)),
+    "dirty": Shown((DirtyReport,)),
+    "doctor": Shown((DoctorReport,)),
+    "extract": Shown((ExtractReport,)),
+    "hold": Shown(({"device": str, "pid": int, "protocol": str},)),
+    "info": Shown((DeviceInfo,)),
+    "inspect": Shown((InspectReport, Section, SectionBytes)),
+    "list": Shown((list[Listed],)),
+    "mdev-create": Shown(({"device": str},)),
+    "mdev-types": Shown((list[MdevType],)),
+    "migrate": Shown((MigrateReport,)),
+    "pack": Shown((PackReport,)),
+    "pages": Shown((PagesReport,)),
+    "reset": Shown((Done,)),
+    "restore": Shown((RestoreReport, list[RestoreReport])),
+    "save": Shown((SaveReport, list[SaveReport])),
+    "start": Shown((Done, list[Done])),
+    "state": Shown((State,)),
+    "status": Shown((Status,)),
+    "stop": Shown((Done, list[Done])),
+    "sync": Shown((SyncReport,)),
+    "verify": Shown((VerifyReport,)),
+}
+"""By command; more than one: of several devices a list, and what ``--section``, ``--hex`` and ``--list`` make of it."""
+
+
+def _words(report: type) -> dict[str, str]:
+    """Return what a docstring's ``:param`` lines say, by name."""
+    text = re.sub(r"\s*\n\s+", " ", report.__doc__ or "")
+    found = {}
+    for names, words in re.findall(r":param ([\w, *]+?): (.*?)(?= :param| :returns|$)", text):
+        for name in re.findall(r"\w+", names):
+            found[name] = words.strip()
+    return found
+
+
+def _described(report: type, name: str) -> str:
+    words = _words(report).get(name) or _STATES.get(name, "") * ("state" in name and report is not Status)
+    unit = next((unit for end, unit in _UNITS if name.endswith(end)), "")
+    return "; ".join(part for part in (unit, words.rstrip(".")) if part)
+
+
+def _object(report: Any) -> Schema:
+    """Return the schema of a report, every key of which is there, or of named values."""
+    if report is SectionBytes:  # bytes are printed as hexadecimal digits
+        fields: dict[str, Any] = get_type_hints(report) | {"content": str}
+    elif report is ConformCheck:  # of which `conform --list` shows a part
+        fields = dict.fromkeys(("id", "rule", "source", "expected", "family"), str) | {"danger": str}
+    else:
+        fields = report if isinstance(report, dict) else get_type_hints(report, localns=_KNOWN)
+    properties: dict[str, Schema] = {}
+    for name, hint in fields.items():
+        properties[name] = shape(hint)
+        if words := "" if isinstance(report, dict) else _described(report, name):
+            properties[name]["description"] = words
+    for name, (hint, words) in _ADDED.get(report if isinstance(report, type) else object, {}).items():
+        properties[name] = {**shape(hint), "description": words}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _tuple(parts: tuple[Any, ...]) -> Schema:
+    if parts[-1] is Ellipsis:
+        return {"type": "array", "items": shape(parts[0])}
+    return {"type": "array", "prefixItems": [shape(one) for one in parts], "items": False, "minItems": len(parts)}
+
+
+def shape(hint: Any) -> Schema:
+    """Return the schema of an annotation."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return {}
+    if isinstance(hint, type) and hint in _SIMPLE:
+        return {"type": _SIMPLE[hint]}
+    made: dict[Any, Callable[[], Schema]] = {
+        list: lambda: {"type": "array", "items": shape(parts[0])},
+        dict: lambda: {"type": "object", "additionalProperties": shape(parts[1])},
+        tuple: lambda: _tuple(parts),
+        Union: lambda: _either(parts),
+        UnionType: lambda: _either(parts),
+    }
+    return made.get(origin, lambda: _object(hint))()
+
+
+def _either(parts: tuple[Any, ...]) -> Schema:
+    first, *rest = (part for part in parts if part is not NoneType)
+    found = shape(first)
+    if rest:
+        raise TypeError(f"{parts}: no rule for this")
+    return {**found, "type": [found["type"], "null"]}
+
+
+def document(command: str) -> Schema:
+    """Return the schema of what a command prints."""
+    shapes = [shape(one) for one in DOCUMENTS[command].shapes]
+    head = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"vfio-mig --json {command.replace('-', ' ')}",
+    }
+    return {**head, **(shapes[0] if len(shapes) == 1 else {"oneOf": shapes})}
+
+
+def events() -> Schema:
+    """Return the schema of a line of ``--events``: one for each step, and one for its end."""
+    time = {"time": {"type": "number", "description": "seconds since 1970"}}
+    step = {
+        **time,
+        "step": {"type": "string", "description": "a point of the job"},
+        "job": {"type": "string"},
+        "device": {"type": "string"},
+    }
+    code = {"type": "integer", "description": "the exit code"}
+    error = {"type": "string", "description": "what stderr says"}
+    shapes = (
+        step,
+        {**time, "step": {"const": "done"}, "code": code},
+        {**time, "step": {"const": "failed"}, "code": code, "error": error},
+    )
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "a line of vfio-mig --events",
+        "oneOf": [
+            {"type": "object", "properties": one, "required": list(one), "additionalProperties": False}
+            for one in shapes
+        ],
+    }
+
+
+def files() -> dict[str, str]:
+    """Return the name and content of each file."""
+    found = {f"{command}.json": document(command) for command in DOCUMENTS} | {"events.json": events()}
+    return {name: json.dumps(schema, indent=2) + "\n" for name, schema in found.items()}
+
+
+def main() -> int:
+    """Write them all, and remove what is none of them."""
+    DIRECTORY.mkdir(exist_ok=True)
+    wanted = files()
+    for path in DIRECTORY.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+    for name, text in wanted.items():
+        (DIRECTORY / name).write_text(text, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
