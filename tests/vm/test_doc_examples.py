@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""Every example of README.md and docs/ is run on the sample driver and ends as it says: with 0, if it says nothing.
+
+A page's examples follow each other on the same two vGPUs and in the same directory; each begins with both running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.doc_examples import MEMORY, Block, examples, inputs_and_outputs, script
+from tests.vm import cli, gpu, host
+from tests.vm.held import guest_of, run_some_work
+from tests.vm.raw import Memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SECONDS: Final = 60
+PAGES: Final = 4096  # of guest memory
+QUIESCE: Final = Path("/usr/local/bin/quiesce")
+# The options that come before the host's name are migrate's; what it asks for runs here.
+SSH: Final = '#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done\nshift\nexec bash -c "$*"\n'
+RUNNABLE: Final = [one for one in examples() if one.language == "python" or one.to_run()]
+GROUPS: Final = {
+    (v2, page): list(group)
+    for (v2, page), group in groupby(
+        sorted(RUNNABLE, key=lambda one: (one.speaks_v2, one.page, one.number)),
+        key=lambda one: (one.speaks_v2, one.page),
+    )
+}
+
+
+@pytest.fixture(params=[False, True], ids=["rfc", "v2"], scope="module")
+def v2(request: pytest.FixtureRequest) -> Iterator[bool]:
+    if not request.param or not host.module_loaded():  # not in the VM: every test says so
+        yield request.param
+        return
+    with host.loaded(v2=7, migratable=0):
+        yield True
+
+
+class Desk:
+    """Where a page's examples are run: a directory, two vGPUs, a guest's memory, a stand-in for ssh."""
+
+    def __init__(self, directory: Path, one: host.Instance, two: host.Instance) -> None:
+        self._directory: Final = directory
+        self._sides: Final = (one, two)
+        tools = directory / "bin"
+        tools.mkdir()
+        for path, text in ((tools / "ssh", SSH), (QUIESCE, "#!/bin/sh\n")):
+            path.write_text(text)
+            path.chmod(0o755)
+        names = {"UUID": one.uuid, "OTHER": two.uuid, "A": one.uuid, "B": two.uuid, "N": str(one.group)}
+        self._env: Final = {**os.environ, **names, "PATH": f"{tools}:{os.environ['PATH']}"}
+        self._images: Final = [directory / "first.image", directory / "second.image"]
+        with self._open() as memory, guest_of(one, memory) as guest:
+            for image in self._images:
+                run_some_work(guest, gpu.Engine(guest), 2)
+                self._save(one, image)
+
+    @staticmethod
+    def _save(one: host.Instance, image: Path) -> None:
+        cli.run("-q", "save", one.uuid, image, "--leave-running", "--memory", f"{MEMORY}@0", warm=True)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Memory]:
+        """Have both open elsewhere, the first with the guest's memory."""
+        memory = Memory(0, PAGES, Path(MEMORY))
+        Path(MEMORY).chmod(0o666)
+        with cli.held(self._sides[0].uuid, MEMORY), cli.held(self._sides[1].uuid):
+            yield memory
+
+    def run(self, block: Block) -> None:
+        """Run an example and demand what it says."""
+        inputs, outputs = inputs_and_outputs(block)
+        for name in outputs:
+            (self._directory / name).unlink(missing_ok=True)
+        for name in inputs:
+            shutil.copy(self._images["after" in name], self._directory / name)
+        python = block.language == "python"
+        words = [sys.executable, "-c", block.text] if python else ["bash", "-c", script(block)]
+        with contextlib.nullcontext() if block.wants_closed else self._open():
+            code, said = self._ended(words)
+        assert code == 0, f"{block.name}: ended with {code}\n{block.text}\n{said}"
+        assert "Traceback" not in said, f"{block.name}: {said}"
+
+    def _ended(self, words: list[str]) -> tuple[int, str]:
+        """Run words to their end, and end what they left behind; the exit code, and the end of what was said."""
+        log = self._directory / "said"
+        with log.open("wb") as out:  # a file: a pipe would stay open in a child that outlives its shell
+            shell = subprocess.Popen(
+                words,
+                cwd=self._directory,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code = shell.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                code = 124
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(shell.pid, signal.SIGKILL)
+                shell.wait()
+        return code, log.read_bytes()[-3000:].decode(errors="replace")
+
+
+@pytest.mark.parametrize("page", sorted({one.page for one in RUNNABLE}))
+def test_the_examples_of_a_page_end_as_they_say(v2: bool, page: str, tmp_path: Path) -> None:
+    group = GROUPS.get((v2, page))
+    if group is None:
+        pytest.skip(f"{page} has no example for this protocol")
+    with host.instance() as one, host.instance() as two, cli._interpreter_for_everybody():
+        desk = Desk(tmp_path, one, two)
+        for block in group:
+            desk.run(block)
