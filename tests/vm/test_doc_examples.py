@@ -26,7 +26,7 @@ from tests.vm.raw import Memory
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SECONDS: Final = 60
+SECONDS: Final = 180
 PAGES: Final = 4096  # of guest memory
 QUIESCE: Final = Path("/usr/local/bin/quiesce")
 # The options that come before the host's name are migrate's; what it asks for runs here.
