@@ -26,6 +26,12 @@ ELSEWHERE: Final = {
     "scripts/vm": "is what the test runs in",
     "scripts/demo": "starts a VM of its own; scripts/test runs it",
     "systemctl ": "no systemd in the VM; tests/vm/test_cli.py plays its side of Type=notify",
+    "mkfifo ready;": "waits for its holder by itself; tests/vm/test_cli.py holds one so",
+    "scripts/package": "builds packages; tests/package does and installs them",
+    "sudo apt ": "installs these packages; tests/package does, in a Debian of its own",
+    "T=$(ls ": "needs the source of a driver of the reader's own",
+    "make -C ": "needs the same",
+    "vfio-mig inspect state.vfm --section stream --hex": "shows a layout that the reader has added",
     "cp scripts/": "installs the unit for that systemd",
     "vfio-mig save $UUID gpu.vfm --fd 9": "fd 9 is of whoever owns the group; tests/vm/test_cli_rights.py",
 }

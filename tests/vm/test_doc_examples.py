@@ -119,6 +119,7 @@ class Desk:
         return code, log.read_bytes()[-3000:].decode(errors="replace")
 
 
+@pytest.mark.slow  # what the documentation says is of the program, not of the kernel
 @pytest.mark.parametrize("page", sorted({one.page for one in RUNNABLE}))
 def test_the_examples_of_a_page_end_as_they_say(v2: bool, page: str, tmp_path: Path) -> None:
     group = GROUPS.get((v2, page))
