@@ -70,7 +70,6 @@ def test_what_is_said_of_a_v2_device_is_valid(memory: Path, tmp_path: Path) -> N
             said("info", "info", one.name)
             said("status", "status", one.name)
             said("state", "state", one.name)
-            said("dirty", "dirty", one.name, "--memory", one.memory_option, "--for", "0")
             said("save", "save", one.name, tmp_path / "image", "--live", "--leave-running")
             said("restore", "restore", one.name, tmp_path / "image", "--start")
         with host.instance() as closed:
