@@ -41,6 +41,8 @@ _FENCE: Final = re.compile(r"(?ms)^```(\w*)\n(.*?)^```$")
 _COMMAND: Final = re.compile(rf"(?m)(^|[|;&] *|\s){PROGRAM} [a-z-]")
 _SAID: Final = re.compile(r"\s#\s+(\d+) if ")
 _PCI: Final = {"ssh://other/0000:3b:00.1": "ssh://other/$OTHER", "0000:3b:00.1": "$UUID", "0000:3b:00.2": "$OTHER"}
+# Debian's 6.12 cannot read a device's log of its writes, and 6.1, which can, has no PRE_COPY
+_WITHOUT_LOG: Final = {f" --memory {MEMORY}@0": ""}
 _CLOSED: Final = re.compile(r"\bconform \$|\bhold \$|/dev/vfio/\$N")
 _V2: Final = re.compile(r"--live|\bv2\.|vfio-mig state |0000:3b:")
 _IMAGE: Final = re.compile(r"(?<![\w$/])[\w/-]+\.(?:vfm|bin|mem|xml)\b|/[\w/-]+\.vfm\b")
@@ -139,7 +141,7 @@ def script(block: Block) -> str:
     steps = ["set -e -o pipefail", "trap 'code=$?; kill $(jobs -p) 2>/dev/null || :; wait; exit $code' EXIT"]
     for line in block.to_run():
         command, said = line.partition("  #")[0].rstrip(), _SAID.search(line)
-        for old, new in _PCI.items():
+        for old, new in {**_PCI, **(_WITHOUT_LOG if block.speaks_v2 else {})}.items():
             command = command.replace(old, new)
         if re.search(rf"\b{PROGRAM} hold ", command):  # it is to be open before the next line
             steps += [f"{command.removesuffix('&')} >held &", "until grep -q 'held open' held; do"]

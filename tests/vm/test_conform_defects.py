@@ -171,7 +171,13 @@ def expected(case: Case, ids: Iterable[str]) -> set[str]:
     return {name for pattern in case.found for name in fnmatch.filter(marked, pattern)}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.defect}-{'v2' if case.v2 else 'rfc'}")
+def parameters(case: Case) -> object:
+    """Return a case for pytest; only of logging both kernels are told."""
+    marks = [] if case.defect.startswith("log-") else [pytest.mark.slow]
+    return pytest.param(case, marks=marks, id=f"{case.defect}-{'v2' if case.v2 else 'rfc'}")
+
+
+@pytest.mark.parametrize("case", map(parameters, CASES))
 def test_a_defect_is_found_by_the_checks_that_are_for_it_and_by_no_other(case: Case) -> None:
     if not HAS_PRE_COPY and not case.defect.startswith("log-"):
         pytest.skip("Linux 6.1 is here for DMA logging; the rest is found on a later kernel, in more states")
