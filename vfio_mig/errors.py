@@ -110,9 +110,17 @@ class DeviceError(VfioMigError):
 
 
 class ImageError(VfioMigError):
-    """The bytes are not a whole, well-formed image. Nothing was written to a device."""
+    """The bytes are not a whole, well-formed image. Nothing was written to a device.
+
+    :ivar file: whose bytes, for messages; who opens a file says it.
+    """
 
     exit_code = 6
+    file: str | None = None
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self.file is None or self.device is not None else f"{printable(self.file)}: {text}"
 
 
 class MismatchError(ImageError):

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vfio_mig
 from vfio_mig.device import Device, Region
 from vfio_mig.errors import DeviceError, HostError, ImageError, MismatchError, UsageError
 from vfio_mig.host.discover import HostDevice
@@ -491,7 +492,17 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
     done = verify("verify", file)
     assert (done.returncode, done.stdout) == (6, b"")
     (line,) = done.stderr.decode().splitlines()
-    assert line.startswith("vfio-mig: end of the archive: cut off at byte ")
+    assert line.startswith(f"vfio-mig: {file}: end of the archive: cut off at byte ")
+
+
+def test_of_two_files_the_one_that_is_broken_is_named(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.write_bytes(image_of(state=GOOD_STATE))
+    cut.write_bytes(whole.read_bytes()[:-1])
+    for pair in ((whole, cut), (cut, whole)):
+        with pytest.raises(ImageError) as caught:
+            vfio_mig.diff_images(*map(str, pair))
+        assert str(caught.value).startswith(f"{cut}: end of the archive")
 
 
 def test_the_command_warns_of_what_is_unusual(tmp_path: Path) -> None:

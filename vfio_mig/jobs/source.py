@@ -58,8 +58,17 @@ class Image(NamedTuple):
 
 
 @contextmanager
+def _named(file: str) -> Iterator[None]:
+    try:
+        yield
+    except ImageError as error:
+        error.file = error.file or file
+        raise
+
+
+@contextmanager
 def open_input(file: str) -> Iterator[BinaryIO]:
-    """Open an image; ``-`` is standard input.
+    """Open an image; ``-`` is standard input. An ImageError in the block is told to be of this file.
 
     :raises UsageError: a directory, FIFO or device, or a terminal as standard input.
     :raises HostError: it cannot be opened.
@@ -67,7 +76,8 @@ def open_input(file: str) -> Iterator[BinaryIO]:
     if file == STDIN:
         if sys.stdin.isatty():
             raise UsageError("the image is binary and cannot be typed", hint="redirect a file or name one")
-        yield sys.stdin.buffer
+        with _named("standard input"):
+            yield sys.stdin.buffer
         return
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -76,7 +86,7 @@ def open_input(file: str) -> Iterator[BinaryIO]:
     if not stat.S_ISREG(os.fstat(fd).st_mode):  # before fdopen(), which fails in its own way on a directory
         os.close(fd)
         raise UsageError(f"{file} is no regular file", hint="use - to read from a pipe")
-    with os.fdopen(fd, "rb") as stream:
+    with os.fdopen(fd, "rb") as stream, _named(file):
         yield stream
 
 
