@@ -177,7 +177,7 @@ def parameters(case: Case) -> object:
     return pytest.param(case, marks=marks, id=f"{case.defect}-{'v2' if case.v2 else 'rfc'}")
 
 
-@pytest.mark.parametrize("case", map(parameters, CASES))
+@pytest.mark.parametrize("case", list(map(parameters, CASES)))
 def test_a_defect_is_found_by_the_checks_that_are_for_it_and_by_no_other(case: Case) -> None:
     if not HAS_PRE_COPY and not case.defect.startswith("log-"):
         pytest.skip("Linux 6.1 is here for DMA logging; the rest is found on a later kernel, in more states")
