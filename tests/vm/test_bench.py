@@ -19,6 +19,7 @@ def once(one: Callable[[], float], other: Callable[[], float], _: int = 1) -> li
     return [(one(), other())]
 
 
+@pytest.mark.variant
 @pytest.mark.slow  # what it runs is tested on both kernels
 def test_every_pair_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(kernel, "alternate", once)
