@@ -155,6 +155,53 @@ def test_long_reads_are_cut_into_chunks() -> None:
     assert sizes == [CHUNK, 2000 * PAGE - CHUNK]
 
 
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 90)), max_size=40), st.booleans())
+def test_reading_gives_each_run_its_own_pages_whatever_is_read_with_it(steps: list[tuple[int, int]], up: bool) -> None:
+    with memfd(b"".join(number.to_bytes(8, "little") * (PAGE // 8) for number in range(1100))) as (_, path):
+        maps = [MemoryMap(path, 0, 500 * PAGE), MemoryMap(path, 500 * PAGE, 600 * PAGE, 500 * PAGE)]
+        asked, at = [], 0
+        for gap, nr_pages in steps:
+            asked.append(PageRange(at + gap, nr_pages))
+            at += gap + nr_pages
+        asked = [run for run in asked if run.end <= 1100][:: 1 if up else -1]
+        got: list[int] = []
+        with Memory(maps) as memory:
+            for gpa, view in memory.read(asked):
+                pages = [int.from_bytes(view[at : at + 8], "little") for at in range(0, len(view), PAGE)]
+                assert pages == list(range(gpa // PAGE, gpa // PAGE + len(pages)))
+                got += pages
+    assert got == [number for run in asked for number in range(run.start, run.end)]
+
+
+def test_near_runs_are_read_at_once_and_far_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def read(_: MemoryMap, gpa: int, view: memoryview) -> None:
+        asked.append((gpa // PAGE, len(view) // PAGE))
+
+    monkeypatch.setattr(MemoryMap, "read", read)
+    with memfd(page(7) * 2000) as (_, path), Memory([MemoryMap(path, 0)]) as memory:
+        near = [PageRange(0, 1), PageRange(5, 2), PageRange(12, 1), PageRange(60, 4), PageRange(68, 1)]
+        assert [gpa // PAGE for gpa, _ in memory.read(near)] == [0, 5, 12, 60, 68]
+    assert asked == [(0, 7), (12, 1), (60, 9)]
+
+
+def test_a_page_that_nobody_asked_for_may_be_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = os.preadv
+
+    def preadv(fd: int, views: list[memoryview], offset: int) -> int:
+        if offset <= 2 * PAGE < offset + len(views[0]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with memfd(page(1) + page(2) + page(3) + page(4)) as (_, path), Memory([MemoryMap(path, 0)]) as memory:
+        got = [(gpa, bytes(view)) for gpa, view in memory.read([PageRange(0, 2), PageRange(3, 1)])]
+        assert got == [(0, page(1) + page(2)), (3 * PAGE, page(4))]
+        with pytest.raises(HostError, match="cannot read guest memory: EIO"):
+            list(memory.read([PageRange(1, 2)]))
+
+
 def test_writing_stores_what_is_memory_and_leaves_the_rest_out() -> None:
     with memfd(bytes(2 * PAGE)) as (one, one_path), memfd(bytes(2 * PAGE)) as (two, two_path):
         with Memory([MemoryMap(one_path, 0x1000), MemoryMap(two_path, 0x3000)], writable=True) as memory:

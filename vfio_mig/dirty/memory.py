@@ -15,6 +15,11 @@ from vfio_mig.errors import HostError, UsageError, errno_text
 
 CHUNK: Final = 4 << 20
 """Bytes that are read from a file at a time."""
+_CHUNK_PAGES: Final = CHUNK // PAGE
+_GAP: Final = 4
+"""Pages between two dirty runs that are read with them: cheaper than to ask the kernel once more."""
+_SPAN_PAGES: Final = 64
+"""Pages that are read at once with gaps between: they stay in a CPU's cache until they are written."""
 
 
 def data_extents(fd: int, start: int, end: int, largest: int = CHUNK) -> Iterator[tuple[int, int]]:
@@ -260,11 +265,15 @@ class Memory:
 
     def find(self, page_ranges: Iterable[PageRange]) -> Iterator[tuple[MemoryMap, PageRange]]:
         """Yield the parts of *page_ranges* that are guest memory, each within one map."""
+        places = [(map_, map_.pages.start, map_.pages.end) for map_ in self.maps]
         for range_ in page_ranges:
-            for map_ in self.maps:
-                start, end = max(range_.start, map_.pages.start), min(range_.end, map_.pages.end)
-                if start < end:
-                    yield map_, PageRange(start, end - start)
+            start, end = range_.start, range_.end
+            for map_, first, behind in places:
+                if start < behind and first < end:
+                    if first <= start and end <= behind:
+                        yield map_, range_
+                    else:
+                        yield map_, PageRange(max(start, first), min(end, behind) - max(start, first))
 
     def clear(self, gpa: int, size: int) -> int:
         """Make whole pages from address *gpa* on zero.
@@ -300,12 +309,51 @@ class Memory:
     def read(self, page_ranges: Iterable[PageRange]) -> Iterator[tuple[int, memoryview]]:
         """Yield (guest-physical address, content) of the pages that are guest memory, at most CHUNK bytes at a time.
 
-        All contents are in one buffer that the next step overwrites. Reads through the page cache, so it sees what a
+        All contents are in one buffer that later steps overwrite. Reads through the page cache, so it sees what a
         device and the guest's CPUs have stored; a page that is being written may be half old.
         """
         buffer = memoryview(bytearray(CHUNK))
-        for map_, range_ in self.find(page_ranges):
-            for gpa in range(range_.start * PAGE, range_.end * PAGE, CHUNK):
-                view = buffer[: min(CHUNK, range_.end * PAGE - gpa)]
-                map_.read(gpa, view)
-                yield gpa, view
+        for map_, runs in _spans(self.find(page_ranges)):
+            first = runs[0].start
+            for run in _read_span(map_, runs, buffer):
+                at = (run.start - first) * PAGE
+                yield run.start * PAGE, buffer[at : at + run.nr_pages * PAGE]
+
+
+def _spans(found: Iterable[tuple[MemoryMap, PageRange]]) -> Iterator[tuple[MemoryMap, list[PageRange]]]:
+    """Yield what is to be read at once: runs of one map with small gaps between them, or a part of a long run."""
+    runs: list[PageRange] = []
+    map_ = None
+    end = limit = 0
+    for in_map, run in found:
+        start, nr_pages = run
+        if in_map is map_ and end <= start <= end + _GAP and start + nr_pages <= limit:
+            runs.append(run)
+        else:
+            if map_ is not None:
+                yield map_, runs
+            for part in range(start, start + nr_pages - _CHUNK_PAGES, _CHUNK_PAGES):
+                yield in_map, [PageRange(part, _CHUNK_PAGES)]
+                start = part + _CHUNK_PAGES
+            runs = [PageRange(start, run.end - start)]
+            map_, limit = in_map, start + _SPAN_PAGES
+        end = run.end
+    if map_ is not None:
+        yield map_, runs
+
+
+def _read_span(map_: MemoryMap, runs: list[PageRange], buffer: memoryview) -> Iterator[PageRange]:
+    """Read a span to the begin of *buffer*, and yield its runs; a page between them may be unreadable."""
+    first, end = runs[0].start, runs[-1].end
+    try:
+        map_.read(first * PAGE, buffer[: (end - first) * PAGE])
+    except HostError:
+        if len(runs) == 1:
+            raise
+    else:
+        yield from runs
+        return
+    for run in runs:
+        at = (run.start - first) * PAGE
+        map_.read(run.start * PAGE, buffer[at : at + run.nr_pages * PAGE])
+        yield run

@@ -20,6 +20,7 @@ ROUNDS_LIVE: Final = 30
 """The same where a downtime is asked for, and the rounds may take their time."""
 
 _ZERO_PAGE: Final = bytes(PAGE)
+_ZERO_WORD: Final = bytes(8)
 _FEW: Final = 16 * PAGE
 
 
@@ -93,6 +94,9 @@ class SparseFile:
 
     def write(self, gpa: int, view: memoryview) -> int:
         """Store whole pages at their address; returns how many were not all zero."""
+        if len(view) <= _FEW and not _has_zero_page(view):
+            self._write(gpa, view)
+            return len(view) // PAGE
         written = 0
         for start, count, is_zero in zero_runs(view):
             at = gpa + start * PAGE
@@ -153,6 +157,14 @@ def zero_runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
             yield start, end - start, bool(zero[start])
 
 
+def _has_zero_page(view: memoryview) -> bool:
+    """Look at the first word of each page, and at the rest only where that is zero."""
+    for at in range(0, len(view), PAGE):
+        if bytes(view[at : at + 8]) == _ZERO_WORD and bytes(view[at : at + PAGE]) == _ZERO_PAGE:
+            return True
+    return False
+
+
 def _short_zero_runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
     """Do so page by page: scattered pages come in short runs, and numpy's set-up would cost more than the look."""
     begin, was_zero, end = 0, False, len(view) // PAGE
@@ -183,19 +195,23 @@ class Copy:
     def run(self, dirty: Iterable[Dirty]) -> None:
         """Write the dirty pages that have changed."""
         for gpa, view in self._memory.read(self._ranges(dirty)):
-            self.inside += len(view) // PAGE
-            for start, count in self._changed(gpa, view):
-                self.changed += count
-                self.written += self._sink.write(gpa + start * PAGE, view[start * PAGE : (start + count) * PAGE])
+            pages = len(view) // PAGE
+            self.inside += pages
+            if self._known is None:
+                self.changed += pages
+                self.written += self._sink.write(gpa, view)
+            else:
+                self._write_changed(self._known, gpa, view)
 
     def _ranges(self, dirty: Iterable[Dirty]) -> Iterator[PageRange]:
         for chunk in dirty:
-            for range_ in chunk.ranges():
-                self.dirty += range_.nr_pages
-                yield range_
+            self.dirty += chunk.total()
+            yield from chunk.ranges()
 
-    def _changed(self, gpa: int, view: memoryview) -> Iterator[tuple[int, int]]:
-        return iter([(0, len(view) // PAGE)]) if self._known is None else self._known.changed(gpa, view)
+    def _write_changed(self, known: Fingerprints, gpa: int, view: memoryview) -> None:
+        for start, count in known.changed(gpa, view):
+            self.changed += count
+            self.written += self._sink.write(gpa + start * PAGE, view[start * PAGE : (start + count) * PAGE])
 
 
 def _is_enough(done: list[Round], max_downtime: float | None) -> bool:
