@@ -18,11 +18,13 @@ import hypothesis
 
 
 def pytest_configure() -> None:
-    """Hear SIGINT: a shell starts what it puts in the background with the signal ignored, and tests send it.
+    """Hear SIGINT and SIGHUP: shells and nohup start what is in the background without, and tests send them.
 
     And let examples take their time: on a busy machine a deadline would fail tests that have found nothing.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     hypothesis.settings.register_profile("untimed", deadline=None)
     hypothesis.settings.load_profile("untimed")

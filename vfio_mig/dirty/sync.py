@@ -16,8 +16,6 @@ from vfio_mig.errors import HostError, errno_text
 
 ROUNDS: Final = 3
 """Rounds before the device is stopped, at most, unless the caller says otherwise."""
-ROUNDS_LIVE: Final = 30
-"""The same where a downtime is asked for, and the rounds may take their time."""
 
 _ZERO_PAGE: Final = bytes(PAGE)
 _ZERO_WORD: Final = bytes(8)

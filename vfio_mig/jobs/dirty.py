@@ -262,7 +262,8 @@ def sync_dirty(
     """
     from vfio_mig.dirty.bitmap import preload
     from vfio_mig.dirty.memory import Memory
-    from vfio_mig.dirty.sync import ROUNDS, ROUNDS_LIVE, sync
+    from vfio_mig.dirty.sync import ROUNDS, sync
+    from vfio_mig.jobs.live import ROUNDS_LIVE
 
     if not memory:
         raise UsageError("nothing to copy from", hint="name the guest's memory with --memory FILE@GPA[:SIZE]")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vfio_mig.protocols.base import MigrationProtocol, Pending
 
 ROUNDS_LIVE: Final = 30
-"""Rounds before the stop, at most, where a downtime is asked for."""
+"""Rounds before the stop, at most, where a downtime is asked for and they may take their time."""
 
 
 class StateRound(NamedTuple):
