@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from tests.vm.conftest import MakeInstance
 
+pytestmark = pytest.mark.slow  # who may do what when is the program's, not the kernel's
+
 FAULT: Final = "VFIO_MIG_FAULT"
 OTHER_KIND: Final = "GVTg_V4_4"
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from tests.vm.held import Side
 
+pytestmark = pytest.mark.slow  # what is printed is the program's, not the kernel's
+
 REGISTER: Final = 0x5000
 FENCE: Final = (0x00100001, 0x001FF003)  # 0x100000 to 0x200000, valid, X tiled, 512 bytes
 

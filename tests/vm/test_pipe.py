@@ -20,6 +20,8 @@ from tests.vm.held import Side, guest_view, run_some_work, side
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow  # what is sent when is the program's, not the kernel's
+
 PIPE = 1 << 16  # what a pipe holds when nobody reads
 BLOCK = 512
 
@@ -116,7 +118,6 @@ def start_again(source: Side) -> None:
     assert source.instance.run_state() == "running"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("raw", [False, True], ids=["image", "raw"])
 def test_wherever_a_reader_goes_away_the_target_is_untouched_and_the_source_runs_if_save_can_know(
     source: Side, target: Side, raw: bool
