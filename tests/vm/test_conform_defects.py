@@ -144,6 +144,7 @@ CASES: Final = (
     Case("dirty-keeps-buffer", ("rfc.dirty",), ("rfc.dirty.overwrites",), RFC),
     Case("dirty-invented", ("rfc.dirty",), ("rfc.dirty.no-memory",), RFC),
     Case("dirty-fault", ("rfc.dirty",), ("rfc.dirty.bad-pointer",), RFC),
+    Case("dirty-copy-fault", ("rfc.dirty",), ("rfc.dirty.read-only",), RFC),
     Case("state-read-offset", ("rfc.state",), ("rfc.state.read-offset",), RFC),
     Case("state-write-offset", ("rfc.state",), ("rfc.state.write-offset",), RFC),
     Case("state-type", ("rfc.state",), ("rfc.state.bad-type",), RFC),

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import itertools
+import mmap
 import os
 import re
 import struct
@@ -453,6 +454,16 @@ def dirty_invented(vgpu: V2) -> bool:
 @probe("dirty-fault")
 def dirty_fault(vgpu: V2) -> bool:
     return accepted(fcntl.ioctl, vgpu.fd, GET_DIRTY, 8)
+
+
+@probe("dirty-copy-fault")
+def dirty_copy_fault(vgpu: V2) -> bool:
+    libc = ctypes.CDLL(None)
+    memory = mmap.mmap(-1, PAGE)
+    memory[:16] = struct.pack("<QQ", FAR, 64)
+    address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+    assert libc.mprotect(address, ctypes.c_size_t(PAGE), mmap.PROT_READ) == 0
+    return int(libc.ioctl(vgpu.fd, ctypes.c_ulong(GET_DIRTY), address)) == 0
 
 
 @probe("state-read-offset")

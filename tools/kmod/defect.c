@@ -71,6 +71,7 @@ static const char * const gvt_defect_names[GVT_DEFECTS] = {
 	[GVT_DEFECT_DIRTY_KEEPS_BUFFER]		= "dirty-keeps-buffer",
 	[GVT_DEFECT_DIRTY_INVENTED]		= "dirty-invented",
 	[GVT_DEFECT_DIRTY_FAULT]		= "dirty-fault",
+	[GVT_DEFECT_DIRTY_COPY_FAULT]		= "dirty-copy-fault",
 	[GVT_DEFECT_STATE_READ_OFFSET]		= "state-read-offset",
 	[GVT_DEFECT_STATE_WRITE_OFFSET]		= "state-write-offset",
 	[GVT_DEFECT_STATE_TYPE]			= "state-type",

@@ -399,7 +399,9 @@ static long gvt_dirty_copy(struct vgpu *vgpu, void __user *out,
 	if (gvt_defect(vgpu, GVT_DEFECT_DIRTY_KEEPS_BUFFER) &&
 	    bitmap_empty(bitmap, bytes * BITS_PER_BYTE))
 		return 0;
-	return copy_to_user(out, bitmap, bytes) ? -EFAULT : 0;
+	if (!copy_to_user(out, bitmap, bytes))
+		return 0;
+	return gvt_defect(vgpu, GVT_DEFECT_DIRTY_COPY_FAULT) ? 0 : -EFAULT;
 }
 
 /*

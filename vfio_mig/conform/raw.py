@@ -8,6 +8,7 @@ only what is known to take the kernel down with it; ``dangerous`` lifts that.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import struct
 from contextlib import suppress
@@ -77,15 +78,21 @@ def errno_name(error: OSError) -> str:
     return errno.errorcode.get(error.errno or 0, f"errno {error.errno}")
 
 
-def _into_nowhere(call: str, fd: int, size: int) -> int:
+def _libc(call: str, *arguments: object) -> int:
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    done: int = libc[call](fd, ctypes.c_void_p(8), ctypes.c_size_t(size))
+    done: int = libc[call](*arguments)
     if done < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return done
+
+
+def _into_nowhere(call: str, fd: int, size: int) -> int:
+    from ctypes import c_size_t, c_void_p
+
+    return _libc(call, fd, c_void_p(8), c_size_t(size))
 
 
 class Kernel:
@@ -94,6 +101,16 @@ class Kernel:
     def ioctl(self, fd: int, request: Request, arg: CData | bytearray | int = 0) -> int:
         """Do one ioctl."""
         return uapi.call(fd, request, arg)
+
+    def ioctl_read_only(self, fd: int, request: Request, arg: bytes) -> int:
+        """Do one ioctl with a struct, less than a page, that the kernel can read but not write."""
+        import ctypes
+
+        memory = mmap.mmap(-1, mmap.PAGESIZE)
+        memory[: len(arg)] = arg
+        address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+        _libc("mprotect", address, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ)
+        return _libc("ioctl", fd, ctypes.c_ulong(request.number), address)
 
     def read(self, fd: int, size: int) -> bytes:
         """Read from a data fd."""

@@ -215,6 +215,11 @@ def _dirty_pointer(bench: Bench) -> str:
     return refusal(lambda: rfc.kernel.ioctl(rfc.fd, rfc.profile.get_dirty, 8), errno.EFAULT)
 
 
+@DIRTY.add("read-only", "a bitmap that cannot be written is refused", "EFAULT")
+def _dirty_read_only(bench: Bench) -> str:
+    return refusal(lambda: bench.rfc.dirty_into_read_only(64), errno.EFAULT)
+
+
 # --- the state
 
 

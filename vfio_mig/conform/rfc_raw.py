@@ -66,6 +66,11 @@ class Rfc:
             raise Deviation(f"it returned {result}: this is another ioctl")
         return bytes(buffer[DIRTY.size :])
 
+    def dirty_into_read_only(self, pages: int) -> int:
+        """Ask for a bitmap in memory that cannot be written; returns the ioctl's result."""
+        request = DIRTY.pack(0, pages) + bytes(((pages + 63) // 64 + 1) * 8)
+        return self.kernel.ioctl_read_only(self.fd, self.profile.get_dirty, request)
+
     def read(self, size: int | None = None, offset: int = 0) -> bytes:
         """Read the region, whole by default."""
         return self.kernel.pread(self.fd, self.region.size if size is None else size, self.region.offset + offset)
