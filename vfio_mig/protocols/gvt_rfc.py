@@ -96,8 +96,8 @@ class GvtRfc(MigrationProtocol):
         """Write the whole region in one call; zeros behind the state, as the kernel reads on until it finds some."""
         if len(state) > self.state_size_max:
             raise ValueError(f"{len(state)} bytes do not fit into {self._region.size}")
-        whole = self._take_buffer()
-        whole[: len(state)] = state
+        whole = memoryview(self._take_buffer())
+        whole[: len(state)] = state  # a bytearray's slice would take a copy first
         self.device.pwrite(self._region, 0, whole)
 
     def dirty(self, start_page: int, nr_pages: int) -> memoryview:
