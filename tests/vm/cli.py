@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import gc
 import importlib
 import os
 import pkgutil
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 PROGRAM: Final = "vfio-mig"
 NOBODY: Final = 65534
 SECONDS: Final = 300 if os.uname().release.endswith("-custom") else 60  # its checks make all of it slower
+
+_PR_SET_MM: Final = 35
+_ARG_START: Final = 8
+_ARG_END: Final = 9
+_ARGUMENTS: Final[list[object]] = []
 
 Done = subprocess.CompletedProcess[bytes]
 
@@ -127,25 +134,31 @@ def _forked(words: list[str], user: int | None, env: Mapping[str, str] | None, s
 
 
 class Forked:
-    """The program between pipes, in a fork of this process; its stdout, if it has no *stdout*, goes to the result."""
+    """The program between pipes, in a fork of this process; its stdout, if it has no *stdout*, goes to the result.
 
-    def __init__(self, *args: str | Path, stdin: int | None = None, stdout: int | None = None) -> None:
+    :param seconds: it is ended after so many; 0: never.
+    """
+
+    def __init__(
+        self, *args: str | Path, stdin: int | None = None, stdout: int | None = None, seconds: int = SECONDS
+    ) -> None:
         _warm_up()
         self._words: Final = [_program(), *map(str, args)]
         self._out: Final = tempfile.TemporaryFile()  # noqa: SIM115  # wait() closes it
         self._err: Final = tempfile.TemporaryFile()  # noqa: SIM115
-        self._pid: Final = os.fork()
-        if not self._pid:
+        self.pid: Final = os.fork()
+        if not self.pid:
             out = self._out.fileno() if stdout is None else stdout
-            _be_the_program(self._words, None, out, self._err.fileno(), stdin=stdin, alone=True)
+            err = self._err.fileno()
+            _be_the_program(self._words, None, out, err, stdin=stdin, alone=True, seconds=seconds)
 
     def runs(self) -> bool:
         """Tell whether it has not come to its end."""
-        return os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def wait(self) -> Done:
         """Wait for its end."""
-        status = os.waitpid(self._pid, 0)[1]
+        status = os.waitpid(self.pid, 0)[1]
         with self._out, self._err:
             return Done(self._words, os.waitstatus_to_exitcode(status), _all_of(self._out), _all_of(self._err))
 
@@ -155,13 +168,33 @@ def _all_of(file: IO[bytes]) -> bytes:
     return file.read()
 
 
+def _take_arguments(words: list[str]) -> None:
+    """Have /proc show these as the process's arguments, by which a holder is known."""
+    text = b"\0".join(word.encode() for word in [sys.executable, *words]) + b"\0"
+    buffer = ctypes.create_string_buffer(text, len(text))
+    _ARGUMENTS.append(buffer)
+    libc, begin = ctypes.CDLL(None, use_errno=True), ctypes.addressof(buffer)
+    for what, address in ((_ARG_START, begin), (_ARG_END, begin + len(text))):
+        if libc.prctl(_PR_SET_MM, what, ctypes.c_ulong(address), 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_MM)")
+
+
 def _be_the_program(
-    words: list[str], user: int | None, out: str | int, err: int, *, stdin: int | None = None, alone: bool = False
+    words: list[str],
+    user: int | None,
+    out: str | int,
+    err: int,
+    *,
+    stdin: int | None = None,
+    alone: bool = False,
+    seconds: int = SECONDS,
 ) -> NoReturn:
     """End this fork as the program; *alone*: without any other fd, as an end of a pipe would keep it open."""
     code = 70
     try:
-        signal.alarm(SECONDS)
+        gc.freeze()  # else what the tests have left may be collected, and close an fd of the program's
+        signal.alarm(seconds)
+        _take_arguments(words)
         warnings.simplefilter("ignore")  # pytest has made them errors
         from_ = os.open(os.devnull, os.O_RDONLY) if stdin is None else stdin
         into = out if isinstance(out, int) else os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -212,12 +245,32 @@ def refused(
 
 
 @contextlib.contextmanager
-def held(uuid: str, memory: Path | str | None = None, *, via: str = "auto") -> Iterator[subprocess.Popen[str]]:
-    """Have `vfio-mig hold` keep a device open until the block ends, with *memory*, FILE or FILE@GPA, mapped."""
-    command = [_program(), "--via", via, "hold", uuid]
-    if memory is not None:
-        command += ["--memory", f"{memory}" if "@" in str(memory) else f"{memory}@0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+def held(uuid: str, memory: Path | str | None = None, *, via: str = "auto") -> Iterator[int]:
+    """Have `vfio-mig hold`, in a fork, keep a device open in the block, with *memory*, FILE or FILE@GPA, mapped.
+
+    :returns: its PID.
+    """
+    options = [] if memory is None else ["--memory", f"{memory}" if "@" in str(memory) else f"{memory}@0"]
+    reader, writer = os.pipe()
+    process = Forked("--via", via, "hold", uuid, *options, stdout=writer, seconds=0)
+    os.close(writer)
+    try:
+        with os.fdopen(reader) as said:
+            line = said.readline()
+            if line != f"{uuid}: held open by PID {process.pid}\n":
+                raise AssertionError(line + process.wait().stderr.decode(errors="replace"))
+            yield process.pid
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            if process.runs():
+                os.kill(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+@contextlib.contextmanager
+def hold_started(uuid: str) -> Iterator[subprocess.Popen[str]]:
+    """Start `vfio-mig hold` as users do; it is ended behind the block."""
+    with subprocess.Popen([_program(), "hold", uuid], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()

@@ -297,7 +297,7 @@ def test_the_numbers_of_the_host_s_own_header_are_used(source: Side, tmp_path: P
 def test_hold_announces_itself_and_ends_on_a_signal() -> None:
     with host.instance() as vgpu:
         for number in (signal.SIGTERM, signal.SIGINT):
-            with cli.held(vgpu.uuid) as process:
+            with cli.hold_started(vgpu.uuid) as process:
                 assert js("status", vgpu.uuid)["holder_pid"] == process.pid
                 process.send_signal(number)
                 assert process.wait(cli.SECONDS) == 0

@@ -145,7 +145,7 @@ def test_another_user_s_device_is_borrowed_with_two_capabilities(make_instance: 
     instance, image = make_instance(), user.directory / "gpu.vfm"
     give(instance)
     rights = "CAP_SYS_PTRACE and, for another user's process, CAP_DAC_READ_SEARCH"
-    with cli.held(instance.uuid) as holder:
+    with cli.hold_started(instance.uuid) as holder:
         save = ("save", instance.uuid, image)
         busy = "EBUSY (Device or resource busy); run as root to see which and to borrow it there, or with"
         user.refused(*save, words=f"{busy} {rights}")

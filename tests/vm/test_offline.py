@@ -50,7 +50,7 @@ def test_the_state_is_known_of_a_closed_and_of_an_open_device() -> None:
         with cli.held(vgpu.uuid) as holder:
             cli.run("state", vgpu.uuid, "stop", warm=True)
             line = listed(vgpu.uuid)
-            assert line[5:8] == [f"{holder.pid}:vfio-mig", "yes", "stop"]
+            assert line[5:8] == [f"{holder}:vfio-mig", "yes", "stop"]
             assert line[8].startswith("/dev/vfio/devices/vfio")
             status = js("status", vgpu.uuid)
             assert (status["state"], status["migratable"], status["driver_state"]) == ("stop", True, "stop")
