@@ -67,7 +67,7 @@ def make_command(kernel: Kernel, directory: Path, *variables: str) -> list[str]:
     """
     common = sorted((kernel.tree / "usr" / "src").glob("linux-headers-*-common"))
     return [
-        "make",
+        "make", f"-j{os.cpu_count() or 1}",
         "-C", str(kernel.headers),
         *(["-f", str(common[0] / "Makefile")] if common else []),
         f"M={directory}",
@@ -92,10 +92,14 @@ def make(kernel: Kernel, directory: Path, what: str, *variables: str) -> str:
     return done.stdout
 
 
-def _compile(checkout: Path, kernel: Kernel, work: Path, mutation: str | None) -> Path:
+def _copy_sources(checkout: Path, work: Path) -> None:
     for path in source_files(checkout):
         (work / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkout / path, work / path)
+
+
+def _compile(kernel: Kernel, work: Path, mutation: str | None) -> Path:
+    """Build in *work*; what an earlier mutation has left there and this one does not change is not built again."""
     what = f"{file_name(mutation)} for {kernel.release}"
     variables = [f"CDEFS={work / 'cdefs'}", "W=1", *([f"BREAK={mutation}"] if mutation else [])]
     log = make(kernel, work / "tools/kmod", what, *variables)
@@ -114,10 +118,10 @@ def build(checkout: Path, kernel: Kernel, cache: Path, mutations: tuple[str | No
     directory = cache / "modules" / source_key(checkout, kernel)
     with locked(cache / "modules" / f".{directory.name}.lock"):
         directory.mkdir(exist_ok=True)
-        for mutation in mutations:
-            target = directory / file_name(mutation)
-            if target.exists():
-                continue
-            with tempfile.TemporaryDirectory(prefix=".build-", dir=cache / "modules") as work:
-                _compile(checkout, kernel, Path(work), mutation).replace(target)
+        missing = [mutation for mutation in mutations if not (directory / file_name(mutation)).exists()]
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=cache / "modules") as work:
+            if missing:
+                _copy_sources(checkout, Path(work))
+            for mutation in missing:
+                _compile(kernel, Path(work), mutation).replace(directory / file_name(mutation))
     return directory
