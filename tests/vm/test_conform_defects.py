@@ -141,7 +141,7 @@ CASES: Final = (
     Case("status-stop-twice", ("rfc.status",), ("rfc.status.stop-twice",), RFC),
     Case("dirty-tail", ("rfc.dirty",), ("rfc.dirty.tail",), RFC),
     Case("dirty-overrun", ("rfc.dirty.overrun",), ("rfc.dirty.overrun",), RFC),  # the others have no room for it
-    Case("dirty-keeps-buffer", ("rfc.dirty",), ("rfc.dirty.overwrites",), RFC),
+    Case("dirty-keeps-buffer", ("rfc.dirty",), ("rfc.dirty.overwrites", "rfc.dirty.read-only"), RFC),
     Case("dirty-invented", ("rfc.dirty",), ("rfc.dirty.no-memory",), RFC),
     Case("dirty-fault", ("rfc.dirty",), ("rfc.dirty.bad-pointer",), RFC),
     Case("dirty-copy-fault", ("rfc.dirty",), ("rfc.dirty.read-only",), RFC),
