@@ -22,9 +22,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, NoReturn
 
 import vfio_mig
+from tools.demo import report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    import pytest
 
 PROGRAM: Final = "vfio-mig"
 NOBODY: Final = 65534
@@ -219,6 +222,11 @@ def _be_the_program(
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def demonstrate_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the demonstrations run their commands in forks of this process."""
+    monkeypatch.setattr(report, "run", lambda *words: run(*words, warm=True).stdout)
 
 
 def refused(

@@ -326,7 +326,10 @@ def test_mdevs_are_listed_created_and_removed() -> None:
     assert host.available("GVTg_V4_8") == offered["available"]
 
 
-def test_the_demonstration_s_checks_hold(source: Side, target: Side, tmp_path: Path) -> None:
+def test_the_demonstration_s_checks_hold(
+    source: Side, target: Side, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli.demonstrate_warm(monkeypatch)
     report = Report()
     with contextlib.chdir(tmp_path):
         Migration(source, target, tmp_path / "gpu.vfm", report).run()

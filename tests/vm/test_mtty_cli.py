@@ -157,7 +157,8 @@ def test_what_it_cannot_do_is_refused_and_changes_nothing(source: str, target: s
 
 
 @pytest.mark.slow
-def test_the_demonstration_holds(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_demonstration_holds(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    cli.demonstrate_warm(monkeypatch)
     status = demo.main()
     said = capfd.readouterr().out
     assert status == 0, said

@@ -34,7 +34,7 @@ def shown() -> Iterator[str]:
 
 def state(name: str) -> str:
     """Ask for the migration state, silently."""
-    return cli.run("state", name).stdout.decode().strip()
+    return cli.run("state", name, warm=True).stdout.decode().strip()
 
 
 def walk(report: Report, one: str) -> None:

@@ -29,9 +29,13 @@ class Report:
         return 1 if self.failures else 0
 
 
+def run(*arguments: str) -> bytes:
+    """Run the command as a user would, and return what it prints; a test may do it otherwise."""
+    return subprocess.run(["vfio-mig", *arguments], stdout=subprocess.PIPE, check=True).stdout
+
+
 def vfio_mig(*arguments: str) -> dict[str, Any]:
-    """Run the command as a user would, show it, and return its JSON."""
+    """Show a command, run it, and return its JSON."""
     print(f"  $ vfio-mig {' '.join(arguments)}", flush=True)
-    done = subprocess.run(["vfio-mig", "--json", *arguments], stdout=subprocess.PIPE, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(run("--json", *arguments))
     return result
