@@ -26,12 +26,15 @@ def submit(pool: ThreadPoolExecutor, work: Callable[[], T]) -> Callable[[], T]:
 
 
 def ahead(source: Iterator[T]) -> Iterator[T]:
-    """Yield what *source* does, the next one already being made meanwhile; None ends it."""
+    """Yield what *source* does, the next one already being made meanwhile, the first from now on; None ends it."""
     if spare_cpus() < 1:
-        yield from source
-        return
-    with ThreadPoolExecutor(1) as pool:
-        following = submit(pool, lambda: next(source, None))
+        return source
+    pool = ThreadPoolExecutor(1)  # its thread ends with the iterator
+    return _ahead(source, pool, submit(pool, lambda: next(source, None)))
+
+
+def _ahead(source: Iterator[T], pool: ThreadPoolExecutor, following: Callable[[], T | None]) -> Iterator[T]:
+    with pool:
         while (item := following()) is not None:
             following = submit(pool, lambda: next(source, None))
             yield item

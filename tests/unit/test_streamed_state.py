@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -109,6 +110,30 @@ def test_reading_ahead_changes_neither_order_nor_errors() -> None:
     assert list(threads.ahead(iter(()))) == []
 
 
+class Interrupted(io.BytesIO):
+    """A file in which another thread gets its turn between seek() and read()."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        at = super().seek(offset, whence)
+        time.sleep(0.001)
+        return at
+
+
+def test_state_is_read_ahead_while_pages_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vfio_mig.threads.spare_cpus", lambda: TWO_CPUS)
+    out = io.BytesIO()
+    writer = ArchiveWriter(out, {})
+    for number in range(20):
+        writer.add_pages([(number * 4096, bytes([number]) * 4096)])
+        writer.add_state(bytes([number]) * 100)
+    writer.finish({})
+    with read_archive(Interrupted(out.getvalue())) as archive:
+        state = threads.ahead(archive.state_chunks())
+        pages = [bytes(content) for _, content in archive.pages()]
+        assert pages == [bytes([number]) * 4096 for number in range(20)]
+        assert list(state) == [bytes([number]) * 100 for number in range(20)]
+
+
 def test_the_next_one_is_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vfio_mig.threads.spare_cpus", lambda: TWO_CPUS)
     made_now = threading.Event()
@@ -122,3 +147,22 @@ def test_the_next_one_is_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None
     assert next(items) == 1
     assert made_now.wait(10)
     assert list(items) == [2]
+
+
+def test_the_first_one_is_made_at_once_and_may_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vfio_mig.threads.spare_cpus", lambda: TWO_CPUS)
+    made_now = threading.Event()
+    before = threading.active_count()
+
+    def source() -> Iterator[int]:
+        made_now.set()
+        yield 1
+
+    items = threads.ahead(source())
+    assert made_now.wait(10)
+    del items
+    for _ in range(1000):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.01)
+    assert threading.active_count() == before

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from threading import Lock
 from typing import Any, BinaryIO, Final, Self, cast
 
 from vfio_mig.errors import ImageError, excerpt
@@ -35,8 +36,8 @@ class Archive:
     """A whole archive: every member was there and matched its SHA-256 when :func:`read_archive` returned.
 
     Contents are read again from the file and, unless it is known to be the same, checked again (ImageError if it
-    changed meanwhile), so the file must stay open; or from the copy that was made of a pipe. A context manager, which
-    owns that copy and not the file.
+    changed meanwhile), so the file must stay open; or from the copy that was made of a pipe. Several threads may read.
+    A context manager, which owns that copy and not the file.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Archive:
     ) -> None:
         self._source = spool or source
         self._spool = spool
+        self._position = Lock()
         self.header = header
         self.members = members
         self.manifest = manifest
@@ -119,11 +121,12 @@ class Archive:
         return (member for member in self.members if member.kind == kind)
 
     def _content(self, member: Member) -> bytes:
-        try:
-            self._source.seek(member.offset)
-        except OSError as error:
-            raise host_error("cannot read", _name_of(self._source), error) from error
-        content = _read(self._source, member.size)
+        with self._position:
+            try:
+                self._source.seek(member.offset)
+            except OSError as error:
+                raise host_error("cannot read", _name_of(self._source), error) from error
+            content = _read(self._source, member.size)
         # A file may be changed by others meanwhile; the copy of a pipe has no name, and is nobody's but ours
         is_safe = self._spool is not None or self.is_frozen()
         if not is_safe and hashlib.sha256(content).hexdigest() != member.sha256:

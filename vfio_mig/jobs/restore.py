@@ -145,6 +145,7 @@ class _Target:
         if not self._force:
             _require_own(session)
         session.protocol.prepare()
+        self._chunks = image.chunks()
         self._rollback = stack.enter_context(Rollback())
         point(JOB, "verified", session)
 
@@ -172,7 +173,7 @@ class _Target:
         self._rollback.forget()
         self._rollback.push(lambda: _abandon(session, force=self._force))
         began = time.perf_counter()
-        session.protocol.write_chunks(self._image.chunks())
+        session.protocol.write_chunks(self._chunks)
         self.times["state_write_time"] = time.perf_counter() - began
         point(JOB, "after-state", session)
 

@@ -41,17 +41,20 @@ class Image(NamedTuple):
         return len(self.state) if self.bare is None else self.bare.seek(0, os.SEEK_END)
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the state, some MiB at a time."""
+        """Return an iterator over the state, some MiB at a time; the first piece may be read from now on."""
         if self.state:
-            yield self.state
-        elif self.archive is not None:
+            return iter((self.state,))
+        if self.archive is not None:
             from vfio_mig.image.layout import CHUNK as MEMBER
             from vfio_mig.threads import ahead
 
             # A member is read once more, and as a rule verified, which may take longer than to load it
             chunks = self.archive.state_chunks()
-            yield from ahead(chunks) if self.archive.state_size > MEMBER else chunks
-        elif self.bare is not None:
+            return ahead(chunks) if self.archive.state_size > MEMBER else chunks
+        return self._bare_chunks()
+
+    def _bare_chunks(self) -> Iterator[bytes]:
+        if self.bare is not None:
             self.bare.seek(0)
             while chunk := self.bare.read(CHUNK):
                 yield chunk
