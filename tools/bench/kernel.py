@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GIB: Final = 1 << 30
 MIB: Final = 1 << 20
 PAGE: Final = 4096
-STREAMS: Final = ((64, RUNS), (1024, 1))
+STREAMS: Final = ((64, RUNS), (1024, 3))
 """MiB of state, and how often: a GiB takes minutes under emulation."""
 OWN_MS: Final = 5
 THROUGHPUT: Final = 0.9

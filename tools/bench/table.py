@@ -65,7 +65,7 @@ def alternate(one: Callable[[], float], other: Callable[[], float], runs: int = 
 
 def show(rows: list[Row], title: str) -> None:
     """Print a table."""
-    print(f"\n{title}; medians of {RUNS} alternating runs")
+    print(f"\n{title}; medians of up to {RUNS} alternating runs")
     print(f"{'':<46} {'ours':>10} {'C':>10} {'':>9}  goal")
     for row in rows:
         sign = "x" if "times" in row.goal or not row.goal else row.unit
