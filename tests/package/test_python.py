@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # pyproject.toml's; pyparsing is Debian 12's, as newer ones warn of what matplotlib 3.6 does.
 FLOORS: Final = ["cffi==1.15.1", "click==8.1.3", "numpy==1.24.2", "matplotlib==3.6.3", "pyparsing==3.0.9"]
-TEST_NEEDS: Final = ["pytest>=8", "hypothesis", "pycparser", "qemu.qmp"]
+TEST_NEEDS: Final = ["pytest>=8", "hypothesis", "jsonschema", "pycparser", "qemu.qmp"]
 SHARED: Final = {
     *(f"man/man1/vfio-mig-{name}.1" for name in COMMANDS),
     "man/man1/vfio-mig.1",
