@@ -276,9 +276,9 @@ def held(uuid: str, memory: Path | str | None = None, *, via: str = "auto") -> I
 
 
 @contextlib.contextmanager
-def hold_started(uuid: str) -> Iterator[subprocess.Popen[str]]:
+def hold_started(uuid: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """Start `vfio-mig hold` as users do; it is ended behind the block."""
-    with subprocess.Popen([_program(), "hold", uuid], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([_program(), "hold", uuid, *options], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()

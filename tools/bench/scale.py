@@ -40,7 +40,12 @@ def _sync(ours: Ours, directory: Path, gib: int) -> Iterator[Point]:
     file = directory / "memory"
     memory = Memory(0, held.PAGES, file)
     os.truncate(file, gib * GIB)
-    with host.instance() as vgpu, cli.held(vgpu.uuid, file), held.guest_of(vgpu, memory) as guest:
+    # Not in a fork, for which this process would load all of the program: its size would be the programs' at their start
+    with (
+        host.instance() as vgpu,
+        cli.hold_started(vgpu.uuid, "--memory", f"{file}@0"),
+        held.guest_of(vgpu, memory) as guest,
+    ):
         held.run_some_work(guest, gpu.Engine(guest))
         report = ours.run("sync", vgpu.uuid, directory / "copy", "--memory", f"{file}@0", "--leave-running")
     last = report["rounds"][-1]

@@ -203,8 +203,9 @@ class Copy:
 
     def _ranges(self, dirty: Iterable[Dirty]) -> Iterator[PageRange]:
         for chunk in dirty:
-            self.dirty += chunk.total()
-            yield from chunk.ranges()
+            for range_ in chunk.ranges():  # no count of its own: most chunks have no dirty page
+                self.dirty += range_.nr_pages
+                yield range_
 
     def _write_changed(self, known: Fingerprints, gpa: int, view: memoryview) -> None:
         for start, count in known.changed(gpa, view):
