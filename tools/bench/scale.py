@@ -40,7 +40,7 @@ def _sync(ours: Ours, directory: Path, gib: int) -> Iterator[Point]:
     file = directory / "memory"
     memory = Memory(0, held.PAGES, file)
     os.truncate(file, gib * GIB)
-    # Not in a fork, for which this process would load all of the program: its size would be the programs' at their start
+    # Not in a fork: this process would have to load all of the program, and a child counts as at least as large
     with (
         host.instance() as vgpu,
         cli.hold_started(vgpu.uuid, "--memory", f"{file}@0"),
