@@ -36,6 +36,13 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+def json_text(value: object, indent: int | None = 2) -> str:
+    """Return JSON that is safe to print: ASCII alone, and no control character, also not DEL, which JSON lets pass."""
+    import json
+
+    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
+
+
 def excerpt(value: object) -> str:
     """Return the repr of something from a file, shortened: it may be of any length and depth."""
     short = reprlib.Repr()

@@ -15,7 +15,8 @@ import numpy as np  # noqa: F401 -- before the address space is bounded
 from tools.fuzz import corpus, saved
 from tools.fuzz.corpus import Choices
 from tools.fuzz.limits import bounded, require, require_line
-from vfio_mig.cli.words import lines
+from tools.fuzz.printed import printed
+from vfio_mig.cli.inspect import print_report
 from vfio_mig.image.decode import qemu
 from vfio_mig.image.differences import state_differences
 from vfio_mig.image.window import BytesWindow
@@ -56,8 +57,10 @@ def _check(report: InspectReport, size: int) -> None:
         require_line(problem, size)
     for section in report.sections:
         require(section.offset >= 0 <= section.size, "a section is somewhere")
-        for line in lines(section.values, _ROWS):
-            require_line(line, size)
+    with printed() as lines:
+        print_report(report, _ROWS)
+    for line in lines:
+        require_line(line, size)
 
 
 def _queued(choices: Choices) -> bytes:

@@ -13,13 +13,14 @@ import os
 import shutil
 import struct
 import tempfile
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
 
 from tools.fuzz import corpus, looking, saved
 from tools.fuzz.corpus import Choices, entries_for, manifest_of, signed, tar_of
 from tools.fuzz.limits import bounded, require, require_line
+from tools.fuzz.printed import printed
 from vfio_mig.cli import image as _image  # noqa: F401 -- for the command line, which imports it late
 from vfio_mig.cli.main import cli
 from vfio_mig.dirty.memory import Memory, MemoryMap
@@ -234,23 +235,14 @@ def manifest(data: bytes) -> None:
         _verify(path, len(archive), as_json=len(data) % 2 == 0)
 
 
-_PRINTED: Final = io.BytesIO()
-_OUTPUT: Final = io.TextIOWrapper(_PRINTED, "utf-8")
-"""One for all runs: click keeps every standard output that it has seen."""
-
-
 def _verify(path: str, size: int, *, as_json: bool) -> None:
     """Run `vfio-mig verify` and look at what it would print to a terminal."""
     arguments = [*(["--json"] if as_json else []), "verify", path]
-    _PRINTED.seek(0)
-    _PRINTED.truncate()
-    with redirect_stdout(_OUTPUT), bounded(size):
-        with cli.make_context("vfio-mig", arguments, color=True) as context:
+    with bounded(size):
+        with printed() as lines, cli.make_context("vfio-mig", arguments, color=True) as context:
             cli.invoke(context)
-        _OUTPUT.flush()
-        text = _PRINTED.getvalue().decode()
-        require(text.endswith("\n"), "there is a report")
-        for line in text.splitlines() if as_json else [text[:-1]]:
+        require(as_json or len(lines) == 1, "there is a report")
+        for line in lines:
             require_line(line, size)
 
 

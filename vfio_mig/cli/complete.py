@@ -14,7 +14,7 @@ def device(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[
     """Name the devices that begin so; nothing is opened."""
     from vfio_mig.host.discover import Host
 
-    return [one.name for one in Host().devices() if one.name.startswith(incomplete)]
+    return [one.name for one in Host().devices() if one.name.startswith(incomplete) and one.name.isprintable()]
 
 
 def file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001

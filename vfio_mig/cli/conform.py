@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vfio_mig.cli import complete
-from vfio_mig.cli.output import borrow_options, print_json, settings_of
+from vfio_mig.cli.output import borrow_options, print_json, put, put_lines, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -70,7 +70,7 @@ def conform_command(
         )
         text = FORMATS[form or ("json" if options.as_json else "table")](report)
         if file is None:
-            click.echo(text, nl=False)
+            put_lines(text)
         else:
             file.write(text.encode())
     _judge(report)
@@ -85,7 +85,7 @@ def _list(options: Options, patterns: tuple[str, ...]) -> None:
         print_json([{name: getattr(check, name) for name in names} for check in checks])
         return
     for check in checks:
-        click.echo(f"{check.id:<34} {check.rule}{' (--dangerous)' if check.danger else ''}")
+        put(f"{check.id:<34} {check.rule}{' (--dangerous)' if check.danger else ''}")
 
 
 def _judge(report: Report) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vfio_mig.cli import complete
-from vfio_mig.cli.output import borrow_options, p2p_option, print_json, settings_of
+from vfio_mig.cli.output import borrow_options, p2p_option, print_json, put, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -22,7 +22,7 @@ def _report(options: Options, reports: list[Done]) -> None:
         print_json(reports[0]._asdict() if len(reports) == 1 else [done._asdict() for done in reports])
     elif not options.quiet:
         for done in reports:
-            click.echo(f"{done.device}: {PAST[done.action]} in {done.seconds * 1e3:.1f} ms")
+            put(f"{done.device}: {PAST[done.action]} in {done.seconds * 1e3:.1f} ms")
 
 
 @click.command("stop", short_help="Pause DEVICE and leave it stopped.")
@@ -96,15 +96,15 @@ def status_command(options: Options, device: str) -> None:
         return
     nobody = "nobody" if status.state == "closed" else "no process that this user may look into"
     holder = nobody if status.holder_pid is None else f"PID {status.holder_pid} ({status.holder})"
-    click.echo(f"{status.device}: {status.state}; {status.kind} {status.type}, open in {holder}")
+    put(f"{status.device}: {status.state}; {status.kind} {status.type}, open in {holder}")
     if status.driver_state == "?":
-        click.echo("note: its driver does not answer, so it was not asked; what waits for it cannot be ended")
+        put("note: its driver does not answer, so it was not asked; what waits for it cannot be ended")
     elif status.driver_state not in (None, status.state):
-        click.echo(f"state in its driver: {status.driver_state}")
+        put(f"state in its driver: {status.driver_state}")
     if status.left is not None:
-        click.echo(f"note: {status.left}; {status.repair}")
+        put(f"note: {status.left}; {status.repair}")
     if status.protocol is not None:
-        click.echo(f"protocol: {status.protocol}")
+        put(f"protocol: {status.protocol}")
 
 
 @click.command("state", short_help="Show a mainline v2 device's state, or go to another.")
@@ -127,4 +127,4 @@ def state_command(options: Options, device: str, new: str | None) -> None:
     if options.as_json:
         print_json(state._asdict())
     else:
-        click.echo(state.state)
+        put(state.state)

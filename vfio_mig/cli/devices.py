@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vfio_mig.cli import complete
-from vfio_mig.cli.output import borrow_options, print_json, settings_of
+from vfio_mig.cli.output import borrow_options, print_json, put, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -48,7 +48,7 @@ def list_command(options: Options) -> None:
         print_json([one._asdict() for one in found])
         return
     for one in found:
-        click.echo(_line(one))
+        put(_line(one))
 
 
 def _print_regions(info: DeviceInfo) -> None:
@@ -57,7 +57,7 @@ def _print_regions(info: DeviceInfo) -> None:
         parts += [f"mmap {area[0]:#x}+{area[1]:#x}" for area in region.sparse_areas]
         if region.type is not None:
             parts.append(f"type {region.type:#x} subtype {region.subtype}")
-        click.echo(f"region {region.number}  {', '.join(parts)}")
+        put(f"region {region.number}  {', '.join(parts)}")
 
 
 def _print_closed(info: DeviceInfo) -> None:
@@ -67,35 +67,35 @@ def _print_closed(info: DeviceInfo) -> None:
     if info.holder_pid is None and info.holder is not None:
         holder = "no process that this user may look into"
     source = {"debugfs": "the kernel says so", "driver": f"by its driver's name, {info.driver}"}.get(info.source or "")
-    click.echo(f"kind      {info.kind} {info.type}".rstrip())
-    click.echo(f"driver    {info.driver or 'none'}")
-    click.echo(f"nodes     {', '.join(nodes) or 'none'}")
-    click.echo(f"open in   {holder}")
+    put(f"kind      {info.kind} {info.type}".rstrip())
+    put(f"driver    {info.driver or 'none'}")
+    put(f"nodes     {', '.join(nodes) or 'none'}")
+    put(f"open in   {holder}")
     if info.migratable is None:
-        click.echo("migration known only of an open device")
+        put("migration known only of an open device")
     else:
-        click.echo(f"migration {_yes_or_no(info.migratable)}: {source}")
+        put(f"migration {_yes_or_no(info.migratable)}: {source}")
     if info.state == "?":
-        click.echo("state     its driver does not answer, so it was not asked for more")
+        put("state     its driver does not answer, so it was not asked for more")
         return
     if info.state is not None:
-        click.echo(f"state     {info.state}")
-    click.echo("not opened, as that resets a PCI function and restarts a vGPU; --open does it and tells the rest")
+        put(f"state     {info.state}")
+    put("not opened, as that resets a PCI function and restarts a vGPU; --open does it and tells the rest")
 
 
 def _print_info(info: DeviceInfo) -> None:
-    click.echo(f"device    {info.device}")
-    click.echo(f"reached   {info.how}")
+    put(f"device    {info.device}")
+    put(f"reached   {info.how}")
     if info.how == "closed":
         _print_closed(info)
     else:
-        click.echo(f"flags     {info.flags:#x}")
+        put(f"flags     {info.flags:#x}")
         _print_regions(info)
         for check in info.checks:
-            click.echo(f"{'ok ' if check.ok else 'NO '} {check.name}: {check.text}")
-        click.echo(f"protocol  {info.protocol or 'none'}")
+            put(f"{'ok ' if check.ok else 'NO '} {check.name}: {check.text}")
+        put(f"protocol  {info.protocol or 'none'}")
     if info.better_driver is not None:
-        click.echo(f"note: the driver {info.better_driver} fits it better than {info.driver or 'none'}")
+        put(f"note: the driver {info.better_driver} fits it better than {info.driver or 'none'}")
 
 
 @click.command("info", short_help="Tell regions, and whether DEVICE can be migrated.")

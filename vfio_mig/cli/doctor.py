@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from vfio_mig.cli.output import print_json, settings_of
+from vfio_mig.cli.output import print_json, put, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -34,6 +34,6 @@ def doctor_command(options: Options) -> None:
         print_json(report.as_dict())
     else:
         for one in report.checks:
-            click.echo(f"{one.result:<8} {one.name}: {one.text}")
+            put(f"{one.result:<8} {one.name}: {one.text}")
     if report.problems:
         sys.exit(UNFIT)

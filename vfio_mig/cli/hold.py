@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vfio_mig.cli import complete
-from vfio_mig.cli.output import memory_option, parse_memory, print_json, settings_of
+from vfio_mig.cli.output import memory_option, parse_memory, print_json, put, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -49,6 +49,6 @@ def hold_command(
             if options.as_json:
                 print_json({"device": session.device.name, "pid": os.getpid(), "protocol": session.protocol.name})
             elif not options.quiet:
-                click.echo(text)
+                put(text)
 
         hold_device(device, settings_of(options), memory=parse_memory(memory), ready=ready)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 import click
 
 from vfio_mig.cli import complete
-from vfio_mig.cli.output import Meter, borrow_options, memory_option, parse_memory, print_json, say, settings_of
+from vfio_mig.cli.output import (
+    Meter,
+    borrow_options,
+    memory_option,
+    parse_memory,
+    print_json,
+    put,
+    say,
+    settings_of,
+    warn,
+)
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -30,7 +40,6 @@ def verify_command(options: Options, file: str, *, raw: bool, no_verify_state: b
     \b
     Example: vfio-mig verify gpu.vfm
     """
-    from vfio_mig.errors import printable
     from vfio_mig.jobs.check import verify_image
 
     report = verify_image(file, raw=raw, verify_state=not no_verify_state)
@@ -40,9 +49,9 @@ def verify_command(options: Options, file: str, *, raw: bool, no_verify_state: b
     what = "bare state" if raw else f"{report.protocol} image of a {report.type}, {report.members} members"
     if not options.quiet:
         text = f"{file}: good: {what}, {report.state_bytes} bytes of state, {report.pages} pages of memory"
-        click.echo(printable(text))
+        put(text)
     for warning in report.warnings:
-        click.echo(printable(f"vfio-mig: warning: {file}: {warning}"), err=True)
+        warn(f"{file}: {warning}")
 
 
 @click.command("check", short_help="Tell whether an image fits DEVICE.")
@@ -68,7 +77,7 @@ def check_command(options: Options, file: str, device: str, *, raw: bool) -> Non
     else:
         for one in report.checks:
             forcible = " (forcible)" if one.forcible and one.result == "mismatch" else ""
-            click.echo(f"{one.result:<8} {one.name}: {one.text}{forcible}")
+            put(f"{one.result:<8} {one.name}: {one.text}{forcible}")
     if not report.fits:
         sys.exit(MISFIT)
 

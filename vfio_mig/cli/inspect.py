@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from vfio_mig.cli import complete
-from vfio_mig.cli.output import print_json, say
-from vfio_mig.errors import UsageError, printable
+from vfio_mig.cli.output import print_json, put, say, warn
+from vfio_mig.errors import UsageError
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -65,28 +65,29 @@ def inspect_command(options: Options, file: str, section: str | None, *, as_hex:
     elif options.as_json:
         print_json(report.as_dict())
     else:
-        _print_report(report)
+        print_report(report)
     for problem in report.problems:
-        click.echo(printable(f"vfio-mig: warning: {file}: {problem}"), err=True)
+        warn(f"{file}: {problem}")
 
 
 def _print_section(name: str, values: dict[str, object], rows: int) -> None:
     from vfio_mig.cli.words import lines
 
-    click.echo(printable(name))
+    put(name)
     for line in lines(values, rows):
-        click.echo(line)
+        put(line)
 
 
-def _print_report(report: InspectReport) -> None:
+def print_report(report: InspectReport, rows: int = _ROWS) -> None:
+    """Print a report in words, at most *rows* of each list in it."""
     from vfio_mig.jobs.inspect import image_sections
 
     what = f"{report.kind}, {report.size} bytes, {report.state_bytes} bytes of state: {report.layout}"
-    click.echo(printable(f"{report.file}: {what}"))
+    put(f"{report.file}: {what}")
     for section in image_sections(report):
-        _print_section(section.name, section.values, _ROWS)
+        _print_section(section.name, section.values, rows)
     for section in report.sections:
-        _print_section(f"{section.name}  at {section.offset:#x}, {section.size} bytes", section.values, _ROWS)
+        _print_section(f"{section.name}  at {section.offset:#x}, {section.size} bytes", section.values, rows)
 
 
 def _print_hex(options: Options, file: str, section: str) -> None:
@@ -102,7 +103,7 @@ def _print_hex(options: Options, file: str, section: str) -> None:
     last: list[bytes] = []
     for piece in section_bytes(file, section):
         for line in hex_lines(piece.content, piece.offset, last):
-            click.echo(line)
+            put(line)
 
 
 @click.command("extract", short_help="Write what is in an image to files.")
@@ -177,17 +178,17 @@ def diff_command(options: Options, first: str, second: str, *, exit_code: bool) 
         shown = dict.fromkeys(report.counts, 0)
         for one in report.differences:
             shown[one.section] += one.size // 4096 if one.section == "pages" else 1
-            click.echo(_difference_line(one))
+            put(_difference_line(one))
         for section, count in report.counts.items():
             if count > shown[section]:
-                click.echo(f"{section} … {count - shown[section]} more")
+                put(f"{section} … {count - shown[section]} more")
     if exit_code and not report.equal:
         sys.exit(DIFFERENT)
 
 
 def _difference_line(one: Difference) -> str:
     size = f" {one.size} bytes" if one.size > 8 else ""  # noqa: PLR2004 -- a register is no run
-    return printable(f"{one.section} {one.name}{size}: {_side(one.old)} -> {_side(one.new)}")
+    return f"{one.section} {one.name}{size}: {_side(one.old)} -> {_side(one.new)}"
 
 
 def _side(value: object) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from vfio_mig import __version__, interrupts
+from vfio_mig.cli.output import put, put_lines
 from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Group(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse what follows the group's name."""
         if not args and not ctx.resilient_parsing:
-            click.echo(ctx.get_help(), err=True, color=ctx.color)
+            put_lines(ctx.get_help(), err=True)
             ctx.exit(UsageError.exit_code)
         return super().parse_args(ctx, args)
 
@@ -203,7 +204,7 @@ def _emit(context: click.Context, step: str, **more: object) -> None:
 
 
 def _fail(error: VfioMigError) -> NoReturn:
-    click.echo(f"vfio-mig: {error}", err=True)
+    put(f"vfio-mig: {error}", err=True)
     sys.exit(error.exit_code)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vfio_mig.cli.main import Group
-from vfio_mig.cli.output import print_json, say
+from vfio_mig.cli.output import print_json, put, say
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -41,7 +41,7 @@ def types_command(options: Options) -> None:
         print_json([one._asdict() for one in found])
         return
     for one in found:
-        click.echo(f"{one.parent} {one.type} {one.available} {one.name}")
+        put(f"{one.parent} {one.type} {one.available} {one.name}")
 
 
 @mdev_command.command("create")
@@ -61,7 +61,7 @@ def create_command(options: Options, type_name: str, uuid: str | None, parent: s
     if options.as_json:
         print_json({"device": made})
     else:
-        click.echo(made)
+        put(made)
 
 
 @mdev_command.command("remove")

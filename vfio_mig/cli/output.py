@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vfio_mig.errors import json_text, printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Self
@@ -63,22 +65,36 @@ def parse_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
     return [(device, file) for device, _, file in pairs]
 
 
+def put(text: str, *, err: bool = False) -> None:
+    """Print one line, to stderr with *err*. Every text of the command line goes through here, and nothing goes around.
+
+    Names of files, devices, processes and drivers, and all that images and streams hold, were written by others. What
+    would move the cursor, break the line, or speak to the terminal in another way is escaped here, so no caller has
+    to think of it. tests/unit/test_output.py sees to it that nothing else in the package prints.
+    """
+    click.echo(printable(text), err=err)
+
+
+def put_lines(text: str, *, err: bool = False) -> None:
+    """Print a text of several lines of ours, each as :func:`put` does. What others wrote must have no newline in it."""
+    for line in text.splitlines():
+        put(line, err=err)
+
+
 def warn(text: str) -> None:
-    """Print a warning: one line on stderr, also for who wants quiet."""
-    click.echo(f"vfio-mig: warning: {text}", err=True)
+    """Print a warning: one line on stderr, also for a user who wants quiet."""
+    put(f"vfio-mig: warning: {text}", err=True)
 
 
 def print_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-    """Print one JSON document, keys in the order given."""
-    import json
-
-    click.echo(json.dumps(value, indent=2))
+    """Print one JSON document, keys in the order given. JSON escapes control characters in its own way."""
+    click.echo(json_text(value))
 
 
 def say(options: Options, text: str) -> None:
     """Print a sentence on what was done, unless the user wants quiet; to stderr, as stdout may be the image."""
     if not options.quiet:
-        click.echo(text, err=True)
+        put(text, err=True)
 
 
 class Meter:
@@ -99,14 +115,19 @@ class Meter:
         if self._shown and time.monotonic() >= self._next:
             self._next = time.monotonic() + 0.2
             self._written = True
-            click.echo(f"\rguest memory: {self._bytes >> 20} MiB copied", err=True, nl=False)
+            self._draw(f"\rguest memory: {self._bytes >> 20} MiB copied")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._written:
-            click.echo("\r\033[K", err=True, nl=False)
+            self._draw("\r\033[K")
+
+    @staticmethod
+    def _draw(text: str) -> None:
+        """Print what is meant to move the cursor: characters and numbers of ours alone."""
+        click.echo(text, err=True, nl=False)
 
 
 memory_option = click.option(

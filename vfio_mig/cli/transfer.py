@@ -18,6 +18,7 @@ from vfio_mig.cli.output import (
     parse_pairs,
     parse_ranges,
     print_json,
+    put,
     range_option,
     say,
     settings_of,
@@ -305,14 +306,15 @@ def dirty_command(
         print_json(report._asdict())
         return
     for address, size in report.ranges:
-        click.echo(f"{address:#x} {size}")
+        put(f"{address:#x} {size}")
     if as_map:
         from vfio_mig.pictures.terminal import dirty_map
 
         encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-        click.echo("\n".join(dirty_map(chunks, unicode=encoding.startswith("utf"))))
+        for line in dirty_map(chunks, unicode=encoding.startswith("utf")):
+            put(line)
     if not list_ranges:
-        click.echo(
+        put(
             f"{report.device}: {report.pages_dirty} of {report.pages} pages may have been written "
             f"({report.bitmap_time * 1e3:.1f} ms)"
         )

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Decoded values as lines of text."""
+"""Decoded values as lines of text, for ``output.put``, which escapes what others wrote."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
-
-from vfio_mig.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +29,7 @@ def scalar(key: str, value: Any) -> str:
         return f"{value:#x}" if key in _HEX or key.endswith(("_lo", "_hi")) else str(value)
     if isinstance(value, list):
         return ",".join(scalar(key, one) for one in value) or "-"
-    return printable(str(value))
+    return str(value)
 
 
 def _is_flat(value: Any) -> bool:

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from html import escape
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig.conform.check import FAIL, OUTCOMES, PASS, SKIP, WARN
+from vfio_mig.errors import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,7 +69,7 @@ def as_tap(report: Report) -> str:
             line += f" # TODO {_tap(result.note)}"
         lines.append(line)
         if result.outcome in (FAIL, WARN):
-            lines += ["  ---", *(f"  {name}: {json.dumps(text)}" for name, text in _findings(result)), "  ..."]
+            lines += ["  ---", *(f"  {name}: {json_text(text)}" for name, text in _findings(result)), "  ..."]
     return "\n".join([*lines, f"# {summary(report)}", ""])
 
 
@@ -128,7 +128,7 @@ def as_junit(report: Report) -> str:
 
 def as_json(report: Report) -> str:
     """One JSON document."""
-    return json.dumps(report.as_dict(), indent=2) + "\n"
+    return json_text(report.as_dict()) + "\n"
 
 
 FORMATS: Final[dict[str, Callable[[Report], str]]] = {

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""What reaches a terminal: everything goes through one place, and what others wrote cannot speak to the terminal."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.unit.saved_images import HEADER, run, write
+from vfio_mig.cli import output
+from vfio_mig.errors import json_text
+from vfio_mig.jobs.inform import Listed
+
+ROOT: Final = Path(__file__).parents[2]
+PACKAGE: Final = ROOT / "vfio_mig"
+PLACE: Final = PACKAGE / "cli" / "output.py"
+BAD: Final = "\x1b]0;owned\x07\x1b[2J\r\nforged line\x7f\x9b31m\u202e\udcff"
+"""A window title, a cleared screen, a second line, DEL, a C1 control, reversed writing, a byte that is no text."""
+PRINTERS: Final = frozenset({"echo", "secho", "echo_via_pager", "print", "pprint", "style", "progressbar", "prompt"})
+STREAMS: Final = frozenset({"stdout", "stderr", "__stdout__", "__stderr__"})
+# Where the fd or a property of a standard stream is wanted, and nothing is printed
+HARMLESS: Final = frozenset({"isatty", "fileno", "encoding", "close", "reconfigure"})
+
+
+def _name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def ways_around(source: str) -> list[int]:
+    """Return the lines that print, or take a standard stream for something else than a look at it."""
+    tree = ast.parse(source)
+    used = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in HARMLESS and _name(node.value) in STREAMS
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _name(node.func) in PRINTERS:
+            found.add(node.lineno)
+        elif isinstance(node, ast.Attribute) and node.attr in STREAMS and _name(node.value) == "sys":
+            if id(node) not in used:
+                found.add(node.lineno)
+        elif isinstance(node, ast.ImportFrom) and node.module in {"sys", "click"}:
+            found |= {node.lineno for one in node.names if one.name in PRINTERS | STREAMS}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+            found |= {node.lineno for one in modules if one.split(".")[0] in {"rich", "curses", "termcolor", "logging"}}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "os.write" and _fd(node) in {1, 2}:
+            found.add(node.lineno)
+    return sorted(found)
+
+
+def _fd(call: ast.Call) -> Any:
+    return call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else None
+
+
+MODULES: Final = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PLACE]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_prints_but_through_the_one_place(path: Path) -> None:
+    assert ways_around(path.read_text("utf-8")) == []
+
+
+def test_in_the_one_place_every_print_is_escaped_json_or_made_of_ours() -> None:
+    """Three calls: a line that is escaped, JSON, and the meter's own characters."""
+    calls = [
+        ast.unparse(node.args[0])
+        for node in ast.walk(ast.parse(PLACE.read_text("utf-8")))
+        if isinstance(node, ast.Call) and _name(node.func) in PRINTERS
+    ]
+    assert calls == ["printable(text)", "json_text(value)", "text"]
+    drawn = [
+        ast.unparse(node.args[0])
+        for node in ast.walk(ast.parse(PLACE.read_text("utf-8")))
+        if isinstance(node, ast.Call) and _name(node.func) == "_draw"
+    ]
+    assert sorted(drawn) == ["'\\r\\x1b[K'", "f'\\rguest memory: {self._bytes >> 20} MiB copied'"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print(1)",
+        "click.echo(x)",
+        "from click import echo",
+        "import sys\nsys.stdout.write(x)",
+        "import sys\nout = sys.stderr",
+        "from sys import stdout",
+        "import os\nos.write(2, b'')",
+        "import rich",
+        "from rich.console import Console",
+        "import logging",
+    ],
+)
+def test_a_way_around_is_noticed(source: str) -> None:
+    assert ways_around(source)
+
+
+def test_looking_at_a_stream_is_no_way_around() -> None:
+    assert ways_around("import sys\nsys.stderr.isatty()\nsys.stdout.fileno()\nput(text)") == []
+
+
+def clean(text: str) -> bool:
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+def test_a_line_stays_one_line_and_harmless(capsys: pytest.CaptureFixture[str]) -> None:
+    output.put(BAD)
+    output.put(BAD, err=True)
+    output.warn(BAD)
+    out, err = capsys.readouterr()
+    assert clean(out)
+    assert clean(err)
+    assert (out.count("\n"), err.count("\n")) == (1, 2)
+    assert r"\x1b]0;owned\x07\x1b[2J\r\nforged line\x7f\x9b31m\u202e\udcff" in out
+
+
+def test_json_is_ascii_without_control_characters_and_says_the_same() -> None:
+    text = json_text({BAD: [BAD]})
+    assert text.isascii()
+    assert clean(text)
+    assert json.loads(text) == {BAD: [BAD]}
+
+
+def test_what_an_image_holds_is_escaped_keys_and_names_of_files_included(tmp_path: Path) -> None:
+    bad = BAD.replace("\udcff", "").replace("/", "")
+    header = {**HEADER, bad: {bad: bad}, "device": {"type": bad, "driver": bad, "name": bad}, "list": [{bad: [bad]}]}
+    path = write(tmp_path / f"image{bad}", b"state", header=header)
+    other = write(tmp_path / f"other{bad}", b"stats")
+    commands: list[list[str | Path]] = [
+        ["inspect", path],
+        ["inspect", path, "--section", "image.header"],
+        ["inspect", path, "--section", bad],
+        ["diff", path, other],
+        ["verify", path],
+        ["extract", path, tmp_path / f"parts{bad}"],
+        ["pack", tmp_path / f"parts{bad}", tmp_path / f"again{bad}"],
+        ["extract", path, tmp_path / f"parts{bad}"],
+        ["pages", path, "--memory", f"{tmp_path / bad}@0"],
+        ["check", path, bad],
+        ["info", bad],
+    ]
+    for words in commands:
+        for options in ([], ["--json"]):
+            result = run(*options, *words)
+            assert clean(result.stdout), (words, result.stdout)
+            assert clean(result.stderr), (words, result.stderr)
+            assert clean(str(result.exception)), words
+            if options and result.exit_code == 0:
+                json.loads(result.stdout)
+
+
+def test_a_process_cannot_forge_a_line_of_the_list_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    values: dict[str, Any] = dict.fromkeys(Listed._fields)
+    values.update(device="one", kind="mdev", type=BAD, driver=BAD, node=BAD, holder=f"qemu{BAD} x", holder_pid=7)
+    one = Listed(**{**values, "migratable": None, "state": "?", "cdev": None})
+    monkeypatch.setattr("vfio_mig.jobs.inform.list_devices", lambda: [one])
+    result = run("list")
+    assert result.exception is None
+    assert clean(result.stdout)
+    (line,) = result.stdout.splitlines()
+    assert len(line.split(" ")) == 9
