@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
 
 
+def _words(command: str) -> list[str]:
+    import shlex
+
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise click.UsageError(f"--rsh {command!r}: {error}") from None
+
+
 @click.command("migrate", short_help="Move DEVICE's state to another device.")
 @click.argument("device", shell_complete=complete.device)
 @click.argument("target", metavar="DEVICE|ssh://HOST/DEVICE", shell_complete=complete.device)
@@ -40,7 +49,13 @@ if TYPE_CHECKING:
 @rounds_option
 @max_downtime_option
 @click.option("--no-start", is_flag=True, help="Leave the target stopped.")
-@click.option("--rsh", default="ssh", show_default=True, metavar="COMMAND", help="What reaches another host.")
+@click.option(
+    "--rsh",
+    default="ssh",
+    show_default=True,
+    metavar="COMMAND",
+    help="What reaches another host: called with HOST and one line of command.",
+)
 @borrow_options
 @click.pass_obj
 def migrate_command(
@@ -60,15 +75,14 @@ def migrate_command(
     """Move DEVICE's state, with --memory its dirty pages too, to a device of the same type, and start that.
 
     Some process must hold the target open (`vfio-mig hold`). DEVICE is left stopped; it runs on if anything fails
-    before the target has the whole, verified state. Never do both run.
+    before the target has the whole, verified state. Never do both run. On another host it is
+    ssh://[USER@]HOST[:PORT]/DEVICE, an IPv6 address in brackets.
 
     \b
     Examples:
       vfio-mig migrate $A $B
       vfio-mig migrate $A ssh://root@other/$B --memory /dev/shm/guest@0 --target-memory /dev/shm/guest@0
     """
-    import shlex
-
     from vfio_mig.jobs.migrate import migrate
 
     with Meter(options) as meter:
@@ -81,7 +95,7 @@ def migrate_command(
             ranges=parse_ranges(ranges),
             start=not no_start,
             live=live_of(options, rounds, max_downtime, meter, precopy=live),
-            rsh=shlex.split(rsh),
+            rsh=_words(rsh),
         )
     if options.as_json:
         print_json(report.as_dict())

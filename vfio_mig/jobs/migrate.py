@@ -17,7 +17,7 @@ from vfio_mig.errors import DeviceError, HostError, MismatchError, OpenError, Vf
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import parse_state
 from vfio_mig.jobs.live import Live, with_rounds
-from vfio_mig.jobs.peer import Peer
+from vfio_mig.jobs.peer import Peer, seconds
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.save import default_ranges, describe_device
@@ -82,15 +82,15 @@ def _require_target(session: Session, peer: Peer) -> None:
     :raises OpenError: nobody holds it, so the state would go with the restore's end.
     :raises MismatchError: it is of another type.
     """
-    status = peer.call("status", peer.name)
-    if status.get("state") == "closed":
+    status = peer.status()
+    if status.state == "closed":
         raise OpenError(
             f"{peer.target}: nobody has it open, so what is restored would be lost at once",
             hint=f"keep it open there with 'vfio-mig hold {peer.name}' first",
         )
-    if status.get("type") != session.found.type:
+    if status.type != session.found.type:
         raise MismatchError(
-            f"the target is a {status.get('type')!r}, the source a {session.found.type!r}", device=session.device.name
+            f"the target is a {status.type!r}, the source a {session.found.type!r}", device=session.device.name
         )
 
 
@@ -164,7 +164,7 @@ def migrate(
 ) -> MigrateReport:
     """Move a device's state, and with *memory* its dirty pages, to another device of the same type.
 
-    :param target: a device on this host, or ``ssh://[USER@]HOST/NAME``; some process there holds it open.
+    :param target: a device on this host, or ``ssh://[USER@]HOST[:PORT]/NAME``; some process there holds it open.
     :param target_memory: ``FILE@GPA[:SIZE]`` of the target's guest memory, as its host knows it.
     :param start: start the target.
     :param live: copy pages while the source runs, before the stop.
@@ -175,14 +175,14 @@ def migrate(
     from vfio_mig.dirty.memory import Memory
 
     peer = Peer(target, rsh)
-    options = [word for text in target_memory for word in ("--memory", text)]
+    options = ["--await-word", *(f"--memory={text}" for text in target_memory)]
     with (
         Memory(memory, writable=True) as guest,
         open_session(name, settings, memory=guest.maps, job=JOB) as session,
         Rollback() as rollback,
     ):
         _require_target(session, peer)
-        with peer.start("restore", "--await-word", peer.name, "-", *options, stdin=subprocess.PIPE) as run:
+        with peer.start("restore", peer.name, "-", options=options, stdin=subprocess.PIPE) as run:
             run.wait_for("waiting")
             sender = _Sender(session, run, guest, default_ranges(guest, ranges), live or Live())
             try:
@@ -213,7 +213,7 @@ def migrate(
             target_state="running" if start else "stop",
             **times,
             transfer_time=held - read,
-            state_write_time=_number(restored.get("state_write_time")),
+            state_write_time=seconds(restored.get("state_write_time")),
             start_time=end - held if start else 0.0,
             downtime=end - began,
             state_bytes=window.state_bytes,
@@ -224,7 +224,3 @@ def migrate(
             precopy_bytes=window.precopy_bytes,
             state_rounds=window.state_rounds,
         )
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
