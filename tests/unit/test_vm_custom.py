@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tools.vm import custom, guest, mtty
+from tools.vm.apt import Apt
 from tools.vm.cli import parse
 from tools.vm.errors import RunnerError
-from tools.vm.kernels import Apt, Kernel
+from tools.vm.kernels import Kernel
 from tools.vm.machine import Options as MachineOptions
 from tools.vm.machine import Outcome, explain, outcome_of
 

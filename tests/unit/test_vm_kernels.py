@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tools.vm import kernels
+from tools.vm.apt import Apt
 from tools.vm.errors import RunnerError
-from tools.vm.kernels import Apt, find_release, from_directory, packages_of, release_from_depends
+from tools.vm.kernels import find_release, from_directory, packages_of, release_from_depends
 
 # apt-cache depends --important, Debian 12
 DEPENDS_612 = "linux-image-6.12-amd64\n  Depends: linux-image-6.12.117+deb12-amd64\n"

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tools.vm import mtty
+from tools.vm.apt import Apt
 from tools.vm.cli import parse
 from tools.vm.errors import RunnerError
-from tools.vm.kernels import Apt, Kernel
+from tools.vm.kernels import Kernel
 
 # As in Debian 12's images
 BANNER_612 = (

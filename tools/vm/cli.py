@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, Never
 
-from tools.vm import custom, guest, kernels, kvm, machine, module, mtty
+from tools.vm import custom, guest, kernels, kvm, machine, module, mtty, qemu
 from tools.vm.cache import cache_root
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT, Interrupted, RunnerError
 
@@ -54,6 +54,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--memory", default="1G", help="default: %(default)s")
     result.add_argument("--cpus", type=int, default=2, help="default: %(default)s")
     result.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS", help="default: %(default)s")
+    result.add_argument(
+        "--repeat", type=int, metavar="N",
+        help="run COMMAND in N VMs, one after another, without second starts; say how many kernels died at boot",
+    )  # fmt: skip
     result.add_argument("-v", "--verbose", action="store_true")
     result.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     return result
@@ -70,6 +74,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         del options.command[0]
     if options.stdin and not options.command:
         parser().error("--stdin needs a COMMAND")
+    if options.repeat is not None:
+        if not options.command:
+            parser().error("--repeat needs a COMMAND")
+        if options.stdin:
+            parser().error("--repeat and --stdin exclude each other: there is only one input")
+        if options.repeat < 1:
+            parser().error("--repeat needs a number of at least 1")
     return options
 
 
@@ -106,9 +117,10 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     other = mtty.build(kernel, cache, log) if options.mtty else None
     out = Path(os.environ.get("VFIO_MIG_VM_OUT") or cache / "out").absolute()
     out.mkdir(parents=True, exist_ok=True)
+    by_kvm = kvm.usable(kernel.image, cache)
     machine_options = machine.Options(
-        kernel=kernel, kvm=kvm.usable(kernel.image, cache),
-        memory=options.memory, cpus=options.cpus, timeout=options.timeout,
+        kernel=kernel, kvm=by_kvm, qemu=qemu.find(qemu.KVM if by_kvm else qemu.EMULATION, cache, log, say),
+        memory=options.memory, cpus=options.cpus, timeout=options.timeout, second_start=options.repeat is None,
     )  # fmt: skip
     environment = guest.environment(os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release)
     what = guest.Guest(
@@ -133,21 +145,43 @@ def _run(options: argparse.Namespace) -> int:
     runs.mkdir(parents=True, exist_ok=True)
     _forget_old_runs(runs)
     _precompile()
+    if options.repeat is None:
+        return _run_once(machine_options, what, runs, keep=options.verbose)[0]
+    return _repeat(options.repeat, machine_options, what, runs, keep=options.verbose)
+
+
+def _run_once(machine_options: machine.Options, what: guest.Guest, runs: Path, *, keep: bool) -> tuple[int, bool]:
+    """Run COMMAND or a shell; return the exit code and whether the kernel died at boot."""
     directory = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=runs))
-    keep = options.verbose
     try:
-        if not options.command:
-            return machine.shell(machine_options, what, directory)
-        outcome = machine.run(machine_options, what, directory)
+        if not what.command:
+            return machine.shell(machine_options, what, directory), False
+        outcome = machine.run(machine_options, what, directory, say)
         if message := machine.explain(outcome, machine_options, directory):
             keep = True
             say(message)
-        return outcome.exit_code()
+        keep = keep or (directory / machine.FIRST_CONSOLE).exists()
+        return outcome.exit_code(), machine.died_at_boot(directory, outcome)
     finally:
         if keep:
             say(f"logs: {directory}")
         else:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _repeat(times: int, machine_options: machine.Options, what: guest.Guest, runs: Path, *, keep: bool) -> int:
+    """Run COMMAND in so many VMs; return the first exit code that is not 0."""
+    done = died = failed = result = 0
+    try:
+        for _ in range(times):
+            code, at_boot = _run_once(machine_options, what, runs, keep=keep)
+            done += 1
+            died += at_boot
+            failed += code != 0
+            result = result or code
+    finally:
+        say(f"{done} of {times} runs: {failed} failed, {died} of them as the kernel died at boot")
+    return result
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tools.vm.apt import Apt
 from tools.vm.cache import populated, write_whole
 from tools.vm.errors import RunnerError
-from tools.vm.kernels import SERIES, Apt, Kernel, Log, make_dependencies
+from tools.vm.kernels import SERIES, Kernel, Log, make_dependencies
 
 NAME: Final = "custom"
 FRAGMENT: Final = Path(__file__).with_name("custom.config")
@@ -56,16 +57,6 @@ def refused(fragment: str, config: str) -> list[str]:
         elif line.startswith("CONFIG_") and line not in granted:
             missing.append(line)
     return missing
-
-
-def version_of(show: str) -> str | None:
-    r"""Return the version in what ``apt-cache show`` prints.
-
-    >>> version_of("Package: linux-source-6.12\nVersion: 6.12.117-1\n")
-    '6.12.117-1'
-    """
-    found = re.search(r"^Version: (\S+)$", show, re.MULTILINE)
-    return found[1] if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +122,7 @@ def _fetch_source(cache: Path, directory: Path) -> tuple[Path, str]:
     """Download the source package; return it and its version."""
     apt = Apt(cache / "apt")
     apt.update()
-    version = version_of(apt.query("show", "--no-all-versions", _PACKAGE))
+    version = apt.candidate(_PACKAGE)
     if version is None:
         raise RunnerError(f"--kernel {NAME}: this system's package sources have no {_PACKAGE}")
     apt.download([f"{_PACKAGE}={version}"], directory)

@@ -24,6 +24,7 @@ STDERR: Final = "stderr"
 STATUS: Final = "status"  # appears last, when everything else is written
 DMESG: Final = "dmesg"
 LEAKS: Final = "leaks"  # what kmemleak reports at the end; there only with a kernel that has it
+BOOTED: Final = "booted"  # a file: the kernel is up, and what is under test comes next
 FAILURE: Final = "failure"  # why COMMAND was not started
 GUEST_LOG: Final = "guest.log"
 
@@ -83,8 +84,8 @@ mount_debugfs() {{
 }}
 
 load_modules() {{
-	[[ -n $module$mtty ]] || return 0
-	inside modprobe -d "$tree" -a mdev vfio vfio_iommu_type1 || return
+	[[ -z $module$mtty ]] || inside modprobe -d "$tree" -a mdev vfio vfio_iommu_type1 || return
+	: >$run/{BOOTED}
 	[[ -z $module ]] || inside insmod "$module" "${{module_args[@]}}" || return
 	[[ -z $mtty ]] || inside insmod "$mtty"
 }}

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tools.vm.cache import locked, populated, write_whole
+from tools.vm.apt import Apt, unpack
+from tools.vm.cache import populated, write_whole
 from tools.vm.errors import RunnerError
 
 SERIES: Final = ("6.12", "6.1")
 _FLAVOUR: Final = "amd64"
-_KEPT_ERROR_LINES: Final = 15
 
 Log = Callable[[str], None]
 
@@ -62,52 +62,6 @@ def packages_of(release: str, series: str, kbuild_names: str) -> list[str]:
     return [f"linux-image-{release}", f"linux-headers-{release}", f"linux-headers-{version}-common", kbuild]
 
 
-class Apt:
-    """The system's package sources, used with lists and a cache of our own, so that no root is needed.
-
-    One program at a time: apt fails, and apt-cache finds nothing, where another one is at work on the lists.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._lock = directory / ".lock"
-        self._lists = directory / "lists"
-        self._options = [
-            "-o", f"Dir::State::Lists={self._lists}",
-            "-o", f"Dir::Cache={directory / 'cache'}",
-            "-o", "APT::Sandbox::User=",  # as root apt would drop to a user who cannot write here, and warn
-            "-o", "Acquire::Retries=3",
-        ]  # fmt: skip
-        (self._lists / "partial").mkdir(parents=True, exist_ok=True)
-        (directory / "cache" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
-
-    def _run(self, program: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        try:
-            with locked(self._lock):
-                return subprocess.run(
-                    [program, *self._options, *arguments],
-                    cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-                )  # fmt: skip
-        except FileNotFoundError:
-            message = f"{program} is missing: kernels are fetched with apt; elsewhere unpack one and use --kernel PATH"
-            raise RunnerError(message) from None
-
-    def update(self) -> None:
-        """Fetch the package lists. A source that is away is not fatal: the kernel may come from another one."""
-        self._run("apt-get", "update")
-
-    def query(self, *arguments: str) -> str:
-        """Return what apt-cache prints, or nothing when it fails."""
-        done = self._run("apt-cache", *arguments)
-        return done.stdout if done.returncode == 0 else ""
-
-    def download(self, packages: list[str], directory: Path) -> None:
-        """Download *packages* into *directory*."""
-        done = self._run("apt-get", "download", *packages, cwd=directory)
-        if done.returncode != 0:
-            last = "\n".join(done.stderr.splitlines()[-_KEPT_ERROR_LINES:])
-            raise RunnerError(f"apt-get could not download {' '.join(packages)}:\n{last}")
-
-
 def find_release(apt: Apt, series: str) -> str | None:
     """Ask the package lists for the newest release of *series*."""
     for package in (f"linux-image-{series}-{_FLAVOUR}", f"linux-image-{_FLAVOUR}"):
@@ -117,8 +71,7 @@ def find_release(apt: Apt, series: str) -> str | None:
 
 
 def _unpack(packages: Path, tree: Path) -> None:
-    for package in sorted(packages.glob("*.deb")):
-        subprocess.run(["dpkg", "-x", package, tree], check=True)
+    unpack(packages, tree)
     # Where /usr is merged, newer packages carry usr/lib/modules only.
     if not (tree / "lib").exists():
         (tree / "lib").symlink_to("usr/lib")

@@ -2,12 +2,13 @@
 """Starting QEMU through virtme-ng, passing its output on while it runs, and judging how it ended."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -18,8 +19,10 @@ from tools.vm.feed import Feeder
 from tools.vm.guest import Guest
 from tools.vm.kernels import Kernel
 from tools.vm.kernlog import faults
+from tools.vm.qemu import ON_PATH, Qemu, dotted
 
 CONSOLE: Final = "console"
+FIRST_CONSOLE: Final = "console.first"  # of a kernel that died at boot, when there was a second start
 _POLL_SECONDS: Final = 0.05
 _TAIL_LINES: Final = 25
 _MAX_LEAK_LINES: Final = 200
@@ -54,6 +57,8 @@ class Options:
     memory: str
     cpus: int
     timeout: float  # seconds, from start to end
+    qemu: Qemu = ON_PATH
+    second_start: bool = True  # a kernel that dies at boot gets one
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +136,13 @@ def virtme_command(options: Options, run: Path, out: Path, *, interactive: bool,
     ]  # fmt: skip
 
 
-def write_scripts(run: Path, what: Guest) -> None:
+def write_scripts(options: Options, run: Path, what: Guest) -> None:
     """Fill the run directory."""
     (run / "entry.sh").write_bytes(guest.entry_script(what))
     (run / "command.sh").write_bytes(guest.command_script(what))
     # QEMU is a child of virtme-run, which is ours: each dies with its parent, however that ends.
     qemu = run / "qemu"
-    qemu.write_text('#!/bin/sh\nexec setpriv --pdeathsig KILL -- qemu-system-x86_64 "$@"\n')
+    qemu.write_text(f'#!/bin/sh\nexec setpriv --pdeathsig KILL -- {options.qemu.shell_words()} "$@"\n')
     shell = run / "shell"
     shell.write_text(f"#!/bin/bash\n{guest.BOOTSTRAP}\n")
     for script in (qemu, shell):
@@ -206,14 +211,42 @@ def outcome_of(run: Path, *, timed_out: bool) -> Outcome:
     )
 
 
-def run(options: Options, what: Guest, directory: Path) -> Outcome:
+def died_at_boot(run: Path, outcome: Outcome) -> bool:
+    """Say whether a run ended as the kernel died before anything that is under test was there."""
+    if outcome.timed_out or outcome.status is not None or outcome.failure is not None or (run / guest.BOOTED).exists():
+        return False
+    # A QEMU that does not start leaves no kernel's log.
+    return re.search(r"^\[ *\d+\.\d+\]", _read(run / CONSOLE) or "", re.MULTILINE) is not None
+
+
+def run(options: Options, what: Guest, directory: Path, say: Callable[[str], None]) -> Outcome:
     """Run COMMAND in a VM; its output appears on our stdout and stderr as it is written.
+
+    A kernel that dies at boot, before the drivers under test are loaded, is started once more, in what is left of the
+    time; *say* is told, and both logs are kept.
 
     :param directory: empty; holds the run's scripts and logs afterwards.
     :raises Interrupted: a signal came; the VM has been ended.
     """
-    write_scripts(directory, what)
     feeder = Feeder(directory / guest.STDIN_CLOSED) if what.stdin else None
+    deadline = time.monotonic() + options.timeout
+    try:
+        outcome = _run_once(options, what, directory, feeder, deadline)
+        if options.second_start and died_at_boot(directory, outcome):
+            # Nothing of COMMAND's input is lost: QEMU takes none before the guest has opened its port.
+            first = directory / FIRST_CONSOLE
+            (directory / CONSOLE).replace(first)
+            reason = outcome.faults[0] if outcome.faults else "without a word"
+            say(f"the kernel died at boot ({reason.strip()}); starting it once more ({first} has its log)")
+            outcome = _run_once(options, what, directory, feeder, deadline)
+        return outcome
+    finally:
+        if feeder is not None:
+            feeder.close()
+
+
+def _run_once(options: Options, what: Guest, directory: Path, feeder: Feeder | None, deadline: float) -> Outcome:
+    write_scripts(options, directory, what)
     sockets = () if feeder is None else (feeder.guests.fileno(),)
     command = virtme_command(options, directory, what.out, interactive=False, stdin=sockets[0] if sockets else None)
     (directory / "virtme-command").write_text(shlex.join(command) + "\n")
@@ -221,7 +254,6 @@ def run(options: Options, what: Guest, directory: Path) -> Outcome:
         _Follower(directory / guest.STDOUT, sys.stdout.buffer),
         _Follower(directory / guest.STDERR, sys.stderr.buffer),
     ]
-    deadline = time.monotonic() + options.timeout
     with (directory / CONSOLE).open("wb") as console, (directory / "virtme-output").open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=console,
@@ -243,7 +275,7 @@ def run(options: Options, what: Guest, directory: Path) -> Outcome:
 
 def shell(options: Options, what: Guest, directory: Path) -> int:
     """Give an interactive shell in a VM on this terminal; return 0 if it came up."""
-    write_scripts(directory, what)
+    write_scripts(options, directory, what)
     command = virtme_command(options, directory, what.out, interactive=True)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the shell inside
     try:
@@ -276,4 +308,7 @@ def explain(outcome: Outcome, options: Options, directory: Path) -> str:
 def environment_note(options: Options) -> str:
     """Say in one line what the machine is."""
     accelerator = "KVM" if options.kvm else "emulation (KVM is not usable here)"
-    return f"kernel {options.kernel.release}, {accelerator}, {options.cpus} CPUs, {options.memory}, pid {os.getpid()}"
+    return (
+        f"kernel {options.kernel.release}, {accelerator}, QEMU {dotted(options.qemu.version)}, {options.cpus} CPUs, "
+        f"{options.memory}, pid {os.getpid()}"
+    )

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Final
 
 from tools.vm import module
+from tools.vm.apt import Apt
 from tools.vm.cache import populated
 from tools.vm.errors import RunnerError
-from tools.vm.kernels import Apt, Kernel, Log
+from tools.vm.kernels import Kernel, Log
 
 NAME: Final = "mtty"
 _MEMBER: Final = "/samples/vfio-mdev/mtty.c"
