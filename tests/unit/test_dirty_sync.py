@@ -2,12 +2,15 @@
 """Guest memory in files, and copying its dirty pages."""
 
 import errno
+import fcntl
 import io
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,6 +226,101 @@ def test_hugetlbfs_without_write_is_written_through_the_mapping(monkeypatch: pyt
         assert os.pread(fd, 3 * PAGE, 0) == page(0) * 2 + page(1)
         with MemoryMap(path, 0).open() as memory, pytest.raises(HostError, match="cannot write guest memory: EINVAL"):
             memory.write(0, memoryview(page(1)))
+
+
+class PageFile:
+    """Plays the mmap(2) of a file of larger pages: an offset or, to unmap, a length between them is EINVAL."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, alignment: int) -> None:
+        self.alignment = alignment
+        self.mapped: list[tuple[int, int]] = []
+        self._mmap = mmap.mmap
+        monkeypatch.setattr(mmap, "mmap", self.map)
+
+    def map(self, fd: int, length: int, flags: int, prot: int, *, offset: int) -> mmap.mmap:
+        if offset % self.alignment:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self.mapped.append((offset, length))
+        return self._mmap(fd, length, flags, prot, offset=offset)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("alignment", [64 << 10, 2 << 20, 4096])
+@pytest.mark.parametrize(("offset", "size"), [(0xC0000, 0x40000), (0x100000, 0x2000), (0x1F3000, 0x10D000)])
+def test_a_piece_between_the_file_s_pages_is_mapped(
+    monkeypatch: pytest.MonkeyPatch, tells: bool, alignment: int, offset: int, size: int
+) -> None:
+    with memfd(b"") as (fd, path):
+        os.ftruncate(fd, 4 << 20)
+        os.pwrite(fd, page(7) + page(8), offset)
+        file = PageFile(monkeypatch, alignment)
+        with MemoryMap(path, 0x1000, size, offset).open(writable=True) as memory:
+            if tells:  # as hugetlbfs does; what lies in the mapping must not be unmapped in part
+                monkeypatch.setattr(os, "fstat", lambda _: SimpleNamespace(st_blksize=alignment, st_size=4 << 20))
+            assert memory.map()[: 2 * PAGE] == page(7) + page(8)
+            assert len(memory.map()) == size
+            memory.map()[PAGE : 2 * PAGE] = page(9)
+        assert os.pread(fd, 2 * PAGE, offset) == page(7) + page(9)
+    ((start, length),) = file.mapped
+    assert start % alignment == 0
+    assert start <= offset < offset + size <= start + length <= 4 << 20
+    if tells:
+        assert length % alignment == 0
+
+
+def test_a_memfd_that_is_shortened_or_sealed_is_an_error_before_or_while_it_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def pwrite(*_: Any) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with memfd(bytes(8 * PAGE)) as (fd, path), MemoryMap(path, 0).open(writable=True) as memory:
+        memory.reserve(0, 8 * PAGE)
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        os.ftruncate(fd, 2 * PAGE)
+        # a store of our own would be a SIGBUS
+        with pytest.raises(HostError, match=r"cannot write guest memory: EFAULT .*; it has become shorter"):
+            memory.write(PAGE, memoryview(page(1) * 3))
+        monkeypatch.undo()
+        assert os.pread(fd, PAGE, PAGE) == page(1)
+        with MemoryMap(path, 0).open(writable=True) as late:
+            os.ftruncate(fd, PAGE)
+            with pytest.raises(HostError, match="cannot map guest memory: the file has become shorter"):
+                late.map()
+    sealed = os.memfd_create("sealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(sealed, PAGE)
+        fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        with (
+            MemoryMap(f"/proc/self/fd/{sealed}", 0).open(writable=True) as memory,
+            pytest.raises(HostError, match=r"EPERM .*; it is sealed against writing"),
+        ):
+            memory.reserve(0, PAGE)
+    finally:
+        os.close(sealed)
+
+
+def test_zeros_fill_no_hole_of_a_file_system_that_knows_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with memfd(b"") as (fd, path):
+        os.ftruncate(fd, 64 * PAGE)
+        for at in (3, 4, 5, 60):
+            os.pwrite(fd, page(at), at * PAGE)
+        filled = os.fstat(fd).st_blocks
+        with MemoryMap(path, 0).open(writable=True) as memory:
+            monkeypatch.setattr(os, "lseek", lambda _fd, at, how: at if how == os.SEEK_DATA else 64 * PAGE)
+            memory.clear(0x4000, 60 * PAGE)
+        assert os.pread(fd, 64 * PAGE, 0) == page(0) * 3 + page(3) + page(0) * 60
+        assert os.fstat(fd).st_blocks == filled
+
+
+def test_pages_are_not_synced_to_hugetlbfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(*_: Any) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with memfd(b"") as (fd, _):
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(UsageError, match=r"there is on hugetlbfs.*vfio-mig pages"):
+            SparseFile(fd, "there")
 
 
 def test_a_file_that_becomes_shorter_is_an_error_and_not_a_crash() -> None:

@@ -20,6 +20,13 @@ _GAP: Final = 4
 """Pages between two dirty runs that are read with them: cheaper than to ask the kernel once more."""
 _SPAN_PAGES: Final = 64
 """Pages that are read at once with gaps between: they stay in a CPU's cache until they are written."""
+_MAP_HINTS: Final = {
+    errno.ENOMEM: "there are too few free huge pages for it",
+    errno.EPERM: "it is sealed against writing",
+    errno.EACCES: "it may only be read",
+}
+_ALIGNMENT_END: Final = 1 << 40
+"""No file asks for mappings at multiples of more than this; the largest pages of today's CPUs have 16 GiB."""
 
 
 def data_extents(fd: int, start: int, end: int, largest: int = CHUNK) -> Iterator[tuple[int, int]]:
@@ -41,13 +48,47 @@ def data_extents(fd: int, start: int, end: int, largest: int = CHUNK) -> Iterato
             start += size
 
 
+def has_write(fd: int) -> bool:
+    """Tell whether a file that is open for writing can be written with write(2); on hugetlbfs it cannot."""
+    try:
+        os.pwrite(fd, b"", 0)
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True
+
+
+def map_file(fd: int, offset: int, size: int, protection: int) -> tuple[mmap.mmap, int]:
+    """Map *size* bytes of a file from *offset* on, shared, whatever pages the file is made of.
+
+    A file of huge pages can be mapped and unmapped in whole pages of its own only (mmap(2), "Huge page mappings"), and
+    QEMU's pieces of memory begin between them. So the mapping begins earlier and ends later, at multiples of what the
+    file calls its block size, which is the page size on hugetlbfs; a file that asks for more gets more.
+
+    :returns: the mapping, and where in it *offset* is; size and offset count bytes.
+    :raises OSError: it cannot be mapped, however aligned.
+    """
+    status = os.fstat(fd)
+    alignment = mmap.ALLOCATIONGRANULARITY
+    if status.st_blksize & (status.st_blksize - 1) == 0:  # a power of two
+        alignment = max(alignment, status.st_blksize)
+    while True:
+        start = offset & -alignment
+        end = min(-(-(offset + size) // alignment) * alignment, max(status.st_size, offset + size))
+        try:
+            return mmap.mmap(fd, end - start, mmap.MAP_SHARED, protection, offset=start), offset - start
+        except OSError as error:
+            if error.errno != errno.EINVAL or not start or alignment >= _ALIGNMENT_END:
+                raise
+        alignment <<= 1
+
+
 class MemoryMap:
     """A piece of guest memory: *size* bytes of a file from *offset* on are the guest's from address *gpa* on.
 
     Before :meth:`open` the size may be 0: the rest of the file. Owns its fd and mapping.
     """
 
-    __slots__ = ("_fd", "_mapping", "gpa", "offset", "path", "size", "writable")
+    __slots__ = ("_fd", "_mapping", "_staging", "_view", "gpa", "offset", "path", "size", "writable")
 
     def __init__(self, path: str, gpa: int, size: int = 0, offset: int = 0) -> None:
         self.path = path
@@ -55,8 +96,9 @@ class MemoryMap:
         self.size = size
         self.offset = offset
         self.writable = False
-        self._fd = -1
+        self._fd = self._staging = -1
         self._mapping: mmap.mmap | None = None
+        self._view: memoryview | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -116,19 +158,27 @@ class MemoryMap:
             raise
         return self
 
-    def map(self) -> mmap.mmap:
-        """Return the memory, mapped shared; the same mapping at each call, ours to close.
+    def map(self) -> memoryview:
+        """Return the memory, mapped shared; the same view at each call, ours to release.
 
-        Reading through it is for who must: a file that somebody shortens then kills the process (SIGBUS), and
-        reading a hole of a memfd fills it. :meth:`read` does neither.
+        It is for a kernel that is told its address. Who reads or writes it is killed (SIGBUS) when somebody shortens
+        the file, and reading a hole of a memfd fills it. :meth:`read` and :meth:`write` do neither.
+
+        :raises HostError: it cannot be mapped; for want of huge pages, too (ENOMEM).
         """
-        if self._mapping is None:
+        if self._view is None:
             protection = mmap.PROT_READ | (mmap.PROT_WRITE if self.writable else 0)
             try:
-                self._mapping = mmap.mmap(self._fd, self.size, mmap.MAP_SHARED, protection, offset=self.offset)
+                self._mapping, before = map_file(self._fd, self.offset, self.size, protection)
             except OSError as error:
-                raise HostError(f"{self.path}: cannot map guest memory: {errno_text(error.errno or 0)}") from error
-        return self._mapping
+                raise HostError(
+                    f"{self.path}: cannot map guest memory: {errno_text(error.errno or 0)}",
+                    hint=_MAP_HINTS.get(error.errno or 0),
+                ) from error
+            except ValueError as error:  # Python's own: it compares with the file's size
+                raise HostError(f"{self.path}: cannot map guest memory: the file has become shorter") from error
+            self._view = memoryview(self._mapping)[before : before + self.size]
+        return self._view
 
     def read(self, gpa: int, view: memoryview) -> None:
         """Fill *view* with guest memory from address *gpa* on, all of it inside this map.
@@ -150,7 +200,7 @@ class MemoryMap:
     def write(self, gpa: int, view: memoryview) -> None:
         """Store *view* as guest memory from address *gpa* on, all of it inside this map.
 
-        :raises HostError: the file cannot be written.
+        :raises HostError: the file cannot be written, or has become shorter.
         """
         if not self.gpa <= gpa <= gpa + len(view) <= self.gpa + self.size:
             raise ValueError(f"{len(view)} bytes at {gpa:#x} are not in {self}")
@@ -160,16 +210,40 @@ class MemoryMap:
                 done = os.pwrite(self._fd, view, offset)
             except OSError as error:
                 if error.errno == errno.EINVAL and self.writable:  # hugetlbfs has no write(2)
-                    at = offset - self.offset
-                    self.map()[at : at + len(view)] = view
+                    self._write_mapped(offset, view)
                     return
                 raise HostError(f"{self.path}: cannot write guest memory: {errno_text(error.errno or 0)}") from error
             view, offset = view[done:], offset + done
 
+    def _write_mapped(self, offset: int, view: memoryview) -> None:
+        """Store *view* at an offset of the file through its mapping.
+
+        The kernel does so, as read(2) from a file of ours: it answers EFAULT where a store of ours would be a SIGBUS,
+        because the file was shortened or there is no huge page left.
+        """
+        mapped = self.map()[offset - self.offset :]
+        try:
+            if self._staging < 0:
+                self._staging = os.memfd_create("vfio-mig-pages")
+            while view:
+                staged = os.pwritev(self._staging, [view[:CHUNK]], 0)
+                done = 0
+                while done < staged:
+                    done += os.preadv(self._staging, [mapped[done:staged]], done)
+                view, mapped = view[staged:], mapped[staged:]
+        except OSError as error:
+            why = "it has become shorter, or no huge page is left" if error.errno == errno.EFAULT else None
+            text = f"{self.path}: cannot write guest memory: {errno_text(error.errno or 0)}"
+            raise HostError(text, hint=why) from error
+
     def clear(self, gpa: int, size: int) -> None:
         """Make guest memory zero where it is none already.
 
-        :raises HostError: the file cannot be written.
+        Zeros are written over what is there, and no hole is punched: a page that a device has pinned must stay the
+        guest's. And nothing is written where zeros are read, as that would fill a hole that the file system does not
+        tell: hugetlbfs knows none, and would need a huge page for it.
+
+        :raises HostError: the file cannot be read or written.
         """
         offset = gpa - self.gpa + self.offset
         try:
@@ -177,18 +251,46 @@ class MemoryMap:
         except OSError:  # a file system that knows of no holes
             extents = [(at, min(CHUNK, offset + size - at)) for at in range(offset, offset + size, CHUNK)]
         for at, length in extents:
-            self.write(at - self.offset + self.gpa, memoryview(bytes(length)))
+            self._clear_data(at - self.offset + self.gpa, length)
+
+    def _clear_data(self, gpa: int, size: int) -> None:
+        zeros = bytes(size)
+        content = bytearray(size)
+        self.read(gpa, memoryview(content))
+        if content == zeros:
+            return
+        start = None
+        for at in range(0, size + 1, PAGE):
+            if at < size and content[at : at + PAGE] != zeros[: min(PAGE, size - at)]:
+                start = at if start is None else start
+            elif start is not None:
+                self.write(gpa + start, memoryview(zeros)[start:at])
+                start = None
 
     def reserve(self, gpa: int, size: int) -> None:
         """Make the file system set room aside, so that writing there cannot fail for want of it; changes no content.
 
-        :raises HostError: there is not enough.
+        Memory that can be opened for writing and yet not be written is told here, too: a memfd that was sealed after
+        its owner had mapped it.
+
+        :raises HostError: there is not enough room, or the memory cannot be written.
         """
+        self._require_mapping()
         try:
             os.posix_fallocate(self._fd, gpa - self.gpa + self.offset, size)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):  # a file that cannot be asked
                 raise HostError(f"{self.path}: no room for guest memory: {errno_text(error.errno or 0)}") from error
+
+    def _require_mapping(self) -> None:
+        """Map what can be written only so, which on hugetlbfs also keeps the huge pages for us; see what is sealed."""
+        try:
+            self.map()
+        except HostError as error:
+            reason = error.__cause__
+            # A file system without shared mappings (ENODEV or EINVAL on some network ones) may well be written
+            if not has_write(self._fd) or (isinstance(reason, OSError) and reason.errno == errno.EPERM):
+                raise
 
     def close(self) -> None:
         """Close mapping and fd; a second call does nothing.
@@ -196,11 +298,15 @@ class MemoryMap:
         A mapping that somebody still has a buffer of lives until that is gone.
         """
         mapping, self._mapping = self._mapping, None
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-        if mapping is not None:
+        view, self._view = self._view, None
+        fds = self._fd, self._staging
+        self._fd = self._staging = -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+        if mapping is not None and view is not None:
             with suppress(BufferError):
+                view.release()
                 mapping.close()
 
     def _settle(self, status: os.stat_result) -> None:

@@ -10,9 +10,9 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from vfio_mig.dirty.bitmap import Dirty
 from vfio_mig.dirty.changed import Fingerprints
-from vfio_mig.dirty.memory import Memory, data_extents
+from vfio_mig.dirty.memory import Memory, data_extents, has_write
 from vfio_mig.dirty.ranges import PAGE, PageRange
-from vfio_mig.errors import HostError, errno_text
+from vfio_mig.errors import HostError, UsageError, errno_text
 
 ROUNDS: Final = 3
 """Rounds before the device is stopped, at most, unless the caller says otherwise."""
@@ -84,9 +84,13 @@ class SparseFile:
 
     :param fd: open for reading and writing; stays the caller's.
     :param path: for messages.
+    :raises UsageError: it is on hugetlbfs, where nothing can be written at once.
     """
 
     def __init__(self, fd: int, path: str) -> None:
+        if not has_write(fd):
+            hint = "name another file, or use 'vfio-mig sync … - | vfio-mig pages - --memory …'"
+            raise UsageError(f"{path} is on hugetlbfs, which has no write(2)", hint=hint)
         self._fd = fd
         self._path = path
 

@@ -22,7 +22,7 @@ class GuestMemory(Protocol):
     def size(self) -> int:
         """Bytes."""
 
-    def map(self) -> mmap.mmap:
+    def map(self) -> mmap.mmap | memoryview:
         """Return the memory, mapped shared and writable; stays the owner's."""
 
 
@@ -50,8 +50,11 @@ class IommufdDma(NamedTuple):
     pieces: tuple[tuple[int, int], ...]
 
 
-def address_of(mapping: mmap.mmap) -> int:
-    """Return where a mapping is; it must stay mapped as long as a kernel that is told the address uses it."""
+def address_of(mapping: mmap.mmap | memoryview) -> int:
+    """Return where a mapping, or a part of one, is.
+
+    It must stay mapped as long as a kernel that is told the address uses it.
+    """
     import ctypes
 
     # A view would keep the mapping from being closed: it lives only as long as its address is asked for
