@@ -297,9 +297,7 @@ class Line:
         self.fd: Final = os.eventfd(0, os.EFD_NONBLOCK)
         self.index: Final = index
 
-    def set(
-        self, flags: int, *, start: int = 0, count: int = 1, data: bytes = b"", fds: list[int] | None = None
-    ) -> int:
+    def set(self, flags: int, *, start: int = 0, count: int = 1, data: bytes = b"", fds: Sequence[int] = ()) -> int:
         payload = wire.IRQ_SET.pack(20 + len(data), flags, self.index, start, count) + data
         return self.client.ask(Command.DEVICE_SET_IRQS, payload, fds).error
 
