@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from tests.unit.test_image_gvt import image
 from tools.fuzz import saved
 from vfio_mig.errors import ImageError
-from vfio_mig.image.decode import qemu, streams
+from vfio_mig.image.decode import qemu, qemu_parts, streams
 from vfio_mig.image.window import BytesWindow, FileWindow, FramesWindow, PartWindow, find
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vfio_mig.image.decode.qemu import QemuStream
+    from vfio_mig.image.decode.qemu_parts import QemuStream
     from vfio_mig.image.decode.section import Decoded
 
 QEMU = "qemu-system-x86_64"
@@ -200,7 +200,7 @@ def test_the_vfio_devices_of_a_stream_are_taken_out() -> None:
     assert stream.devices[0].config is not None
     at, size = stream.devices[0].config
     assert content[at : at + size] == saved.DEVICE_CONFIG
-    assert qemu.device_config(content[at : at + size])["device"] == 0x1912
+    assert qemu_parts.device_config(content[at : at + size])["device"] == 0x1912
     assert {kind.name: kind.how for kind in stream.kinds.values()} == {
         "ram": "parsed",
         "0000:00:07.0/vfio": "parsed",
@@ -333,6 +333,15 @@ def test_a_stream_of_qemus_own_is_walked_to_its_end(own_stream: bytes, tmp_path:
     assert (ram.how, ram.parts >= 3) == ("parsed", True)
 
 
+def described(content: bytes, at: int, device: dict[str, Any]) -> bytes:
+    """Add a section to a stream's description, before the *at*-th."""
+    start = content.rindex(b"\0\6") + 2
+    values = json.loads(content[start + 4 :])
+    values["devices"].insert(at, device)
+    text = json.dumps(values).encode()
+    return content[:start] + struct.pack(">I", len(text)) + text
+
+
 def test_a_vfio_device_put_into_qemus_own_stream_is_found(own_stream: bytes) -> None:
     """No device of this host can be migrated by a QEMU, so its sections are put where QEMU would write them."""
     before = own_stream.index(b"\4\0\0\0\0\5timer")
@@ -341,7 +350,14 @@ def test_a_vfio_device_put_into_qemus_own_stream_is_found(own_stream: bytes) -> 
     config = saved.be64(saved.CONFIG) + saved.DEVICE_CONFIG + saved.be64(saved.END)
     after = own_stream.index(b"\4", own_stream.index(b"globalstate") - 8)
     config = saved.begin(0x77, b"0000:00:05.0/vfio", config, full=True)
-    content = own_stream[:before] + device + own_stream[before:after] + config + own_stream[after:]
+    undescribed = own_stream[:before] + device + own_stream[before:after] + config + own_stream[after:]
+    stream = read(undescribed)
+    assert (stream.complete, stream.proved) == (False, False)
+    assert stream.problems == [
+        "QEMU's own description has a section 'globalstate' 0 where '0000:00:05.0/vfio' 0 is found"
+    ]
+    size = 8 + len(saved.DEVICE_CONFIG) + 8
+    content = described(undescribed, -1, {"name": "0000:00:05.0/vfio", "instance_id": 0, "size": size})
     stream = read(content)
     assert (stream.complete, stream.problems) == (True, [])
     assert states(stream, content) == [saved.mtty()]

@@ -72,7 +72,8 @@ def named(name: bytes) -> bytes:
 
 def begin(number: int, name: bytes, content: bytes, *, full: bool = False, footer: bool = True) -> bytes:
     """Return a section with a name: SECTION_START, or SECTION_FULL."""
-    head = struct.pack(">BI", 4 if full else 1, number) + named(name) + struct.pack(">II", 0, 1)
+    version = 4 if name == b"ram" else 1
+    head = struct.pack(">BI", 4 if full else 1, number) + named(name) + struct.pack(">II", 0, version)
     return head + content + (struct.pack(">BI", 0x7E, number) if footer else b"")
 
 

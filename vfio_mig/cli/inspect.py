@@ -10,7 +10,7 @@ import click
 
 from vfio_mig.cli import complete
 from vfio_mig.cli.output import print_json, put, say, warn
-from vfio_mig.errors import UsageError
+from vfio_mig.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -35,7 +35,8 @@ _JSON_HEX_MAX: Final = 16 << 20
 def inspect_command(options: Options, file: str, section: str | None, *, as_hex: bool, plot: str | None) -> None:
     """Say what is in FILE (- is stdin): header, members, statistics, and the state as far as its layout is known.
 
-    FILE is an image, a bare state, or a QEMU migration stream, whose VFIO devices are shown. A GVT-g state has the
+    FILE is an image, a bare state, or a QEMU migration stream, whose VFIO devices are shown; gzip, bzip2, xz and the
+    header of `virsh save` around it are taken away. A GVT-g state has the
     sections header, cfg, sreg, vreg, pvinfo, fences, engines, gtt, ppgtt and workload; other layouts have theirs. Every
     image has image.header, image.members and image.statistics.
 
@@ -82,7 +83,8 @@ def print_report(report: InspectReport, rows: int = _ROWS) -> None:
     """Print a report in words, at most *rows* of each list in it."""
     from vfio_mig.jobs.inspect import image_sections
 
-    what = f"{report.kind}, {report.size} bytes, {report.state_bytes} bytes of state: {report.layout}"
+    inside = "".join(f" in {name}" for name in reversed(report.wrapping))
+    what = f"{report.kind}{inside}, {report.size} bytes, {report.state_bytes} bytes of state: {report.layout}"
     put(f"{report.file}: {what}")
     for section in image_sections(report):
         _print_section(section.name, section.values, rows)
@@ -94,16 +96,19 @@ def _print_hex(options: Options, file: str, section: str) -> None:
     from vfio_mig.cli.words import hex_lines
     from vfio_mig.jobs.inspect import section_bytes
 
+    problems: list[str] = []
     if options.as_json:
-        (piece, *more) = section_bytes(file, section, _JSON_HEX_MAX)
+        (piece, *more) = section_bytes(file, section, _JSON_HEX_MAX, problems)
         if more:
             raise UsageError(f"section {section!r} has more than {_JSON_HEX_MAX} bytes", hint="leave out --json")
         print_json({**piece._asdict(), "content": piece.content.hex()})
-        return
-    last: list[bytes] = []
-    for piece in section_bytes(file, section):
-        for line in hex_lines(piece.content, piece.offset, last):
-            put(line)
+    else:
+        last: list[bytes] = []
+        for piece in section_bytes(file, section, problems=problems):
+            for line in hex_lines(piece.content, piece.offset, last):
+                put(line)
+    for problem in problems:
+        warn(f"{file}: {problem}")
 
 
 @click.command("extract", short_help="Write what is in an image to files.")
@@ -115,18 +120,28 @@ def extract_command(options: Options, file: str, directory: str) -> None:
 
     Of an image: header.json, state.bin, dirty/0000, pages/0000, …, statistics.json and layout.json; `pack` makes the
     same image of them again, or another one if they were changed. Guest memory as a plain file comes from `pages`. Of
-    a QEMU migration stream: vfioN.state and vfioN.config of each VFIO device, and stream.json.
+    a QEMU migration stream: vfioN.state and vfioN.config of each VFIO device, and stream.json. Of a stream that is cut
+    off or not understood, what there is: a state that is not whole is called vfioN.state.incomplete, and the exit code
+    is 6.
 
     \b
     Example: vfio-mig extract gpu.vfm parts && vfio-mig pack parts again.vfm && cmp gpu.vfm again.vfm
     """
-    from vfio_mig.jobs.parts import extract_image
+    from vfio_mig.jobs.parts import INCOMPLETE, extract_image
 
     report = extract_image(file, directory)
     if options.as_json:
         print_json(report._asdict())
     else:
         say(options, f"{directory}: {len(report.files)} files, {report.kind}")
+    for problem in report.problems:
+        warn(f"{file}: {problem}")
+    if not report.complete:
+        states = ", ".join(name for name in report.files if name.endswith(INCOMPLETE))
+        more = f": {states} is not whole" if states else ""
+        error = ImageError(f"not all of the stream could be taken apart{more}")
+        error.file = file
+        raise error
 
 
 @click.command("pack", short_help="Make an image of extracted files.")

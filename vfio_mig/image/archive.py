@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Final, Self, cast
 from vfio_mig.errors import ImageError, excerpt
 from vfio_mig.image import tar
 from vfio_mig.image.files import host_error
+from vfio_mig.image.forms import NO_IMAGE, require_image
 from vfio_mig.image.layout import (
     ADDRESS_END,
     COUNT,
@@ -177,6 +178,11 @@ def _read(file: BinaryIO, size: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _cut_off(what: str, at: int) -> ImageError:
+    """Return the error for an archive that ends too early."""
+    return ImageError(f"{what}: cut off at byte {at}", hint="the file is incomplete; save it again")
+
+
 class _Reader:
     """One pass over an archive."""
 
@@ -193,7 +199,7 @@ class _Reader:
     def read(self) -> Archive:
         name, content, first = self._member()
         if name != "header.json":
-            raise ImageError(f"begins with {name!r} instead of header.json: no archive of this program")
+            raise ImageError(f"{NO_IMAGE}: it begins with {name!r} instead of header.json")
         header = _load_object(name, content)
         _check_version(name, header)
         members = [first]
@@ -217,7 +223,7 @@ class _Reader:
     def _member(self) -> tuple[str, bytes, Member]:
         """Read one member whole; its size is checked before anything of that size is allocated."""
         at = self.offset
-        block = self._take(tar.BLOCK, f"member header at {at:#x}")
+        block = self._take(tar.BLOCK, f"member header at {at:#x}") if at else self._first()
         if not any(block):
             raise ImageError(f"ends at {at:#x} without manifest.json", hint="the save was not finished; save it again")
         name, size, mtime = tar.parse_header(block, at)
@@ -236,11 +242,20 @@ class _Reader:
             offset = self._keep(content)
         return name, content, Member(name, size, hashlib.sha256(content).hexdigest(), offset, {})
 
+    def _first(self) -> bytes:
+        """Read the first block, and tell what the file is if it is no image."""
+        block = _read(self.file, tar.BLOCK)
+        self.offset += len(block)
+        require_image(block)
+        if len(block) < tar.BLOCK:
+            raise _cut_off("member header at 0x0", self.offset)
+        return block
+
     def _take(self, size: int, what: str) -> bytes:
         data = _read(self.file, size)
         self.offset += len(data)
         if len(data) < size:
-            raise ImageError(f"{what}: cut off at byte {self.offset}", hint="the file is incomplete; save it again")
+            raise _cut_off(what, self.offset)
         return data
 
     def _keep(self, content: bytes) -> int:

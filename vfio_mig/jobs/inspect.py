@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vfio_mig.image.archive import Archive
-    from vfio_mig.image.decode.qemu import QemuStream
+    from vfio_mig.image.decode.qemu_parts import QemuStream
     from vfio_mig.image.decode.section import Decoded, Section
     from vfio_mig.image.window import Window
     from vfio_mig.jobs.saved import Saved
@@ -31,6 +31,8 @@ class InspectReport(NamedTuple):
         ``virtio``, ``mlx5-or-virtio`` (the same records), ``qemu``, or ``unknown``.
     :param sections: the state's parts, decoded.
     :param problems: what is broken or unusual; the file can be looked at all the same.
+    :param wrapping: what was taken away first, from the outside: ``gzip``, ``bzip2``, ``xz``, ``zstd``,
+        ``libvirt-save`` (its header), ``offset`` (a hole before a QEMU stream).
     """
 
     file: str
@@ -43,6 +45,7 @@ class InspectReport(NamedTuple):
     layout: str
     sections: list[Section]
     problems: list[str]
+    wrapping: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -75,7 +78,7 @@ def _look(saved: Saved) -> _Content:
     from vfio_mig.image.guestpages import GuestPages
 
     if saved.stream is not None:
-        return _look_at_stream(saved.window, saved.stream)
+        return _look_at_stream(saved, saved.stream)
     if saved.archive is None:
         decoded = streams.decode(saved.window)
     else:
@@ -83,13 +86,16 @@ def _look(saved: Saved) -> _Content:
     return _Content(decoded, [saved.window] * len(decoded.sections), saved.window.size)
 
 
-def _look_at_stream(window: Window, stream: QemuStream) -> _Content:
+def _look_at_stream(saved: Saved, stream: QemuStream) -> _Content:
     """Decode every VFIO device of a QEMU stream; its sections have ``vfioN.`` in front of their names."""
-    from vfio_mig.image.decode import qemu, streams
+    from vfio_mig.image.decode import qemu_parts, streams
     from vfio_mig.image.decode.section import LISTED_MAX, Decoded, Section
     from vfio_mig.image.window import FramesWindow, PartWindow
 
+    window = saved.window
     sections: list[Section] = list(stream.sections())
+    if saved.libvirt is not None:
+        sections.append(Section("libvirt", 0, 0, saved.libvirt.values()))
     windows: list[Window] = [window] * len(sections)
     problems = list(stream.problems)
     for number, device in enumerate(stream.devices[:LISTED_MAX]):
@@ -101,17 +107,19 @@ def _look_at_stream(window: Window, stream: QemuStream) -> _Content:
             "section": device.section,
             "state_bytes": state.size,
             "frames": len(device.frames),
+            "complete": device.problem is None,
             "layout": decoded.layout,
         }
         found = [Section("device", 0, state.size, values), *decoded.sections]
         places: list[Window] = [state] * len(found)
         if device.config is not None:
             part = PartWindow(window, *device.config)
-            found.append(Section("config", 0, part.size, qemu.device_config(part.read(0, part.size))))
+            found.append(Section("config", 0, part.size, qemu_parts.device_config(part.read(0, part.size))))
             places.append(part)
         sections += [section._replace(name=f"vfio{number}.{section.name}") for section in found]
         windows += places
-        problems += [f"vfio{number}: {problem}" for problem in decoded.problems]
+        own = [] if device.problem is None else [device.problem]
+        problems += [f"vfio{number}: {problem}" for problem in (*own, *decoded.problems)]
     return _Content(Decoded("qemu", sections, problems), windows, sum(device.state_size for device in stream.devices))
 
 
@@ -145,6 +153,7 @@ def inspect_image(file: str) -> InspectReport:
             content.decoded.layout,
             content.decoded.sections,
             [printable(problem) for problem in content.decoded.problems],
+            saved.wrapping,
         )
 
 
@@ -175,14 +184,19 @@ def _no_section(file: str, name: str, sections: list[Section]) -> UsageError:
     return UsageError(f"{file} has no section {name!r}", hint=f"it has {', '.join(names[:_NAMES_MAX])}{more}")
 
 
-def section_bytes(file: str, name: str, step: int = 1 << 20) -> Iterator[SectionBytes]:
+def section_bytes(
+    file: str, name: str, step: int = 1 << 20, problems: list[str] | None = None
+) -> Iterator[SectionBytes]:
     """Yield the bytes of one section, at most *step* at a time: an empty one for a section without any.
 
+    :param problems: takes what :func:`inspect_image` would report as such.
     :raises UsageError: there is no such section.
     """
     with open_saved(file) as saved:
         content = _look(saved)
         names = [section.name for section in content.decoded.sections]
+        if problems is not None:
+            problems += map(printable, content.decoded.problems)
         if name not in names:
             raise _no_section(file, name, content.decoded.sections)
         section, window = content.decoded.sections[names.index(name)], content.windows[names.index(name)]

@@ -7,31 +7,39 @@ import json
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vfio_mig.errors import ImageError, UsageError
+from vfio_mig.errors import ImageError, UsageError, printable
 from vfio_mig.jobs.saved import open_saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vfio_mig.image.decode.qemu import QemuStream
+    from vfio_mig.image.decode.qemu_parts import QemuStream
     from vfio_mig.image.directory import NewDirectory
     from vfio_mig.image.window import Window
+    from vfio_mig.jobs.saved import Saved
 
 _STEP: Final = 1 << 20
+_STATES_MAX: Final = 100
 STDOUT: Final = "-"
+INCOMPLETE: Final = ".incomplete"
+"""What the name of a state that is not whole ends with."""
 
 
 class ExtractReport(NamedTuple):
     """What was written.
 
     :param kind: of *file*: ``image`` or ``qemu-stream``.
-    :param files: their names in *directory*.
+    :param files: their names in *directory*; that of a state which is not whole ends in ``.incomplete``.
+    :param complete: whether all of the file was understood, and every state is whole.
+    :param problems: why not, or what is unusual.
     """
 
     file: str
     directory: str
     kind: str
     files: list[str]
+    complete: bool
+    problems: list[str]
 
 
 class PackReport(NamedTuple):
@@ -49,7 +57,8 @@ def extract_image(file: str, directory: str) -> ExtractReport:
     :param file: ``-`` for standard input.
     :param directory: must not exist, or be empty. After a failure nothing is left in it.
     :raises UsageError: there is something in it, or the file is a bare state.
-    :raises ImageError: the image is not whole.
+    :raises ImageError: the image is not whole. A QEMU stream that is not whole is written as far as it goes, and the
+        report says so.
     :raises HostError: the disk is full, permission is missing.
     """
     from vfio_mig.image import parts
@@ -63,27 +72,56 @@ def extract_image(file: str, directory: str) -> ExtractReport:
                 names = parts.extract(saved.archive, into)
             else:
                 assert saved.stream is not None  # noqa: S101 -- for the type checker
-                names = _extract_stream(saved.window, saved.stream, into)
-    return ExtractReport(file, directory, saved.kind, names)
+                names = _extract_stream(saved, saved.stream, into)
+    problems = [] if saved.stream is None else list(map(printable, _problems(saved.stream)))
+    whole = saved.stream is None or (saved.stream.complete and not any(one.problem for one in saved.stream.devices))
+    return ExtractReport(file, directory, saved.kind, names, whole, problems)
 
 
-def _extract_stream(window: Window, stream: QemuStream, into: NewDirectory) -> list[str]:
-    """Write each VFIO device's state and QEMU's record of it: ``vfioN.state``, ``vfioN.config``, ``stream.json``."""
+def _problems(stream: QemuStream) -> list[str]:
+    """Return what ``inspect`` says of a stream, without its devices' states."""
+    states = [f"vfio{number}: {one.problem}" for number, one in enumerate(stream.devices) if one.problem is not None]
+    return stream.problems + states[:_STATES_MAX]
+
+
+def _extract_stream(saved: Saved, stream: QemuStream, into: NewDirectory) -> list[str]:
+    """Write each VFIO device's state and QEMU's record of it: ``vfioN.state``, ``vfioN.config``, ``stream.json``.
+
+    A state that is not whole is named so: nobody should take it for one that can be restored.
+    """
     from vfio_mig.image.window import FramesWindow, PartWindow
 
     if not stream.devices:
         raise ImageError("no VFIO device in this QEMU stream", hint=stream.problems[0] if stream.problems else None)
+    window = saved.window
     names: list[str] = []
     devices = []
     for number, device in enumerate(stream.devices):
-        kept: list[tuple[str, Window]] = [(f"vfio{number}.state", FramesWindow(window, device.frames))]
+        state = f"vfio{number}.state{'' if device.problem is None else INCOMPLETE}"
+        kept: list[tuple[str, Window]] = [(state, FramesWindow(window, device.frames))]
         if device.config is not None:
             kept.append((f"vfio{number}.config", PartWindow(window, *device.config)))
         for name, part in kept:
             into.write(name, _pieces(part))
             names.append(name)
-        devices.append({"name": device.name, "instance": device.instance, "state_bytes": device.state_size})
-    values = {"machine": stream.machine, "complete": stream.complete, "devices": devices, "problems": stream.problems}
+        devices.append(
+            {
+                "name": device.name,
+                "instance": device.instance,
+                "state": state,
+                "state_bytes": device.state_size,
+                "complete": device.problem is None,
+            }
+        )
+    values = {
+        "machine": stream.machine,
+        "complete": stream.complete,
+        "proved": stream.proved,
+        "devices": devices,
+        "problems": list(map(printable, _problems(stream))),
+        "wrapping": saved.wrapping,
+        "libvirt": None if saved.libvirt is None else saved.libvirt.values(),
+    }
     into.write("stream.json", [(json.dumps(values, indent=1) + "\n").encode()])
     return [*names, "stream.json"]
 

@@ -3,24 +3,30 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, cast
 
+from vfio_mig.errors import ImageError
 from vfio_mig.jobs.source import open_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vfio_mig.image.archive import Archive
-    from vfio_mig.image.decode.qemu import QemuStream
+    from vfio_mig.image.decode.qemu_parts import QemuStream
     from vfio_mig.image.window import Window
+    from vfio_mig.image.wrapped import LibvirtHeader
 
 IMAGE: Final = "image"
 STATE: Final = "state"
 QEMU: Final = "qemu-stream"
+LIBVIRT: Final = "libvirt-save"
+OFFSET: Final = "offset"
 _FIRST_MEMBER: Final = b"header.json\0"
+_WRAPPINGS_MAX: Final = 3
 
 
 class Saved(NamedTuple):
@@ -28,12 +34,16 @@ class Saved(NamedTuple):
 
     :param kind: ``image``, ``state`` (bare), or ``qemu-stream``.
     :param size: bytes of the file.
-    :param window: the device's state; of a QEMU stream, the file.
+    :param window: the device's state; of a QEMU stream, the stream.
+    :param wrapping: what was taken away from it, from the outside: a compression, ``libvirt-save``, ``offset``.
+    :param libvirt: the header that libvirt has put in front of a stream.
     """
 
     kind: str
     size: int
     window: Window
+    wrapping: list[str]
+    libvirt: LibvirtHeader | None = None
     archive: Archive | None = None
     stream: QemuStream | None = None
 
@@ -63,25 +73,70 @@ def _seekable(file: str) -> Iterator[BinaryIO]:
             yield cast("BinaryIO", copy)
 
 
+class _Unwrapped(NamedTuple):
+    """What was inside of something.
+
+    :param names: of what was taken away, from the outside.
+    :param file: what the window is of, if it is the whole of a file.
+    """
+
+    window: Window
+    names: list[str]
+    file: BinaryIO | None
+    header: LibvirtHeader | None
+
+
+@contextmanager
+def _unwrapped(file: BinaryIO) -> Iterator[_Unwrapped]:
+    """Take away what a saved device is wrapped in: compression, libvirt's header, and compression inside of that."""
+    from vfio_mig.image.window import FileWindow, PartWindow
+    from vfio_mig.image.wrapped import FIRST, compression, hole_before_stream, libvirt_header, unpacked
+
+    one = _Unwrapped(FileWindow(file), [], file, None)
+    with ExitStack() as stack:
+        while True:
+            window, names, _, header = one
+            first = window.read(0, FIRST)
+            form = compression(first)
+            if form is not None and len(names) < _WRAPPINGS_MAX:
+                inner = stack.enter_context(unpacked(window, form))
+                one = _Unwrapped(FileWindow(inner), [*names, form], inner, header)
+            elif header is None and (header := libvirt_header(window)) is not None:
+                part = PartWindow(window, header.stream_at, window.size - header.stream_at)
+                one = _Unwrapped(part, [*names, LIBVIRT], None, header)
+            elif LIBVIRT not in names and first[:1] == b"\0" and (hole := hole_before_stream(window)):
+                yield _Unwrapped(PartWindow(window, hole, window.size - hole), [*names, OFFSET], None, header)
+                return
+            else:
+                yield one
+                return
+
+
 @contextmanager
 def open_saved(file: str) -> Iterator[Saved]:
     """Open a file, ``-`` for standard input, whatever form it has.
 
-    :raises ImageError: it begins like an image or a QEMU stream and is no whole one.
+    :raises ImageError: it is empty, or begins like an image or a QEMU stream and is no whole one.
     :raises UsageError, HostError: as :func:`vfio_mig.jobs.source.open_input`.
     """
     from vfio_mig.image.archive import read_archive
     from vfio_mig.image.decode import qemu
-    from vfio_mig.image.window import FileWindow, StateWindow
+    from vfio_mig.image.forms import EMPTY
+    from vfio_mig.image.window import StateWindow
 
-    with _seekable(file) as stream:
-        window = FileWindow(stream)
+    with _seekable(file) as stream, _unwrapped(stream) as inside:
+        window, wrapping, source, header = inside
+        size = os.fstat(stream.fileno()).st_size
         first = window.read(0, len(_FIRST_MEMBER))
-        if first == _FIRST_MEMBER:
-            stream.seek(0)
-            with read_archive(stream) as archive:
-                yield Saved(IMAGE, window.size, StateWindow(archive), archive=archive)
-        elif first.startswith(qemu.MAGIC):
-            yield Saved(QEMU, window.size, window, stream=qemu.read_stream(window))
+        if not first:
+            raise ImageError(EMPTY)
+        if first.startswith(qemu.MAGIC):
+            yield Saved(QEMU, size, window, wrapping, header, stream=qemu.read_stream(window))
+        elif header is not None:
+            raise ImageError("behind libvirt's header is no QEMU stream")
+        elif first == _FIRST_MEMBER and source is not None:
+            source.seek(0)
+            with read_archive(source) as archive:
+                yield Saved(IMAGE, size, StateWindow(archive), wrapping, archive=archive)
         else:
-            yield Saved(STATE, window.size, window)
+            yield Saved(STATE, size, window, wrapping)

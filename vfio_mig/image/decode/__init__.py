@@ -6,5 +6,7 @@ what cannot be decoded is said instead of raised.
 
 ``streams`` knows a state by its first bytes, and takes streams of protocol v2 apart: begin there to add one. ``gvt`` is
 the RFC's image, with ``gtt`` (page tables), ``registers`` and ``commands`` (queued work) for its parts; ``pci`` a
-configuration space; ``qemu`` finds VFIO devices in a QEMU migration stream. ``section`` is what all of them return.
+configuration space. ``qemu`` finds VFIO devices in a QEMU migration stream: ``qemu_parts`` is what it returns,
+``qemu_ram`` and ``qemu_disk`` pass over what is the guest's own, ``qemu_description`` is QEMU's own word on the stream,
+``cursor`` reads it. ``section`` is what all of them return.
 """
