@@ -33,13 +33,13 @@ class Handler:
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu: Final = gpu
-        self._requests: Final[dict[str, Callable[[_Answer], _Answer]]] = {
-            "state": self._state,
-            "record": self._record,
-            "misbehave": self._misbehave,
-            "behave": self._behave,
-            "register": self._register,
-            "translate": self._translate,
+        self._requests: Final[dict[str, tuple[Callable[[_Answer], _Answer], frozenset[str]]]] = {
+            "state": (self._state, frozenset()),
+            "record": (self._record, frozenset({"since", "limit", "engine"})),
+            "misbehave": (self._misbehave, frozenset({"hang", "delay", "fault", "lose_interrupts"})),
+            "behave": (self._behave, frozenset()),
+            "register": (self._register, frozenset({"offset"})),
+            "translate": (self._translate, frozenset({"address", "lrca"})),
         }
 
     def answer(self, line: bytes) -> bytes:
@@ -59,13 +59,14 @@ class Handler:
 
     def _execute(self, request: _Answer) -> _Answer:
         name = request.pop("do", None)
-        handler = self._requests.get(name) if isinstance(name, str) else None
-        if handler is None:
+        if not isinstance(name, str) or name not in self._requests:
             raise RefusedError(errno.EOPNOTSUPP, f"there is no such request; known are {', '.join(self._requests)}")
-        answer = handler(request)
-        if request:
-            raise RefusedError(errno.EINVAL, f"{name} does not know {', '.join(sorted(request))}")
-        return answer
+        handler, arguments = self._requests[name]
+        if not arguments.issuperset(request):
+            raise RefusedError(
+                errno.EINVAL, f"{name} knows {', '.join(sorted(arguments)) or 'no arguments'}, no others"
+            )
+        return handler(request)
 
     def _state(self, _request: _Answer) -> _Answer:
         gpu = self._gpu
@@ -88,9 +89,9 @@ class Handler:
         }
 
     def _record(self, request: _Answer) -> _Answer:
-        since = _number(request.pop("since", 0), 0, 1 << 62)
-        limit = _number(request.pop("limit", MAX_ENTRIES), 1, MAX_ENTRIES)
-        engine = self._engine(request.pop("engine", None), optional=True)
+        since = _number(request.get("since", 0), 0, 1 << 62)
+        limit = _number(request.get("limit", MAX_ENTRIES), 1, MAX_ENTRIES)
+        engine = self._engine(request.get("engine"), optional=True)
         record = self._gpu.record
         missed = max(0, record.first - 1 - since)
         entries: list[_Answer] = []
@@ -105,12 +106,10 @@ class Handler:
 
     def _misbehave(self, request: _Answer) -> _Answer:
         """Check everything first: a request that is refused has changed nothing."""
-        hang = [self._engine(name) for name in _list(request.pop("hang", []))]
-        delay = {self._engine(name): _seconds(value) for name, value in _object(request.pop("delay", {})).items()}
-        faults = [_fault(each) for each in _list(request.pop("fault", []))]
-        lost = _number(request.pop("lose_interrupts", 0), 0, MAX_LOST)
-        if request:
-            raise RefusedError(errno.EINVAL, f"misbehave does not know {', '.join(sorted(request))}")
+        hang = [self._engine(name) for name in _list(request.get("hang", []))]
+        delay = {self._engine(name): _seconds(value) for name, value in _object(request.get("delay", {})).items()}
+        faults = [_fault(each) for each in _list(request.get("fault", []))]
+        lost = _number(request.get("lose_interrupts", 0), 0, MAX_LOST)
         misbehaviour = self._gpu.misbehaviour
         misbehaviour.add_faults(faults)
         misbehaviour.hang.update(name for name in hang if name)
@@ -123,12 +122,12 @@ class Handler:
         return {}
 
     def _register(self, request: _Answer) -> _Answer:
-        offset = _number(request.pop("offset", None), 0, REGISTERS_END - 4)
+        offset = _number(request.get("offset"), 0, REGISTERS_END - 4)
         return {"value": self._gpu.mmio.get(offset & ~3)}
 
     def _translate(self, request: _Answer) -> _Answer:
-        address = _number(request.pop("address", None), 0, (1 << 64) - 1)
-        lrca = request.pop("lrca", None)
+        address = _number(request.get("address"), 0, (1 << 64) - 1)
+        lrca = request.get("lrca")
         if lrca is None:
             return {"dma": self._gpu.ggtt.translate(address)}
         ppgtt = ppgtt_of(self._gpu.memory, self._gpu.ggtt, _number(lrca, 0, (1 << 32) - 1))
