@@ -320,6 +320,13 @@ def test_a_blit_that_is_not_emulated_hangs_the_engine(rig: Rig, dwords: list[int
     assert rig.state() == "hung"
 
 
+@pytest.mark.parametrize(("pitch", "rows"), [(0, [3, 0, 0]), (-32 & 0xFFFF, [3, 2, 1])])
+def test_rows_may_lie_on_each_other_or_go_back(rig: Rig, pitch: int, rows: list[int]) -> None:
+    rig.put(DATA + 0x800, 1, *[0] * 7, 2, *[0] * 7, 3)
+    rig.batch(blit(0x42, 8), 3 << 24 | pitch, 0, 3 << 16 | 1, DATA + 0x40, 0, 0, 32, DATA + 0x800, 0)
+    assert [rig.get(DATA + offset) for offset in ((0x40, 0x20, 0) if pitch == 0 else (0, 0x20, 0x40))] == rows
+
+
 def test_an_empty_rectangle_is_nothing(rig: Rig) -> None:
     rig.batch(blit(0x50, 5), 3 << 24 | 0xF0 << 16, 4 << 16 | 4, 2 << 16 | 2, DATA, 0, 1)
     assert rig.state() == "idle"

@@ -112,7 +112,7 @@ def work_with_atheris(name: str, status: Path, arguments: Sequence[str]) -> None
     """
     import atheris
 
-    with atheris.instrument_imports(include=["vfio_mig"]):
+    with atheris.instrument_imports(include=["vfio_mig", "tools.gpu"]):
         from tools.fuzz.targets import TARGETS
     from tools.fuzz.limits import Watch
 

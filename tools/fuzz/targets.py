@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
 
-from tools.fuzz import corpus, looking, saved
+from tools.fuzz import corpus, gpu, looking, saved
 from tools.fuzz.corpus import Choices, entries_for, manifest_of, signed, tar_of
 from tools.fuzz.limits import bounded, require, require_line
 from tools.fuzz.printed import printed
@@ -486,6 +486,9 @@ TARGETS: Final = {
         Target("qemu-stream", looking.qemu_stream, saved.qemu_seeds, 16384, saved.QEMU_WORDS),
         Target("uapi-header", uapi_header, corpus.header_seeds, 16384, corpus.HEADER_WORDS),
         Target("sysfs", sysfs, corpus.sysfs_seeds, 2048, (corpus.UUID, b"0000:00:02.0", b"/dev/vfio/", b"devices/")),
+        Target("gpu-messages", gpu.messages, gpu.message_seeds, gpu.MESSAGES_LENGTH),
+        Target("gpu-commands", gpu.commands, gpu.command_seeds, gpu.COMMANDS_LENGTH),
+        Target("gpu-control", gpu.control, gpu.control_seeds, gpu.CONTROL_LENGTH, gpu.CONTROL_WORDS),
         Target("syntax", syntax, corpus.syntax_seeds, 8192, (b"0x1000", b"4K", b'"job":"x"', b'"pid":1', b'"left":')),
     )
 }

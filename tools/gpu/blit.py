@@ -17,6 +17,7 @@ MAX_BYTES: Final = 16 << 20
 MAX_ROWS: Final = 1 << 14
 
 _HALF: Final = 0xFFFF
+_SIGN: Final = 0x8000
 _ROP_SHIFT, _ROP_MASK = 16, 0xFF
 _ROP_COLOUR, _ROP_COPY = 0xF0, 0xCC
 _DEPTH_SHIFT: Final = 24
@@ -26,7 +27,7 @@ _FILL_DWORDS, _COPY_DWORDS = 7, 10
 
 
 class Rectangle(NamedTuple):
-    """A part of a surface: its first pixel's address, its size in pixels and rows, bytes from row to row."""
+    """A part of a surface: its first pixel's address, its size in pixels and rows, bytes from row to row (or back)."""
 
     address: int
     width: int
@@ -36,9 +37,7 @@ class Rectangle(NamedTuple):
 
     def rows(self) -> Iterator[int]:
         """Yield the address of each row's first pixel."""
-        return (
-            iter(range(self.address, self.address + self.height * self.pitch, self.pitch)) if self.pitch else iter(())
-        )
+        return (self.address + row * self.pitch for row in range(self.height))
 
 
 def fill(command: Command) -> tuple[Rectangle, bytes]:
@@ -65,6 +64,11 @@ def fast_copy(command: Command) -> tuple[Rectangle, Rectangle]:
     return _both(command, pixel)
 
 
+def _pitch(word: int) -> int:
+    """Return the lower half as the signed number that it is."""
+    return (word & _HALF ^ _SIGN) - _SIGN
+
+
 def _demand_rop(command: Command, supported: int) -> None:
     operation = command.word(1) >> _ROP_SHIFT & _ROP_MASK
     if operation != supported:
@@ -76,13 +80,13 @@ def _both(command: Command, pixel: int) -> tuple[Rectangle, Rectangle]:
         raise HangError(f"a blit of {command.length} dwords")
     target = _target(command, pixel)
     left, top = command.word(6) & _HALF, command.word(6) >> 16
-    pitch = command.word(7) & _HALF
+    pitch = _pitch(command.word(7))
     address = command.address(8) + top * pitch + left * pixel
     return target, Rectangle(address, target.width, target.height, pitch, pixel)
 
 
 def _target(command: Command, pixel: int) -> Rectangle:
-    pitch = command.word(1) & _HALF
+    pitch = _pitch(command.word(1))
     left, top = command.word(2) & _HALF, command.word(2) >> 16
     right, bottom = command.word(3) & _HALF, command.word(3) >> 16
     width, height = max(0, right - left), max(0, bottom - top)
