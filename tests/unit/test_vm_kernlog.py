@@ -48,6 +48,10 @@ COMPLAINTS = [
     "[   10.1] kmemleak: Cannot allocate a kmemleak_object structure",
     "[   10.1] kmemleak: Memory pool empty, consider increasing CONFIG_DEBUG_KMEMLEAK_MEM_POOL_SIZE",
     "[   10.1] kmemleak: Kernel memory leak detector disabled",
+    "[   10.1] i915 0000:00:02.0: [drm] *ERROR* GT0: GuC initialization failed -110",
+    "[   10.1] i915 0000:00:02.0: [drm:intel_power_well_enable [i915]] *ERROR* power well 1 timed out",
+    "[   10.1] [drm:drm_atomic_helper_wait_for_flip_done] *ERROR* [CRTC:80:pipe A] flip_done timed out",
+    "[   10.1][  T123] [drm] *ERROR* x",
     "[   10.1][  T123] BUG: KASAN: slab-use-after-free in gvt_read+0x10/0x20 [gvt_sample]",
 ]
 
@@ -67,6 +71,9 @@ HARMLESS = [
     "[    9.0] kmemleak: Cannot allocate a scan area, scanning the full object",  # slower, and as good
     "[    9.0] FAULT_INJECTION: forcing a failure.",
     "[    1.2] kmemleak: Automatic memory scanning thread started",
+    "[   71.5] i915 0000:00:02.0: [drm] Failed to find VBIOS tables (VBT)",
+    "[   71.6] i915 0000:00:02.0: Direct firmware load for i915/skl_dmc_ver1_27.bin failed with error -2",
+    "[   71.7] pytest: [drm] *ERROR* is what this message is about",
     "[   16.4] sysrq: Power Off",
     "[    0.1] rcu: Preemptible hierarchical RCU implementation.",
     "",
@@ -88,6 +95,12 @@ def test_a_complaint_of_the_kernel_is_found(line: str) -> None:
 @pytest.mark.parametrize("line", HARMLESS)
 def test_other_messages_are_no_complaint(line: str) -> None:
     assert faults(line) == []
+
+
+def test_an_error_of_a_graphics_driver_is_one_line() -> None:
+    error = "[   10.1] i915 0000:00:02.0: [drm] *ERROR* x"
+    assert faults(f"{error}\n[   10.2] something else\n") == [error]
+    assert len(faults(WARN.replace("Call Trace:", "[drm] *ERROR* x"))) == 6
 
 
 def test_a_storm_of_complaints_is_cut() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, Never
 
-from tools.vm import custom, guest, kernels, kvm, machine, module, mtty, qemu
+from tools.vm import custom, guest, gvt, kernels, kvm, machine, module, mtty, qemu
 from tools.vm.cache import cache_root
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT, Interrupted, RunnerError
 
@@ -49,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--no-module", action="store_true", help="do not build or load the sample driver")
     result.add_argument("--module-args", default="", metavar="'a=1 b=2'", help="parameters of the sample driver")
     result.add_argument("--mtty", action="store_true", help="load the kernel's own sample mtty, too (not on 6.1)")
+    result.add_argument(
+        "--gvt", action="store_true",
+        help="with an emulated Intel GPU, its host driver of GVT-g (the kernel's own i915 and kvmgt), and KVM",
+    )  # fmt: skip
+    result.add_argument("--gpu", choices=gvt.MODELS, help=f"model of --gvt's GPU; default: {gvt.MODELS[0]}")
     result.add_argument("--build-all", action="store_true", help="build all mutations first; alone: do only that")
     result.add_argument("--stdin", action="store_true", help="pass standard input to COMMAND, instead of /dev/null")
     result.add_argument("--memory", default="1G", help="default: %(default)s")
@@ -74,6 +79,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         del options.command[0]
     if options.stdin and not options.command:
         parser().error("--stdin needs a COMMAND")
+    if options.gpu and not options.gvt:
+        parser().error("--gpu needs --gvt")
+    if options.gvt and not options.gpu:
+        options.gpu = gvt.MODELS[0]
     if options.repeat is not None:
         if not options.command:
             parser().error("--repeat needs a COMMAND")
@@ -118,15 +127,18 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     out = Path(os.environ.get("VFIO_MIG_VM_OUT") or cache / "out").absolute()
     out.mkdir(parents=True, exist_ok=True)
     by_kvm = kvm.usable(kernel.image, cache)
+    need = gvt.NEED if options.gvt else qemu.KVM if by_kvm else qemu.EMULATION
     machine_options = machine.Options(
-        kernel=kernel, kvm=by_kvm, qemu=qemu.find(qemu.KVM if by_kvm else qemu.EMULATION, cache, log, say),
+        kernel=kernel, kvm=by_kvm, qemu=qemu.find(need, cache, log, say), gpu=options.gpu,
         memory=options.memory, cpus=options.cpus, timeout=options.timeout, second_start=options.repeat is None,
     )  # fmt: skip
-    environment = guest.environment(os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release)
+    environment = guest.environment(
+        os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release, gpu=options.gpu
+    )
     what = guest.Guest(
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,
         cwd=Path.cwd(), environment=environment, command=options.command, stdin=options.stdin,
-        mtty=other,
+        mtty=other, gvt=gvt.modules(kernel, cache, log) if options.gvt else None,
     )  # fmt: skip
     log(machine.environment_note(machine_options))
     return machine_options, what
@@ -162,6 +174,9 @@ def _run_once(machine_options: machine.Options, what: guest.Guest, runs: Path, *
             say(message)
         keep = keep or (directory / machine.FIRST_CONSOLE).exists()
         return outcome.exit_code(), machine.died_at_boot(directory, outcome)
+    except RunnerError:
+        keep = True
+        raise
     finally:
         if keep:
             say(f"logs: {directory}")

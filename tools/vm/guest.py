@@ -32,6 +32,8 @@ STDIN: Final = "stdin"  # a port, as STDOUT and STDERR are; the host's side of t
 STDIN_CLOSED: Final = "stdin.closed"  # a file: nobody reads it any more
 STDIN_GREETING: Final = b"!"  # a port that the host has not opened yet reads as if at its end
 
+GPU_CONTROL: Final = "gpu.control"  # a port, too: what the emulated GPU is asked and told through
+
 _RUN: Final = "/run/vm/run"
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _9P: Final = "trans=virtio,version=9p2000.L,msize=512000"
@@ -41,7 +43,7 @@ BOOTSTRAP: Final = (
     f"busybox mkdir -p {_RUN} && busybox mount -t 9p -o {_9P} {RUN_TAG} {_RUN} && exec /bin/bash {_RUN}/entry.sh"
 )
 
-# Variables in front of it: tree, module, module_args (array), mtty, out, interactive, input.
+# Variables in front of it: tree, gvt, module, module_args (array), mtty, out, interactive, input.
 _ENTRY: Final = f"""
 export PATH={_PATH}
 run={_RUN}
@@ -84,10 +86,24 @@ mount_debugfs() {{
 }}
 
 load_modules() {{
-	[[ -z $module$mtty ]] || inside modprobe -d "$tree" -a mdev vfio vfio_iommu_type1 || return
+	[[ -z $module$mtty ]] || inside modprobe -d "${{gvt:-$tree}}" -a mdev vfio vfio_iommu_type1 || return
 	: >$run/{BOOTED}
 	[[ -z $module ]] || inside insmod "$module" "${{module_args[@]}}" || return
 	[[ -z $mtty ]] || inside insmod "$mtty"
+}}
+
+# The host driver of GVT-g. kvmgt does nothing for who has no KVM, and nothing at all without enable_gvt.
+load_gvt() {{
+	local kvm=kvm_amd
+	! busybox grep -qw vmx /proc/cpuinfo || kvm=kvm_intel
+	inside modprobe -d "$gvt" $kvm &&
+		inside modprobe -d "$gvt" i915 enable_gvt=1 &&
+		inside modprobe -d "$gvt" -a vfio_iommu_type1 kvmgt || return
+	[[ -d /sys/class/mdev_bus/0000:00:02.0 ]] || {{ echo 'kvmgt has registered no types of vGPUs'; return 1; }}
+	# There is no udev here to name it.
+	find_port {GPU_CONTROL}
+	busybox mkdir -p /dev/virtio-ports
+	busybox ln -sf "$port" /dev/virtio-ports/{GPU_CONTROL}
 }}
 
 # Waits for the host's end of this name.
@@ -95,13 +111,13 @@ find_port() {{
 	local try name
 	for ((try = 0; try < 100; try++)); do
 		for port in /sys/class/virtio-ports/*; do
-			read -r name <$port/name && [[ $name == "vm.$1" ]] || continue
+			read -r name <$port/name && [[ $name == "$1" ]] || continue
 			port=/dev/${{port##*/}}
 			return
 		done 2>/dev/null
 		busybox sleep 0.1
 	done
-	fail "there is no port for COMMAND's $1"
+	fail "there is no port $1"
 }}
 
 feed() {{
@@ -117,16 +133,16 @@ run_command() {{
 	local out_fifo=/run/vm/stdout out_cat err_fifo=/run/vm/stderr err_cat in_fifo=/dev/null port status try
 	# Pipes, as a shell would give: a command may reopen, truncate or poll its output.
 	busybox mkfifo $out_fifo $err_fifo
-	find_port {STDOUT}
+	find_port vm.{STDOUT}
 	busybox cat $out_fifo >$port &
 	out_cat=$!
-	find_port {STDERR}
+	find_port vm.{STDERR}
 	busybox cat $err_fifo >$port &
 	err_cat=$!
 	if ((input)); then
 		in_fifo=/run/vm/stdin
 		busybox mkfifo $in_fifo
-		find_port {STDIN}
+		find_port vm.{STDIN}
 		feed 7<$port >$in_fifo &
 	fi
 	busybox chroot $root /bin/bash {_RUN}/command.sh <$in_fifo >$out_fifo 2>$err_fifo
@@ -159,6 +175,7 @@ fi
 mount_root || fail 'the guest could not mount its root directory'
 mount_debugfs || fail 'the guest could not mount debugfs'
 load_modules || fail 'the sample driver could not be loaded'
+[[ -z $gvt ]] || load_gvt || fail 'the host driver of GVT-g could not be loaded'
 if ((interactive)); then
 	inside /bin/bash {_RUN}/command.sh
 	finish $?
@@ -185,10 +202,11 @@ class Guest:
     command: Sequence[str]  # empty: an interactive shell
     stdin: bool = False  # COMMAND has the runner's, not /dev/null
     mtty: Path | None = None
+    gvt: Path | None = None  # a tree with the modules of GVT-g's host driver
 
 
 def environment(
-    host: Mapping[str, str], *, venv: Path, modules: Path | None, out: Path, release: str
+    host: Mapping[str, str], *, venv: Path, modules: Path | None, out: Path, release: str, gpu: str | None = None
 ) -> dict[str, str]:
     """Return the variables that COMMAND sees."""
     guest = {key: value for key, value in host.items() if key.startswith(_PASSED_ON)}
@@ -203,6 +221,8 @@ def environment(
     }
     if modules is not None:
         guest["VFIO_MIG_KMOD_DIR"] = str(modules)
+    if gpu is not None:
+        guest["VFIO_MIG_GPU"] = gpu
     return guest
 
 
@@ -216,6 +236,7 @@ def entry_script(guest: Guest) -> bytes:
     arguments = " ".join(shlex.quote(argument) for argument in guest.module_args)
     head = [
         _assignment("tree", guest.tree),
+        _assignment("gvt", guest.gvt or ""),
         _assignment("module", guest.module or ""),
         os.fsencode(f"module_args=({arguments})\n"),
         _assignment("mtty", guest.mtty or ""),

@@ -33,18 +33,24 @@ _FAULT: Final = re.compile(
     )""",
     re.VERBOSE,
 )
+# What graphics drivers call an error: one line, with or without the device in front of it.
+_DRIVER_ERROR: Final = re.compile(
+    r"(?:\[\s*\d+\.\d+\]\s*(?:\[\s*[TC]\d+\]\s*)?)?(?:[\w-]+ [\w:.-]+: )?\[drm[^]]*(?:\[[^]]*\])?\] \*ERROR\* "
+)
 _END: Final = re.compile(r"---\[ end (?:trace|Kernel panic)")
 _LINES_AFTER: Final = 50
 _MAX_LINES: Final = 300
 
 
 def faults(log: str) -> list[str]:
-    """Return the parts of a kernel log that show a WARN, BUG, Oops or panic, as lines; empty when there is none."""
+    """Return the parts of a kernel log that show a WARN, BUG, Oops, panic or a driver's ERROR, as lines."""
     shown: list[str] = []
     left = 0
     for line in log.splitlines():
         if _FAULT.match(line):
             left = _LINES_AFTER
+        elif _DRIVER_ERROR.match(line):
+            left = left or 1
         if left:
             shown.append(line)
             left = 0 if _END.search(line) else left - 1

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from tools.vm import guest
+from tools.vm import guest, gvt
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT
 from tools.vm.feed import Feeder
 from tools.vm.guest import Guest
@@ -32,7 +33,8 @@ _CHUNK: Final = 1 << 16
 _BLACKLIST: Final = (
     "kvm kvm_amd kvm_intel ahci libata sr_mod sg cdrom psmouse evdev i2c_i801 iTCO_wdt i6300esb lpc_ich pcspkr "
     "serio_raw button qemu_fw_cfg aesni_intel ghash_clmulni_intel sha1_ssse3 sha256_ssse3 sha512_ssse3 "
-    "crc32_pclmul crct10dif_pclmul crc32c_intel ccp"
+    "crc32_pclmul crct10dif_pclmul crc32c_intel ccp "
+    "i915 kvmgt"  # without enable_gvt the first is no use
 )
 _KERNEL_OPTIONS: Final = (
     f"modprobe.blacklist={','.join(_BLACKLIST.split())}",
@@ -58,6 +60,7 @@ class Options:
     cpus: int
     timeout: float  # seconds, from start to end
     qemu: Qemu = ON_PATH
+    gpu: str | None = None  # the model of an emulated one
     second_start: bool = True  # a kernel that dies at boot gets one
 
 
@@ -108,10 +111,19 @@ def _ports(run: Path, stdin: int | None) -> list[str]:
     ]  # fmt: skip
 
 
-def virtme_command(options: Options, run: Path, out: Path, *, interactive: bool, stdin: int | None = None) -> list[str]:
+def virtme_command(
+    options: Options,
+    run: Path,
+    out: Path,
+    *,
+    interactive: bool,
+    stdin: int | None = None,
+    gpu: Sequence[str] = (),
+) -> list[str]:
     """Return the command line of virtme-ng's runner.
 
     :param stdin: a socket for COMMAND's input, which the new process is to inherit.
+    :param gpu: QEMU's arguments for an emulated GPU.
 
     The lower-level ``virtme-run`` is used and not ``vng``, which puts a shell in between that would survive us.
     """
@@ -133,7 +145,23 @@ def virtme_command(options: Options, run: Path, out: Path, *, interactive: bool,
         *_share(run, guest.RUN_TAG, readonly=False),
         *_share(out, guest.OUT_TAG, readonly=False),
         *([] if interactive else _ports(run, stdin)),
+        *gpu,
     ]  # fmt: skip
+
+
+# The GPU has to be in slot 2, and QEMU places devices that are given in JSON after all others.
+_MOVE_DEVICES: Final = """\
+arguments=() previous='' slot=16
+for word; do
+	case $previous:${word%%,*} in
+	-device:*-pci | -device:i6300esb)
+		[[ ,$word, == *,addr=* ]] || printf -v word '%s,addr=%#x' "$word" $((slot++))
+		;;
+	esac
+	arguments+=("$word") previous=$word
+done
+set -- "${arguments[@]}"
+"""
 
 
 def write_scripts(options: Options, run: Path, what: Guest) -> None:
@@ -142,7 +170,8 @@ def write_scripts(options: Options, run: Path, what: Guest) -> None:
     (run / "command.sh").write_bytes(guest.command_script(what))
     # QEMU is a child of virtme-run, which is ours: each dies with its parent, however that ends.
     qemu = run / "qemu"
-    qemu.write_text(f'#!/bin/sh\nexec setpriv --pdeathsig KILL -- {options.qemu.shell_words()} "$@"\n')
+    moves = "" if options.gpu is None else _MOVE_DEVICES
+    qemu.write_text(f'#!/bin/bash\n{moves}exec setpriv --pdeathsig KILL -- {options.qemu.shell_words()} "$@"\n')
     shell = run / "shell"
     shell.write_text(f"#!/bin/bash\n{guest.BOOTSTRAP}\n")
     for script in (qemu, shell):
@@ -175,19 +204,32 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _watch(
-    process: subprocess.Popen[bytes], followers: Sequence[_Follower], feeder: Feeder | None, deadline: float
-) -> bool:
-    """Pass output, and input if any, on until QEMU ends; return whether the time ran out first."""
-    while process.poll() is None:
-        for follower in followers:
+@dataclass(frozen=True, slots=True)
+class _Surroundings:
+    """What a running VM has to do with."""
+
+    followers: Sequence[_Follower]
+    feeder: Feeder | None
+    gpu: gvt.Gpu | None
+
+    def pump(self, seconds: float) -> None:
+        """Pass output, and input if any, on for *seconds*; RunnerError when the GPU has failed."""
+        if self.gpu is not None:
+            self.gpu.check()
+        for follower in self.followers:
             follower.pump()
+        if self.feeder is None:
+            time.sleep(seconds)
+        else:
+            self.feeder.pump(seconds)
+
+
+def _watch(process: subprocess.Popen[bytes], around: _Surroundings, deadline: float) -> bool:
+    """Wait until QEMU ends; return whether the time ran out first."""
+    while process.poll() is None:
         if time.monotonic() > deadline:
             return True
-        if feeder is None:
-            time.sleep(_POLL_SECONDS)
-        else:
-            feeder.pump(_POLL_SECONDS)
+        around.pump(_POLL_SECONDS)
     return False
 
 
@@ -247,24 +289,15 @@ def run(options: Options, what: Guest, directory: Path, say: Callable[[str], Non
 
 def _run_once(options: Options, what: Guest, directory: Path, feeder: Feeder | None, deadline: float) -> Outcome:
     write_scripts(options, directory, what)
-    sockets = () if feeder is None else (feeder.guests.fileno(),)
-    command = virtme_command(options, directory, what.out, interactive=False, stdin=sockets[0] if sockets else None)
-    (directory / "virtme-command").write_text(shlex.join(command) + "\n")
     followers = [
         _Follower(directory / guest.STDOUT, sys.stdout.buffer),
         _Follower(directory / guest.STDERR, sys.stderr.buffer),
     ]
-    with (directory / CONSOLE).open("wb") as console, (directory / "virtme-output").open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=console,
-            start_new_session=True,  # the terminal's Ctrl-C is for us, and we end QEMU
-            pass_fds=sockets,
-        )  # fmt: skip
-        try:
-            timed_out = _watch(process, followers, feeder, deadline)
-        finally:
-            _end(process)
     try:
+        with _gpu(options, directory) as gpu:
+            timed_out = _run_qemu(options, what, directory, _Surroundings(followers, feeder, gpu), deadline)
+            if gpu is not None:
+                gpu.end()
         for follower in followers:
             follower.pump()
     finally:
@@ -273,19 +306,45 @@ def _run_once(options: Options, what: Guest, directory: Path, feeder: Feeder | N
     return outcome_of(directory, timed_out=timed_out)
 
 
+def _gpu(options: Options, directory: Path) -> AbstractContextManager[gvt.Gpu | None]:
+    return nullcontext() if options.gpu is None else gvt.gpu(options.gpu, directory)
+
+
+def _run_qemu(options: Options, what: Guest, directory: Path, around: _Surroundings, deadline: float) -> bool:
+    """Run the VM and return whether the time ran out."""
+    sockets = () if around.feeder is None else (around.feeder.guests.fileno(),)
+    command = virtme_command(
+        options, directory, what.out, interactive=False, stdin=sockets[0] if sockets else None,
+        gpu=() if around.gpu is None else around.gpu.qemu_arguments(options.memory),
+    )  # fmt: skip
+    (directory / "virtme-command").write_text(shlex.join(command) + "\n")
+    with (directory / CONSOLE).open("wb") as console, (directory / "virtme-output").open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=console,
+            start_new_session=True,  # the terminal's Ctrl-C is for us, and we end QEMU
+            pass_fds=sockets,
+        )  # fmt: skip
+        try:
+            return _watch(process, around, deadline)
+        finally:
+            _end(process)
+
+
 def shell(options: Options, what: Guest, directory: Path) -> int:
     """Give an interactive shell in a VM on this terminal; return 0 if it came up."""
     write_scripts(options, directory, what)
-    command = virtme_command(options, directory, what.out, interactive=True)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the shell inside
-    try:
-        process = subprocess.Popen(command)
+    with _gpu(options, directory) as gpu:
+        arguments = () if gpu is None else gpu.qemu_arguments(options.memory)
+        command = virtme_command(options, directory, what.out, interactive=True, gpu=arguments)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the shell inside
         try:
-            process.wait()
+            process = subprocess.Popen(command)
+            try:
+                process.wait()
+            finally:
+                _end(process)
         finally:
-            _end(process)
-    finally:
-        signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, before)
     outcome = outcome_of(directory, timed_out=False)
     return EXIT_RUNNER if outcome.failure is not None else 0
 
@@ -310,5 +369,5 @@ def environment_note(options: Options) -> str:
     accelerator = "KVM" if options.kvm else "emulation (KVM is not usable here)"
     return (
         f"kernel {options.kernel.release}, {accelerator}, QEMU {dotted(options.qemu.version)}, {options.cpus} CPUs, "
-        f"{options.memory}, pid {os.getpid()}"
+        f"{options.memory}{f', GPU {options.gpu}' if options.gpu else ''}, pid {os.getpid()}"
     )
