@@ -82,6 +82,8 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def _options(command: click.Command, context: click.Context) -> Iterator[str]:
+    if context.parent is not None:
+        yield f"The options of \\fB{escape(PROGRAM)}\\fR(1) may stand behind the command, too."
     for parameter in command.get_params(context):
         if isinstance(parameter, click.Argument):
             continue

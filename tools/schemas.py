@@ -18,6 +18,7 @@ from vfio_mig.conform.check import Result
 from vfio_mig.conform.runner import Report
 from vfio_mig.device import Region
 from vfio_mig.dirty.sync import Round
+from vfio_mig.errors import VfioMigError
 from vfio_mig.host.mdev import MdevType
 from vfio_mig.image.decode.section import Section
 from vfio_mig.image.differences import Difference
@@ -177,6 +178,36 @@ def document(command: str) -> Schema:
     return {**head, **(shapes[0] if len(shapes) == 1 else {"oneOf": shapes})}
 
 
+def error() -> Schema:
+    """Return the schema of what any command prints when it fails and has printed nothing yet."""
+    known = VfioMigError.__subclasses__()
+    for one in known:  # grows on the way
+        known.extend(one.__subclasses__())
+    known = [one for one in known if one.__module__ == VfioMigError.__module__]
+    properties: Schema = {
+        "class": {"enum": sorted(one.__name__ for one in known), "description": "of the library; docs/errors.md"},
+        "code": {"enum": sorted({one.exit_code for one in known}), "description": "the exit code"},
+        "message": {"type": "string", "description": "the line that is on stderr, without the program's name"},
+        "problem": {"type": "string", "description": "what failed"},
+        "hint": {"type": ["string", "null"], "description": "what to do next"},
+        "device": {"type": ["string", "null"], "description": "on which device it failed"},
+        "errno": {"type": ["string", "null"], "description": "name of the kernel's error number"},
+        "while_rolling_back": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "what failed in addition while the job was undone",
+        },
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "vfio-mig --json, when it fails",
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
 def events() -> Schema:
     """Return the schema of a line of ``--events``: one for each step, and one for its end."""
     time = {"time": {"type": "number", "description": "seconds since 1970"}}
@@ -205,7 +236,8 @@ def events() -> Schema:
 
 def files() -> dict[str, str]:
     """Return the name and content of each file."""
-    found = {f"{command}.json": document(command) for command in DOCUMENTS} | {"events.json": events()}
+    found = {f"{command}.json": document(command) for command in DOCUMENTS}
+    found |= {"error.json": error(), "events.json": events()}
     return {name: json.dumps(schema, indent=2) + "\n" for name, schema in found.items()}
 
 

@@ -21,7 +21,10 @@
 import errno as errno_names
 import os
 import reprlib
-from typing import ClassVar
+from typing import Any, ClassVar, Final
+
+_CAUSES_MAX: Final = 8
+"""How far back an errno is looked for."""
 
 
 def errno_text(number: int) -> str:
@@ -75,6 +78,34 @@ class VfioMigError(Exception):
         if self.hint is not None:
             text = f"{text}; {self.hint}"
         return printable(text)  # one line, whatever a file is called
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for programs: what ``--json`` prints of a failure.
+
+        :returns: ``class``, ``code`` (the exit code), ``message`` (the one line), ``problem``, ``hint``, ``device``,
+            ``errno`` (the name of the kernel's error number) and ``while_rolling_back``, the errors of the undoing.
+        """
+        return {
+            "class": type(self).__name__,
+            "code": self.exit_code,
+            "message": str(self),
+            "problem": printable(self.problem),
+            "hint": None if self.hint is None else printable(self.hint),
+            "device": None if self.device is None else printable(self.device),
+            "errno": _errno_in(self),
+            "while_rolling_back": [printable(str(error)) for error in self.undo_errors],
+        }
+
+
+def _errno_in(error: VfioMigError) -> str | None:
+    """Return the name of the errno that is behind an error, None if there is none."""
+    cause: BaseException | None = error
+    for _ in range(_CAUSES_MAX):
+        number = getattr(cause, "errno", None)
+        if isinstance(number, int) and number > 0:
+            return errno_names.errorcode.get(number)
+        cause = None if cause is None else cause.__cause__
+    return None
 
 
 class UsageError(VfioMigError):

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import click
 import pytest
 
 from tests.unit.click_runner import runner
 from vfio_mig import __version__
-from vfio_mig.cli.main import COMMANDS, cli
+from vfio_mig.cli.main import COMMANDS, Options, cli
 from vfio_mig.device import Device
 from vfio_mig.errors import DeviceNotFoundError, UsageError, VfioMigError
 from vfio_mig.host.discover import HostDevice
@@ -316,3 +317,69 @@ def test_verify_names_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
     done = run("verify", os.fsdecode(b"image\xff"))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("image\\udcff: good:")
+
+
+def leaves() -> list[tuple[list[str], click.Command]]:
+    """Return every command with its words."""
+    context = click.Context(cli)
+    found = []
+    for name in cli.list_commands(context):
+        command = cli.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            found += [([name, below], one) for below, one in command.commands.items()]
+        else:
+            found.append(([name], command))
+    return found
+
+
+LEAVES: Final = leaves()
+GLOBAL: Final[list[tuple[list[str], str, object]]] = [
+    (["--json"], "as_json", True),
+    (["-v"], "verbose", True),
+    (["--quiet"], "quiet", True),
+    (["--abi", "gvt-rfc"], "abi", "gvt-rfc"),
+    (["--via", "group"], "via", "group"),
+    (["--uapi-header", "h"], "uapi_header", "h"),
+    (["--events", "e"], "events_file", "e"),
+    (["--status-fd", "2"], "status_fd", 2),
+    (["--hook", "pre-stop=true"], "hook_texts", ("pre-stop=true",)),
+]
+
+
+@pytest.mark.parametrize(("words", "command"), LEAVES, ids=[" ".join(words) for words, _ in LEAVES])
+def test_every_command_takes_every_global_option_behind_it_too(words: list[str], command: click.Command) -> None:
+    root = click.Context(cli, info_name="vfio-mig", obj=Options())
+    arguments = ["x"] * sum(isinstance(one, click.Argument) and one.required for one in command.params)
+    given = [word for option, _, _ in GLOBAL for word in option]
+    with command.make_context(words[-1], [*arguments, *given], parent=root):
+        assert [getattr(root.obj, name) for _, name, _ in GLOBAL] == [value for _, _, value in GLOBAL]
+    own = [name for one in command.params if isinstance(one, click.Option) for name in one.opts]
+    assert len(own) == len(set(own)), "an option of its own has the name of a global one"
+
+
+def test_no_global_option_is_left_out_of_that_test() -> None:
+    own = {name for one in cli.params if isinstance(one, click.Option) for name in one.opts}
+    short = {"--verbose", "-q"}
+    assert own - short - {"--version"} == {option[0] for option, _, _ in GLOBAL}
+
+
+def test_a_global_option_behind_the_command_counts_and_hooks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(Options, "listen", lambda self: seen.append(self))  # noqa: PLW0108 -- a method
+    monkeypatch.setenv("VFIO_MIG_UAPI_HEADER", "environment")
+    first = ["--abi", "auto", "--hook", "pre-stop=a", "--uapi-header", "line"]
+    assert invoke(*first, "list", "--abi", "gvt-rfc", "--hook", "post-stop=b").exit_code == 0
+    assert (seen[0].abi, seen[0].hook_texts) == ("gvt-rfc", ("pre-stop=a", "post-stop=b"))
+    assert seen[0].uapi_header == "line"
+    assert invoke("--json", "list").stdout == invoke("list", "--json").stdout == "[]\n"
+
+
+def test_help_says_that_global_options_may_stand_there() -> None:
+    assert "may stand here, too" in invoke("save", "--help").output
+    assert "may stand here, too" in invoke("mdev", "create", "--help").output
+
+
+@pytest.mark.parametrize("number", ["0", "1", "2"])
+def test_a_device_is_not_taken_from_where_our_words_go(number: str) -> None:
+    assert invoke("stop", MISSING, "--fd", number).exit_code == 2

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import sys
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 
 from vfio_mig import interrupts
+from vfio_mig.cli import streams
 from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text
 
 if TYPE_CHECKING:
@@ -41,7 +44,16 @@ def _common(cont: str, force: str) -> Callable[[Callable[..., Any]], Callable[..
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    with contextlib.suppress(OSError):  # only words about the job go there
+        click.echo(text, err=True)
+
+
+def _summarise(summary: dict[str, Any], *, err: bool = False) -> None:
+    """Print what was done. It is done, so a summary that nobody takes is a warning."""
+    try:
+        click.echo(json.dumps(summary, indent=2), err=err)
+    except OSError as error:
+        _say(f"warning: standard output: cannot write: {errno_text(error.errno or 0)}; what was asked for is done")
 
 
 @click.command("qemu-save", context_settings=CONTEXT)
@@ -59,7 +71,7 @@ def save_command(qmp_socket: str, device: str, file: str, *, verbose: bool, **op
 
     with Qmp(qmp_socket) as qmp:
         summary = save_vgpu(qmp, device, file, tell=_say if verbose else lambda _: None, **options)
-    click.echo(json.dumps(summary, indent=2), err=file == "-")
+    _summarise(summary, err=file == "-")
 
 
 @click.command("qemu-restore", context_settings=CONTEXT)
@@ -76,7 +88,7 @@ def restore_command(qmp_socket: str, device: str, file: str, *, verbose: bool, *
 
     with Qmp(qmp_socket) as qmp:
         summary = restore_vgpu(qmp, device, file, tell=_say if verbose else lambda _: None, **options)
-    click.echo(json.dumps(summary, indent=2))
+    _summarise(summary)
 
 
 COMMANDS: Final = {"save": save_command, "restore": restore_command}
@@ -91,7 +103,9 @@ def main(arguments: list[str]) -> NoReturn:
     """Run one of the two; errors and exit codes are those of ``vfio-mig``."""
     command = COMMANDS[arguments[0]]
     program = f"qemu-{arguments[0]}"
+    streams.fill()
     interrupts.install()
+    atexit.register(streams.settle)
     try:
         with command.make_context(program, arguments[1:]) as context:
             command.invoke(context)

@@ -18,6 +18,7 @@ PAST = {"stop": "stopped", "start": "started", "reset": "reset"}
 
 
 def _report(options: Options, reports: list[Done]) -> None:
+    options.done()
     if options.as_json:
         print_json(reports[0]._asdict() if len(reports) == 1 else [done._asdict() for done in reports])
     elif not options.quiet:
@@ -124,6 +125,8 @@ def state_command(options: Options, device: str, new: str | None) -> None:
     from vfio_mig.jobs.control import device_state
 
     state = device_state(device, settings_of(options), new=new)
+    if new is not None:
+        options.done()
     if options.as_json:
         print_json(state._asdict())
     else:

@@ -46,6 +46,7 @@ def hold_command(
             text = f"{session.device.name}: held open by PID {os.getpid()}"
             if ready_fd is not None:
                 announce(ready_fd, text)
+            options.done()
             if options.as_json:
                 print_json({"device": session.device.name, "pid": os.getpid(), "protocol": session.protocol.name})
             elif not options.quiet:

@@ -97,6 +97,7 @@ def pages_command(options: Options, file: str, memory: tuple[str, ...]) -> None:
 
     with Meter(options) as meter:
         report = load_pages(file, memory=parse_memory(memory), progress=meter)
+    options.done()
     if options.as_json:
         print_json(report._asdict())
     else:

@@ -130,6 +130,7 @@ def extract_command(options: Options, file: str, directory: str) -> None:
     from vfio_mig.jobs.parts import INCOMPLETE, extract_image
 
     report = extract_image(file, directory)
+    options.done()
     if options.as_json:
         print_json(report._asdict())
     else:
@@ -160,6 +161,7 @@ def pack_command(options: Options, directory: str, file: str, *, force: bool) ->
     from vfio_mig.jobs.parts import pack_image
 
     report = pack_image(directory, file, force=force)
+    options.done()
     if options.as_json:
         print_json(report._asdict())
     else:

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""The command line's frame: global options, commands loaded when they are called, errors, signals."""
+"""The command line's frame: global options, commands loaded when they are called, errors, signals, the end."""
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
 from vfio_mig import __version__, interrupts
-from vfio_mig.cli.output import put, put_lines
+from vfio_mig.cli import streams
+from vfio_mig.cli.output import print_json, put, put_lines, warn
 from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vfio_mig.jobs.steps import Events, Hooks
 
 PROGRAM = "vfio-mig"
@@ -44,6 +49,8 @@ COMMANDS = {  # command: module below vfio_mig.cli
     "sync": "transfer",
     "verify": "image",
 }
+STDOUT_IS_DATA: Final = frozenset({"save", "sync"})
+"""Commands whose FILE may be - for standard output; no other document is put there then."""
 
 
 ABIS = ("auto", "gvt-rfc", "mainline-v2")
@@ -59,6 +66,121 @@ class Group(click.Group):
             put_lines(ctx.get_help(), err=True)
             ctx.exit(UsageError.exit_code)
         return super().parse_args(ctx, args)
+
+
+class Options:
+    """The global options, as every command finds them in its context, and what became of the job."""
+
+    def __init__(self) -> None:
+        self.as_json = False
+        self.verbose = False
+        self.quiet = False
+        self.abi = "auto"
+        self.uapi_header: str | None = None
+        self.via = "auto"
+        self.events_file: str | None = None
+        self.status_fd: int | None = None
+        self.hook_texts: tuple[str, ...] = ()
+        self.events: Events | None = None
+        self.hooks: Hooks | None = None
+        self.pid: int | None = None  # set by the options of a command, as is fd
+        self.fd: int | None = None
+        self.is_done = False
+        self.has_report = False
+        """Whether something stands on standard output already."""
+
+    def done(self) -> None:
+        """Take it that what was asked for is done: whatever becomes of the report on it changes no exit code."""
+        self.is_done = True
+
+    def listen(self) -> None:
+        """Open what the steps of the job go to.
+
+        :raises UsageError, HostError: that is not possible.
+        """
+        target = self.events_file if self.status_fd is None else self.status_fd
+        if target is None and not self.hook_texts:
+            return
+        from vfio_mig.jobs.steps import Events, Hooks
+
+        self.hooks = Hooks(self.hook_texts)
+        if target is not None:
+            self.events = Events(target)
+
+
+def _set(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Keep the value of a global option, wherever it stands; the last one counts, and hooks add up."""
+    options = ctx.ensure_object(Options)
+    name = str(param.name)
+    if ctx.get_parameter_source(name) in _GIVEN:
+        setattr(options, name, getattr(options, name) + value if name == "hook_texts" else value)
+
+
+_GIVEN: Final = (click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.ENVIRONMENT)
+
+
+def _global_options(*, hidden: bool) -> list[click.Parameter]:
+    """Return the global options: those of the program itself, or, hidden, the same for each of its commands."""
+
+    def option(*names: str, **more: Any) -> click.Option:
+        return click.Option(names, expose_value=False, callback=_set, hidden=hidden, **more)
+
+    return [
+        option("--json", "as_json", is_flag=True, help="Print JSON: sizes in bytes, times in seconds."),
+        option(
+            "-v", "--verbose", is_flag=True, help="Say on stderr how the device was reached and what is being done."
+        ),
+        option("-q", "--quiet", is_flag=True, help="Print nothing but errors and what was asked for."),
+        option("--abi", type=click.Choice(ABIS), default="auto", show_default=True, help="Accept this protocol only."),
+        option(
+            "--uapi-header",
+            metavar="FILE",
+            envvar=None if hidden else "VFIO_MIG_UAPI_HEADER",
+            help="Take the RFC's numbers from this linux/vfio.h of a patched kernel.",
+        ),
+        option(
+            "--via",
+            type=click.Choice(WAYS),
+            default="auto",
+            show_default=True,
+            help="Open a device that nobody has through its group, or its own node (cdev) and an iommufd.",
+        ),
+        option("--events", "events_file", metavar="FILE", help="Append one JSON object per step of a job to FILE."),
+        option("--status-fd", type=click.IntRange(min=0), metavar="N", help="Write the same to this inherited fd."),
+        option(
+            "--hook",
+            "hook_texts",
+            multiple=True,
+            metavar="STEP=COMMAND",
+            help="Run COMMAND (no shell) at pre-stop, post-stop, pre-start, post-start or any step of --events "
+            "(repeatable).",
+        ),
+    ]
+
+
+_BEHIND: Final = _global_options(hidden=True)
+_EPILOG: Final = "The options of `vfio-mig` itself (`vfio-mig --help`) may stand here, too."
+
+
+def _with_global_options(command: click.Command) -> click.Command:
+    """Let a command, and those below it, take the global options, and have it listened to when it begins."""
+    if isinstance(command, click.Group):
+        for one in command.commands.values():
+            _with_global_options(one)
+    elif _BEHIND[0] not in command.params and command.callback is not None:
+        command.params.extend(_BEHIND)
+        command.epilog = _EPILOG
+        command.callback = _listening(command.callback)
+    return command
+
+
+def _listening(callback: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(callback)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        click.get_current_context().ensure_object(Options).listen()
+        return callback(*args, **kwargs)
+
+    return run
 
 
 class Lazy(Group):
@@ -77,71 +199,16 @@ class Lazy(Group):
 
         module = importlib.import_module(f"vfio_mig.cli.{module_name}")
         command: click.Command = getattr(module, f"{cmd_name}_command")
-        return command
+        return _with_global_options(command)
 
 
-class Options:
-    """The global options, as every command finds them in its context."""
-
-    __slots__ = ("abi", "as_json", "events", "fd", "hooks", "pid", "quiet", "uapi_header", "verbose", "via")
-
-    def __init__(
-        self, *, as_json: bool, verbose: bool, quiet: bool, abi: str, uapi_header: str | None, via: str
-    ) -> None:
-        self.events: Events | None = None
-        self.hooks: Hooks | None = None
-        self.as_json = as_json
-        self.verbose = verbose
-        self.quiet = quiet
-        self.abi = abi
-        self.uapi_header = uapi_header
-        self.via = via
-        self.pid: int | None = None  # set by the options of a command, as is fd
-        self.fd: int | None = None
-
-
-@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(
+    cls=Lazy,
+    params=_global_options(hidden=False),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
 @click.version_option(__version__, prog_name="vfio-mig", message="%(prog)s %(version)s")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: sizes in bytes, times in seconds.")
-@click.option("-v", "--verbose", is_flag=True, help="Say on stderr how the device was reached and what is being done.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and what was asked for.")
-@click.option("--abi", type=click.Choice(ABIS), default="auto", show_default=True, help="Accept this protocol only.")
-@click.option(
-    "--uapi-header",
-    metavar="FILE",
-    envvar="VFIO_MIG_UAPI_HEADER",
-    help="Take the RFC's numbers from this linux/vfio.h of a patched kernel.",
-)
-@click.option(
-    "--via",
-    type=click.Choice(WAYS),
-    default="auto",
-    show_default=True,
-    help="Open a device that nobody has through its group, or its own node (cdev) and an iommufd.",
-)
-@click.option("--events", metavar="FILE", help="Append one JSON object per step of a job to FILE.")
-@click.option("--status-fd", type=click.IntRange(min=0), metavar="N", help="Write the same to this inherited fd.")
-@click.option(
-    "--hook",
-    "hooks",
-    multiple=True,
-    metavar="STEP=COMMAND",
-    help="Run COMMAND (no shell) at pre-stop, post-stop, pre-start, post-start or any step of --events (repeatable).",
-)
-@click.pass_context
-def cli(
-    ctx: click.Context,
-    *,
-    as_json: bool,
-    verbose: bool,
-    quiet: bool,
-    abi: str,
-    uapi_header: str | None,
-    via: str,
-    events: str | None,
-    status_fd: int | None,
-    hooks: tuple[str, ...],
-) -> None:
+def cli() -> None:
     """Stop, save and restore VFIO devices without a VMM in the way.
 
     DEVICE is an mdev's UUID, a PCI address, a path in /sys, /dev/vfio/devices/vfioN, or /dev/vfio/N for a group of one
@@ -158,77 +225,98 @@ def cli(
     4 not supported by the device, 5 the device or kernel failed, 6 the image is invalid or does not fit,
     7 the host failed, 130 interrupted.
     """
-    options = Options(as_json=as_json, verbose=verbose, quiet=quiet, abi=abi, uapi_header=uapi_header, via=via)
-    ctx.obj = options
-    if events is not None or status_fd is not None or hooks:
-        _listen(options, events if status_fd is None else status_fd, hooks)
 
 
-def _listen(options: Options, target: str | int | None, hooks: tuple[str, ...]) -> None:
-    from vfio_mig.jobs.steps import Events, Hooks
+def _outcome(options: Options) -> tuple[int, VfioMigError | None]:
+    """Parse and run, without click's own ideas of errors and interrupts.
 
-    options.hooks = Hooks(hooks)
-    if target is not None:
-        options.events = Events(target)
-
-
-def _run() -> int:
-    """Parse and run, without click's own ideas of errors and interrupts; returns the exit code."""
-    if COMPLETION in os.environ:
-        cli.main(prog_name=PROGRAM, complete_var=COMPLETION)
+    :returns: the exit code, and the error if it is one's.
+    """
     try:
-        with cli.make_context(PROGRAM, sys.argv[1:]) as context:
-            _invoke(context)
+        with cli.make_context(PROGRAM, sys.argv[1:], obj=options) as context:
+            cli.invoke(context)
     except click.exceptions.Exit as done:  # --help, --version
-        return done.exit_code
-    return 0
+        return done.exit_code, None
+    except SystemExit as done:  # a command with a code of its own: its report says more
+        return done.code if isinstance(done.code, int) else 0, None
+    except (VfioMigError, click.ClickException, KeyboardInterrupt, MemoryError, OSError) as caught:
+        error = _error_of(caught)
+        return error.exit_code, error
+    return 0, None
 
 
-def _invoke(context: click.Context) -> None:
-    """Run the command; whoever listens hears how it ended."""
+def _error_of(caught: BaseException) -> VfioMigError:
+    """Turn what may end a command into an error of ours."""
+    if isinstance(caught, VfioMigError):
+        return caught
+    if isinstance(caught, click.ClickException):
+        context = getattr(caught, "ctx", None)
+        command = PROGRAM if context is None else context.command_path
+        return UsageError(caught.format_message().rstrip("."), hint=f"see '{command} --help'")
+    if isinstance(caught, KeyboardInterrupt):
+        return InterruptedJobError("interrupted; what was begun has been undone")
+    if isinstance(caught, OSError):  # jobs have errors of their own
+        where = "" if caught.filename is None else f"{caught.filename}: "
+        return HostError(f"{where}{errno_text(caught.errno or 0)}")
+    return HostError("out of memory")
+
+
+def _end(options: Options, code: int, error: VfioMigError | None) -> int:
+    """Tell how it ended, and return the exit code.
+
+    The first error counts: what is lost on the way of telling it is no other one. A job that is done stays done.
+    """
+    for number in interrupts.ENDING:  # there is nothing left to interrupt
+        signal.signal(number, signal.SIG_IGN)
+    is_signal = isinstance(error, InterruptedJobError)
+    if error is not None and (options.is_done or (is_signal and interrupts.finished())):
+        if not is_signal:
+            warn(f"what was asked for is done, but then: {error}")
+        code, error = 0, None
+    lost = _tell_listeners(options, code, error)
+    if lost is not None and options.is_done:
+        warn(f"what was asked for is done, but then: {lost}")
+    elif lost is not None and code == 0:
+        code, error = lost.exit_code, lost
+    if error is not None:
+        put(f"{PROGRAM}: {error}", err=True)
+        _print_error(options, error)
+    streams.settle()
+    return code
+
+
+def _tell_listeners(options: Options, code: int, error: VfioMigError | None) -> HostError | None:
+    """Write the last event; returns what kept it from its reader."""
+    if options.events is None:
+        return None
     try:
-        cli.invoke(context)
-    except VfioMigError as error:
-        _emit(context, "failed", code=error.exit_code, error=str(error))
-        raise
-    except KeyboardInterrupt:
-        _emit(context, "failed", code=InterruptedJobError.exit_code, error="interrupted")
-        raise
-    _emit(context, "done", code=0)
+        if error is None:
+            options.events.emit("done", code=code)
+        else:
+            options.events.emit("failed", code=code, error=str(error))
+    except HostError as lost:
+        return lost
+    return None
 
 
-def _emit(context: click.Context, step: str, **more: object) -> None:
-    options = context.obj
-    if isinstance(options, Options) and options.events is not None:
-        options.events.emit(step, **more)
-
-
-def _fail(error: VfioMigError) -> NoReturn:
-    put(f"vfio-mig: {error}", err=True)
-    sys.exit(error.exit_code)
+def _print_error(options: Options, error: VfioMigError) -> None:
+    """Print an error's document for programs, unless there is one on standard output already, or it has the image."""
+    words = sys.argv[1:]
+    before_names = words[: words.index("--")] if "--" in words else words
+    wanted = options.as_json or "--json" in before_names  # a command line that could not be parsed has set nothing
+    has_data = not STDOUT_IS_DATA.isdisjoint(words) and any(word == "-" or word.endswith("=-") for word in words)
+    if wanted and not has_data and not options.has_report:
+        try:
+            print_json(error.as_dict())
+        except HostError:  # there is nobody to tell
+            return
 
 
 def main() -> NoReturn:
     """Run the command line; the one place where an error becomes a line and an exit code."""
+    streams.fill()
     interrupts.install()
-    try:
-        sys.exit(_run())
-    except VfioMigError as error:
-        _fail(error)
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx is not None else PROGRAM
-        _fail(UsageError(error.format_message().rstrip("."), hint=f"see '{command} --help'"))
-    except KeyboardInterrupt:
-        if interrupts.finished():
-            sys.exit(0)
-        _fail(InterruptedJobError("interrupted; what was begun has been undone"))
-    except MemoryError:
-        _fail(HostError("out of memory"))
-    except BrokenPipeError:
-        # whoever read our output is gone; nothing more can be said there
-        sys.stderr.close()
-        sys.exit(InterruptedJobError.exit_code)
-    except OSError as error:
-        # jobs have errors of their own: this is standard output, and what it has not taken would fail again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _fail(HostError(f"{error.filename or 'standard output'}: {errno_text(error.errno or 0)}"))
+    if COMPLETION in os.environ:
+        cli.main(prog_name=PROGRAM, complete_var=COMPLETION)
+    options = Options()
+    sys.exit(_end(options, *_outcome(options)))

@@ -58,6 +58,7 @@ def create_command(options: Options, type_name: str, uuid: str | None, parent: s
     from vfio_mig.host.mdev import create
 
     made = create(type_name, parent=parent, uuid=uuid)
+    options.done()
     if options.as_json:
         print_json({"device": made})
     else:
@@ -76,4 +77,5 @@ def remove_command(options: Options, uuid: str) -> None:
     from vfio_mig.host.mdev import remove
 
     remove(uuid)
+    options.done()
     say(options, f"{uuid}: removed")

@@ -97,6 +97,7 @@ def migrate_command(
             live=live_of(options, rounds, max_downtime, meter, precopy=live),
             rsh=_words(rsh),
         )
+    options.done()
     if options.as_json:
         print_json(report.as_dict())
         return

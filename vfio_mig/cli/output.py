@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from vfio_mig.errors import json_text, printable
+from vfio_mig.errors import HostError, errno_text, json_text, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Self
 
     from vfio_mig.cli.main import Options
@@ -65,14 +66,51 @@ def parse_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
     return [(device, file) for device, _, file in pairs]
 
 
+def _options() -> Options | None:
+    """Return the global options of the command that is running, if one is."""
+    from vfio_mig.cli.main import Options
+
+    context = click.get_current_context(silent=True)
+    return None if context is None else context.find_object(Options)
+
+
+_SHOWN: Final = 500
+"""Characters of what was lost that a warning repeats."""
+
+
+@contextmanager
+def _to_stdout(lost: Callable[[], str]) -> Iterator[None]:
+    """Say that standard output did not take what was printed there.
+
+    :param lost: returns that.
+    :raises HostError: it is what the command is for. Once a job is done it is not: then a warning has it.
+    """
+    options = _options()
+    try:
+        yield
+    except OSError as error:
+        what = f"standard output: cannot write: {errno_text(error.errno or 0)}"
+        if options is None or not options.is_done:
+            raise HostError(what, hint="what it was to have is lost") from error
+        text = " ".join(lost().split())
+        warn(f"{what}; what was asked for is done, and this is lost: {text[:_SHOWN]}{'…' * (len(text) > _SHOWN)}")
+    finally:
+        if options is not None:
+            options.has_report = True
+
+
 def put(text: str, *, err: bool = False) -> None:
     """Print one line, to stderr with *err*. Every text of the command line goes through here, and nothing goes around.
 
     Names of files, devices, processes and drivers, and all that images and streams hold, were written by others. What
     would move the cursor, break the line, or speak to the terminal in another way is escaped here, so no caller has
     to think of it. tests/unit/test_output.py sees to it that nothing else in the package prints.
+
+    :raises HostError: standard output does not take it, and nothing has been done yet. A lost standard error is no
+        failure: only words about the job go there, and there is nowhere to complain.
     """
-    click.echo(printable(text), err=err)
+    with suppress(OSError) if err else _to_stdout(lambda: text):
+        click.echo(printable(text), err=err)
 
 
 def put_lines(text: str, *, err: bool = False) -> None:
@@ -87,8 +125,12 @@ def warn(text: str) -> None:
 
 
 def print_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-    """Print one JSON document, keys in the order given. JSON escapes control characters in its own way."""
-    click.echo(json_text(value))
+    """Print one JSON document, keys in the order given. JSON escapes control characters in its own way.
+
+    :raises HostError: as :func:`put`.
+    """
+    with _to_stdout(lambda: json_text(value)):
+        click.echo(json_text(value))
 
 
 def say(options: Options, text: str) -> None:
@@ -127,7 +169,8 @@ class Meter:
     @staticmethod
     def _draw(text: str) -> None:
         """Print what is meant to move the cursor: characters and numbers of ours alone."""
-        click.echo(text, err=True, nl=False)
+        with suppress(OSError):  # a terminal that has gone is no reason to end a copy
+            click.echo(text, err=True, nl=False)
 
 
 memory_option = click.option(
@@ -161,7 +204,7 @@ def borrow_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
             "--fd",
-            type=click.IntRange(min=0),
+            type=click.IntRange(min=3),  # those below take our words
             metavar="N",
             expose_value=False,
             callback=_keep,

@@ -164,6 +164,7 @@ def save_command(
             live=live_of(options, rounds, max_downtime, meter, precopy=live),
             without_p2p=without_p2p,
         )
+    options.done()
     if options.as_json and all(file != "-" for _, file in pairs):
         print_reports(targets, [report.as_dict() for report in reports])
         return
@@ -235,6 +236,7 @@ def restore_command(
             without_p2p=without_p2p,
             progress=meter,
         )
+    options.done()
     for report in reports:
         for warning in report.warnings:
             warn(f"{report.device}: {warning}")
@@ -368,13 +370,14 @@ def sync_command(
         leave_running=leave_running,
         progress=tell_round(options),
     )
-    plot_rounds(plot, report.device, report.rounds)
+    options.done()
     if options.as_json and file != "-":
         print_json({**report._asdict(), "rounds": [one.as_dict() for one in report.rounds]})
-        return
-    say(
-        options,
-        f"{report.device}: {report.pages_dirty} dirty pages, {report.bytes_written} bytes written to {file} "
-        f"in {len(report.rounds)} rounds; stopped for {report.stopped_time * 1e3:.1f} ms; "
-        f"{NOW[report.state]}",
-    )
+    else:
+        say(
+            options,
+            f"{report.device}: {report.pages_dirty} dirty pages, {report.bytes_written} bytes written to {file} "
+            f"in {len(report.rounds)} rounds; stopped for {report.stopped_time * 1e3:.1f} ms; "
+            f"{NOW[report.state]}",
+        )
+    plot_rounds(plot, report.device, report.rounds)

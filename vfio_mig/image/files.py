@@ -193,9 +193,19 @@ class Stream:
     can_reread: Final = False
 
     def __init__(self, fd: int, name: str) -> None:
+        self._name = name
         self._file = io.BufferedWriter(_File(fd, name), _BUFFER)
 
     def __enter__(self) -> BinaryIO:
+        """Give the stream.
+
+        :raises HostError: the fd is open for reading only; said now, before a device is stopped for it.
+        """
+        try:
+            os.write(self._file.fileno(), b"")
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise host_error("cannot write", self._name, error) from error
         return self._file
 
     def prepare(self) -> None:

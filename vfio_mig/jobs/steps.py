@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -50,8 +51,18 @@ class Events:
         self._name = f"fd {target}" if isinstance(target, int) else target
         try:
             self._fd = os.dup(target) if isinstance(target, int) else self._open(target)
+            self._try_writing()
         except OSError as error:
             raise HostError(f"{self._name}: cannot write events: {errno_text(error.errno or 0)}") from error
+
+    def _try_writing(self) -> None:
+        """See to it that an fd that is open for reading only is refused now, and not at the first step."""
+        try:
+            os.write(self._fd, b"")
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                os.close(self._fd)
+                raise
 
     @staticmethod
     def _open(path: str) -> int:
