@@ -78,7 +78,7 @@ def test_it_serves_one_client_and_ends_with_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_and_its_sockets(tmp_path: Path, sent: signal.Signals) -> None:
     with running(tmp_path / "gpu", "--control", str(tmp_path / "control")) as process:
         wait_until_ready(process)

@@ -266,11 +266,21 @@ def test_an_endless_batch_is_executed_in_slices_and_then_hangs(rig: Rig) -> None
     rig.run(PPGTT_BATCH, BATCH, 0, 0)
     engine = rig.gpu.engines["bcs0"]
     assert (rig.state(), engine.executed, rig.gpu.wait()) == ("running", SLICE, 0.0)
-    for _ in range(5):
+    for _ in range(10):
         rig.gpu.advance()
     assert "more than 10000 commands" in engine.hung
     assert engine.executed == 10_000
     assert rig.gpu.wait() is None
+
+
+def test_large_blits_are_interrupted_sooner(rig: Rig) -> None:
+    fill = (2 << 29 | 0x50 << 22 | 5, 0xF0 << 16 | 8, 0, 300 << 16 | 8, DATA, 0, 1)
+    rig.batch(*fill * 8)
+    assert rig.state() == "running"
+    assert len(rig.entries("XY_COLOR_BLT")) == 4
+    for _ in range(2):
+        rig.gpu.advance()
+    assert rig.state() == "idle"
 
 
 def test_an_endless_batch_is_preempted_between_two_slices(rig: Rig) -> None:
@@ -394,4 +404,4 @@ def test_the_record_keeps_the_last_entries_and_their_numbers(rig: Rig) -> None:
 def test_the_record_keeps_the_first_accesses_of_a_command_and_counts_all(rig: Rig) -> None:
     rig.batch(2 << 29 | 0x50 << 22 | 5, 0xF0 << 16 | 8, 0, 100 << 16 | 8, DATA, 0, 1)
     (entry,) = rig.entries("XY_COLOR_BLT")
-    assert (len(entry.writes), entry.accesses) == (16, 100)
+    assert (len(entry.writes), entry.accesses) == (8, 100)

@@ -184,6 +184,14 @@ def exchange(client: Client, message: bytes) -> bytes:
     return bytes(answer)
 
 
+@pytest.mark.parametrize("flags", [wire.NO_REPLY, wire.TYPE_REPLY])
+def test_a_broken_message_that_wants_no_reply_gets_none(client: Client, flags: int) -> None:
+    client.send(client.message(Command.DEVICE_RESET, flags=flags, size=7))
+    client.server.serve(2)
+    assert client.receive() is None
+    assert is_alive(client)
+
+
 def test_a_client_that_reads_no_answers_is_not_listened_to_and_takes_no_memory(client: Client) -> None:
     request = client.message(Command.REGION_READ, wire.REGION_ACCESS.pack(0, 0, wire.MAX_DATA))
     for _ in range(64):

@@ -30,7 +30,7 @@ _MESSAGES_AT_A_TIME: Final = 64
 _FILES: Final = 4096
 """File descriptors that we would like to have: each DMA map takes one."""
 _EPILOG: Final = """\
-Prints "ready" when it listens. Ends when the client disconnects, on SIGTERM, and when the process that started it ends.
+Prints "ready" when it listens. Ends when the client disconnects, when the process that started it ends, and on SIGTERM.
 Exit status: 0, or 2 for wrong usage, or 7 where it cannot listen."""
 
 
@@ -60,10 +60,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run the program; returns its exit status."""
     options = parser().parse_args(arguments)
-    _end_with_parent()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     _allow_files()
     log: Callable[[str], None] = _say if options.verbose else _quiet
     try:
+        _end_with_parent()
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listening(options.socket))
             gpu = Gpu(options.gpu, aperture=options.aperture, max_commands=options.max_commands)
@@ -72,7 +74,6 @@ def main(arguments: Sequence[str]) -> int:
             if options.control is not None:
                 control = ControlServer(gpu, stack.enter_context(_listening(options.control)))
                 stack.callback(control.close)
-            signal.signal(signal.SIGTERM, _stop)
             _ready()
             _run(gpu, listener, control, log)
     except GpuError as error:
@@ -178,7 +179,7 @@ def _remove_stale(path: Path) -> None:
 
 
 class _StoppedError(BaseException):
-    """SIGTERM came; not an Exception, so that nothing on the way takes it for an error of its own."""
+    """SIGTERM or SIGHUP came; not an Exception, so that nothing on the way takes it for an error of its own."""
 
 
 def _stop(_signal: int, _frame: object) -> NoReturn:
@@ -189,7 +190,7 @@ def _end_with_parent() -> None:
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # it ended before we asked to be told
-        raise SystemExit(0)
+        raise _StoppedError
 
 
 def _allow_files() -> None:

@@ -121,8 +121,10 @@ class Interpreter:
             0x53: ("XY_SRC_COPY_BLT", lambda _context, command: self._copy(command, blit.source_copy)),
         }
 
-    def step(self, context: Context) -> None:
+    def step(self, context: Context) -> int:
         """Execute the next command; afterwards the context stands behind it.
+
+        Returns what it counts: 1, and for a blit 1 more for each row and page that it touched.
 
         :raises BlockedError: it waits; the context stands before it.
         :raises HangError: it is none, or cannot be obeyed; the context stands before it or behind it.
@@ -135,7 +137,7 @@ class Interpreter:
         self._mmio.put(self._layout.base + RING_IPEHR, header)
         if not header:
             context.follow(1)  # MI_NOOP: there are many, and they do nothing
-            return
+            return 1
         length, (name, execute) = self._decode(header)
         command = Command(header, length, word, self._entry(context, name, header, at, batch is not None))
         if name == _SEMAPHORE_WAIT:
@@ -144,6 +146,7 @@ class Interpreter:
         else:
             context.follow(length)
             execute(context, command)
+        return 1 + command.entry.accesses if header >> _TYPE_SHIFT == _BLIT else 1
 
     def _words(self, context: Context, batch: Batch | None) -> Callable[[int], int]:
         """Return what reads the dwords from here on; in the ring they go round."""

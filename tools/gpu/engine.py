@@ -44,8 +44,8 @@ _FAULT_VALID: Final = 1 << 0
 _FAULT_ENGINE_SHIFT: Final = 12
 _FAULT_IN_GGTT: Final = 1 << 4  # FAULT_GTT_SEL, in FAULT_TLB_DATA1
 
-SLICE: Final = 4096
-"""Commands that are executed before the client is listened to again."""
+SLICE: Final = 1024
+"""Commands (a blit counts as several) that are executed before the client is listened to again."""
 RETRY_SECONDS: Final = (0.001, 0.005)
 """A semaphore is looked at again after the first of them, later after up to the second."""
 
@@ -194,9 +194,9 @@ class Engine:
                     return _Outcome.SLICE_OVER
                 if context.commands >= self._max_commands:
                     raise HangError(f"more than {self._max_commands} commands in one submission")
-                self._interpreter.step(context)
-                done += 1
-                context.commands += 1
+                counted = self._interpreter.step(context)
+                done += counted
+                context.commands += counted
                 self._blocked_at = None
         except BlockedError:
             if self._blocked_at is None:

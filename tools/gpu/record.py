@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-KEPT: Final = 1 << 15
-MAX_ACCESSES: Final = 16
+KEPT: Final = 1 << 14
+MAX_ACCESSES: Final = 8
 """Of one command in the record: a blit has more, and only their number is kept."""
 
 

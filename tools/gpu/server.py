@@ -125,7 +125,7 @@ class Server:
                 message.close()
 
     def _answer(self, message: Message) -> None:
-        if message.flags & wire.TYPE_MASK == wire.TYPE_REPLY and not message.fault:
+        if message.flags & wire.TYPE_MASK == wire.TYPE_REPLY:
             return  # we have asked for nothing
         answer, error = Answer(), 0
         try:
@@ -133,7 +133,7 @@ class Server:
         except RefusedError as refused:
             error = refused.errno
             self._log(f"refused command {message.command} with {errno.errorcode.get(error, error)}: {refused}")
-        if message.flags & wire.NO_REPLY and not message.fault:
+        if message.flags & wire.NO_REPLY:
             return
         flags = wire.TYPE_REPLY | (wire.ERROR if error else 0)
         size = wire.HEADER.size + len(answer.payload)

@@ -65,7 +65,7 @@ class Command(IntEnum):
 class Message(NamedTuple):
     """A message as it came; its file descriptors are the receiver's to close.
 
-    :ivar fault: an errno when it cannot be what it claims to be; then there is no payload.
+    :ivar fault: an errno when it cannot be what it claims to be; then what it carries does not count.
     """
 
     ident: int
