@@ -16,7 +16,8 @@ Rooms, from the top down; each imports from those below it only, and its own doc
 ``cli`` (parses and prints), ``conform`` (checks of a driver), ``jobs`` (whole jobs with rollback), ``protocols`` (how a
 family of devices is stopped, read and loaded), ``host`` (finding and opening devices), ``device`` (an open one),
 ``pictures``, ``image`` and ``dirty`` (bytes and files alone, no device), ``uapi`` (the kernel's words). Everywhere:
-``errors``, ``interrupts`` (signals), ``threads``. docs/concepts.md says what the words mean.
+``errors``, ``interrupts`` (signals), ``threads``, ``proc`` (what /proc says of other processes). docs/concepts.md says
+what the words mean.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Protocol, Self
 
-    from vfio_mig.host.dma import ContainerDma, IommufdDma
-    from vfio_mig.host.holders import Holder
     from vfio_mig.uapi import Request
     from vfio_mig.uapi._generated import CData
 
@@ -26,6 +24,13 @@ if TYPE_CHECKING:
 
         def close(self) -> None:
             """Close it; a second call does nothing."""
+
+    class Dma(Protocol):
+        """The guest memory that we have mapped for a device."""
+
+        @property
+        def pieces(self) -> tuple[tuple[int, int], ...]:
+            """(IOVA, bytes) of each mapping."""
 
 
 OWN: Final = ("group", "cdev")
@@ -47,6 +52,27 @@ REPLY_MAX: Final = 1 << 16
 """Bytes of a region's capabilities that are accepted; the kernel's longest chains have some hundred."""
 CAPS_MAX: Final = 64
 """Capabilities in one chain."""
+
+
+class Holder(NamedTuple):
+    """A process that has a device's group, or the device's own node, open.
+
+    :param command: the kernel's name of it, or ``vfio-mig`` for a `vfio-mig hold`.
+    :param is_hold: whether it is a `vfio-mig hold`, or this process itself: nobody else uses the device then.
+    :param fd: the number that the fd has there.
+    :param node: what it has open: the group's node, or the device's.
+    :param thread: the thread whose fd it is, 0 when it is the whole process's.
+    """
+
+    pid: int
+    command: str
+    is_hold: bool
+    fd: int
+    node: str = ""
+    thread: int = 0
+
+    def __str__(self) -> str:
+        return f"PID {self.pid} ({self.command})"
 
 
 class DeviceInfo(NamedTuple):
@@ -108,7 +134,7 @@ class Device:
         node: str | None = None,
         holder: Holder | None = None,
         pidfd: int | None = None,
-        dma: ContainerDma | IommufdDma | None = None,
+        dma: Dma | None = None,
         owned: Sequence[int | Closeable] = (),
     ) -> None:
         self.name: Final = name
@@ -152,6 +178,10 @@ class Device:
         if self._fd < 0:
             raise ValueError(f"device {self.name} is closed")
         return self._fd
+
+    def own(self, file: int | Closeable) -> None:
+        """Have a file closed together with the device; an fd below 0 is none."""
+        self._owned.append(file)
 
     def close(self) -> None:
         """Close the fd and what came with it; a second call does nothing."""

@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,12 +22,13 @@ from vfio_mig.errors import (
     DeviceError,
     DeviceNotFoundError,
     OpenError,
+    UnsupportedError,
     UsageError,
     VfioMigError,
 )
 from vfio_mig.host import mdev, opening
-from vfio_mig.host.discover import Host, HostDevice
-from vfio_mig.host.holders import Holder, duplicate_fd, find_holder, find_holders
+from vfio_mig.host.discover import Host, HostDevice, Snapshot
+from vfio_mig.host.holders import Holder, Unseen, View, duplicate_fd, find_holder, find_holders
 from vfio_mig.host.opening import open_device
 from vfio_mig.uapi import IoctlError, Request
 
@@ -127,7 +129,7 @@ def test_an_mdev_without_links_is_listed_with_gaps(tmp_path: Path) -> None:
     tree = Tree(tmp_path)
     tree.link(f"sys/bus/mdev/devices/{ONE}", f"sys/devices/virtual/mtty/{ONE}")
     (device,) = tree.host.devices()
-    assert device[2:] == ("mdev", "", "mtty", "", None)
+    assert device[2:7] == ("mdev", "", "mtty", "", None)
     assert device.node is None
 
 
@@ -227,7 +229,7 @@ def test_an_attribute_that_is_not_there_is_empty(tree: Tree) -> None:
 
 
 class HeldDevice(HostDevice):
-    """Its group's node is its *sysfs*, which may be any file."""
+    """Its group's node is its *sysfs*, which may be any character device."""
 
     __slots__ = ()
 
@@ -237,16 +239,19 @@ class HeldDevice(HostDevice):
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> HeldDevice:
-    path = tmp_path / "node"
-    path.write_bytes(b"the node's content")
-    return HeldDevice(ONE, os.path.realpath(path), "mdev", "i915-GVTg_V4_8", GPU, "vfio_mdev", 7)
+def held() -> Iterator[HeldDevice]:
+    """Give one whose node is a terminal: a character device that nobody else on this machine has open."""
+    master, terminal = os.openpty()
+    node = os.ttyname(terminal)
+    os.close(terminal)
+    yield HeldDevice(ONE, node, "mdev", "i915-GVTg_V4_8", GPU, "vfio_mdev", 7)
+    os.close(master)
 
 
 @contextmanager
 def process(device: HostDevice, command: list[str]) -> Iterator[tuple[int, int]]:
     """Run a command that repeats a line and reads on, with the device's node open; gives its PID and fd."""
-    fd = os.open(device.sysfs, os.O_RDWR)
+    fd = os.open(device.sysfs, os.O_RDWR | os.O_NOCTTY)
     try:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(fd,))
     finally:
@@ -291,11 +296,19 @@ def test_a_holder_is_the_process_that_has_the_node_open(held: HeldDevice) -> Non
     assert find_holder(held, pid) is None
 
 
-def test_this_process_is_no_holder(held: HeldDevice) -> None:
-    fd = os.open(held.sysfs, os.O_RDONLY)
+def test_a_process_borrows_from_itself_what_it_has_opened_itself(held: HeldDevice) -> None:
+    me = Holder(os.getpid(), Path("/proc/self/comm").read_text().strip(), True, 0, str(held.node))
+    fd = os.open(held.sysfs, os.O_RDONLY | os.O_NOCTTY)
     try:
+        assert find_holder(held) == find_holder(held, os.getpid()) == me._replace(fd=fd)
+        copy = duplicate_fd(held, me._replace(fd=fd))
+        assert os.path.samestat(os.fstat(copy), os.fstat(fd))
+        os.close(copy)
+        with process(held, ["cat"]) as (pid, _):
+            assert [one.pid for one in find_holders(held)] == [pid, os.getpid()]
+        # what was inherited is its launcher's: it would end with this process
+        os.set_inheritable(fd, True)
         assert find_holder(held) is None
-        assert find_holder(held, os.getpid()) is None
     finally:
         os.close(fd)
 
@@ -304,28 +317,41 @@ def test_a_device_without_a_group_has_no_holder(tree: Tree) -> None:
     assert find_holder(tree.host.find(ONE)._replace(group=None)) is None
 
 
+HOLD: Final = """
+import sys
+from vfio_mig.host.discover import HostDevice
+from vfio_mig.host.holders import mark_hold
+mark_hold(HostDevice(sys.argv[1], "", "mdev", "", "", "", 7))
+print(sys.stdin.readline(), end="", flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.mark.parametrize(
-    ("program", "arguments", "expected"),
+    ("program", "arguments"),
     [
-        ("vfio-mig", ["hold", ONE], True),
-        ("vfio-mig", ["--json", "hold", ONE, "--memory", "x@0"], True),
-        ("vfio-mig", ["save", ONE, "file"], False),
-        ("vfio-mig", ["household"], False),
-        ("vfio-mig", ["save", ONE, "hold"], False),
-        ("vfio-mig", ["--abi", "hold", "save", ONE], False),
-        ("vfio-mig", ["--uapi-header", "vfio.h", "-v", "hold", ONE], True),
-        ("vfio-mig", [], False),
-        ("vfio-mig-old", ["hold", ONE], False),
-        ("other", ["hold", ONE], False),
-        ("other", ["a", "vfio-mig", "hold"], False),
+        ("vfio-mig", ["hold", ONE]),
+        ("vfio-mig", ["--json", "hold", ONE, "--memory", "x@0"]),
+        ("vfio-mig", ["save", ONE, "file"]),
+        ("other", ["vfio-mig", "hold"]),
     ],
 )
-def test_our_own_holder_is_known_by_its_arguments(
-    tmp_path: Path, held: HeldDevice, program: str, arguments: list[str], expected: bool
+def test_a_name_and_arguments_make_no_process_our_own_holder(
+    tmp_path: Path, held: HeldDevice, program: str, arguments: list[str]
 ) -> None:
     with process(held, [script(tmp_path, program), *arguments]) as (pid, fd):
         holder = find_holder(held, pid)
-    assert holder == Holder(pid, program, expected, fd, str(held.node))
+    assert holder == Holder(pid, program, False, fd, str(held.node))
+
+
+@pytest.mark.parametrize(("name", "expected"), [(ONE, True), (TWO, False)])
+def test_our_own_holder_is_known_by_what_it_has_open(held: HeldDevice, name: str, expected: bool) -> None:
+    """By whatever interpreter and arguments it was started; the mark is for one device."""
+    with process(held, [sys.executable, "-c", HOLD, name]) as (pid, fd):
+        holder = find_holder(held, pid)
+        assert holder is not None
+        assert (holder.is_hold, holder.fd) == (expected, fd)
+        assert (holder.command == "vfio-mig") is expected
 
 
 def borrowing_is_forbidden() -> bool:
@@ -349,9 +375,9 @@ def test_a_borrowed_fd_is_the_same_open_file(held: HeldDevice) -> None:
         borrowed = duplicate_fd(held, Holder(pid, "cat", False, fd, str(held.node)))
         try:
             assert os.path.samestat(os.fstat(borrowed), Path(held.sysfs).stat())
-            os.lseek(borrowed, 4, os.SEEK_SET)
-            position = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split()[1]
-            assert position == "4"
+            os.set_blocking(borrowed, False)
+            flags = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split()[3]
+            assert int(flags, 8) & os.O_NONBLOCK
             assert not os.get_inheritable(borrowed)
         finally:
             os.close(borrowed)
@@ -387,8 +413,8 @@ def test_a_refusal_to_borrow_says_what_to_do(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "pidfd_open", refuse)
-    with pytest.raises(DeviceBusyError, match=hint) as caught:
-        duplicate_fd(held, Holder(1, "init", False, 3))
+    with process(held, ["cat"]) as (pid, fd), pytest.raises(DeviceBusyError, match=hint) as caught:
+        duplicate_fd(held, Holder(pid, "cat", False, fd, str(held.node)))
     assert errno.errorcode[number] in str(caught.value)
 
 
@@ -406,7 +432,7 @@ class Kernel:
         monkeypatch.setattr(uapi, "call", self.call)
 
     def call(self, fd: int, request: Request, arg: CData | bytearray | int = 0) -> int:
-        name = Path(f"/proc/self/fd/{fd}").readlink().name
+        name = "node" if stat.S_ISCHR(os.fstat(fd).st_mode) else Path(f"/proc/self/fd/{fd}").readlink().name
         sent = arg if isinstance(arg, int) else bytes(arg if isinstance(arg, bytearray) else uapi.ffi.buffer(arg))
         self.calls.append((f"{name} {request.name}", sent))
         if request in self.refuse:
@@ -506,13 +532,23 @@ def test_a_group_that_is_not_viable_gets_no_container(held: HeldDevice, kernel: 
     assert open_fds() == before
 
 
+def test_a_device_that_no_iommu_confines_takes_no_guest_memory(held: HeldDevice, kernel: Kernel) -> None:
+    confined = held._replace(is_noiommu=True)
+    with pytest.raises(UnsupportedError, match=r"no IOMMU confines it .*leave out --memory"):
+        open_device(confined, memory=[Memory()])
+    assert kernel.calls == []
+    with open_device(confined) as device:
+        assert device.how == "group"
+    assert kernel.calls[2] == ("container VFIO_SET_IOMMU", 8)
+
+
 @pytest.mark.parametrize(
     ("number", "kind", "words"),
     [
         (errno.ENOENT, OpenError, "is the device bound to a VFIO driver, and udev running?"),
         (errno.EACCES, OpenError, "run as root, or give this user the group's node"),
         (errno.EPERM, OpenError, "a no-IOMMU group needs CAP_SYS_RAWIO"),
-        (errno.EBUSY, DeviceBusyError, "run as root to see which"),
+        (errno.EBUSY, DeviceBusyError, "is open in another process: EBUSY"),
     ],
 )
 def test_a_node_that_cannot_be_opened_says_why(
@@ -551,16 +587,16 @@ def test_a_process_that_does_not_hold_it_lends_nothing(held: HeldDevice, kernel:
     assert kernel.calls == []
 
 
-def test_our_own_holder_lends_before_others_do(tmp_path: Path, held: HeldDevice) -> None:
-    command = [script(tmp_path, "vfio-mig"), "hold", ONE]
-    with process(held, ["cat"]) as (one, _), process(held, command) as (ours, _), process(held, ["cat"]) as (two, _):
+def test_the_vmm_lends_before_our_own_holder_does(held: HeldDevice) -> None:
+    command = [sys.executable, "-c", HOLD, ONE]
+    with process(held, command) as (ours, _), process(held, ["cat"]) as (vmm, _):
         found = find_holder(held)
         assert found is not None
-        assert found.pid == ours
-        assert {holder.pid for holder in find_holders(held)} == {one, ours, two}
-        other = find_holder(held, two)
+        assert found.pid == vmm
+        assert [holder.pid for holder in find_holders(held)] == [vmm, ours]
+        other = find_holder(held, ours)
         assert other is not None
-        assert other.pid == two
+        assert other.pid == ours
 
 
 def test_an_fd_that_has_become_another_file_is_not_borrowed(tmp_path: Path, held: HeldDevice) -> None:
@@ -607,12 +643,12 @@ def test_an_inherited_group_gives_the_device_and_stays_open(held: HeldDevice, ke
 
 @pytest.mark.parametrize("named", [True, False], ids=["named by --pid", "our own holder"])
 def test_a_holder_lends_its_group_and_the_kernel_names_the_device(
-    tmp_path: Path, held: HeldDevice, kernel: Kernel, named: bool
+    held: HeldDevice, kernel: Kernel, named: bool
 ) -> None:
     if borrowing_is_forbidden():
         pytest.skip("pidfd_getfd is not permitted here")
     before = open_fds()
-    command = ["cat"] if named else [script(tmp_path, "vfio-mig"), "hold", ONE]
+    command = ["cat"] if named else [sys.executable, "-c", HOLD, ONE]
     with process(held, command) as (pid, _), open_device(held, pid=pid if named else None) as device:
         assert (device.how, device.borrowed) == ("borrowed", True)
         assert device.holder is not None
@@ -734,20 +770,76 @@ def mdev_tree(tmp_path: Path) -> Tree:
     return tree
 
 
+def seen(tree: Tree, *holders: Holder, unseen: Unseen | None = None) -> Snapshot:
+    return Snapshot(tree.host, tree.host.devices(), View({ONE: holders}, unseen))
+
+
 @pytest.mark.parametrize("name", [ONE, ONE.upper(), "/dev/vfio/7"])
-def test_an_mdev_is_removed_by_writing_1(monkeypatch: pytest.MonkeyPatch, mdev_tree: Tree, name: str) -> None:
-    # /dev/vfio/7 may be held by somebody on the machine that runs this
-    monkeypatch.setattr(mdev, "find_holder", lambda _: None)
-    mdev.remove(name, host=mdev_tree.host)
+def test_an_mdev_is_removed_by_writing_1(mdev_tree: Tree, name: str) -> None:
+    mdev.remove(name, host=mdev_tree.host, seen=seen(mdev_tree))
     written = [(mdev_tree.root / f"sys/bus/mdev/devices/{uuid}/remove").read_text() for uuid in (ONE, TWO)]
     assert written == ["1", ""]
 
 
-def test_an_mdev_that_is_open_is_not_removed(monkeypatch: pytest.MonkeyPatch, mdev_tree: Tree) -> None:
-    monkeypatch.setattr(mdev, "find_holder", lambda _: Holder(42, "qemu-system-x86", False, 9))
+def test_an_mdev_that_is_open_is_not_removed(mdev_tree: Tree) -> None:
+    view = seen(mdev_tree, Holder(42, "qemu-system-x86", False, 9))
     with pytest.raises(DeviceBusyError, match=r"it is open in PID 42 \(qemu-system-x86\); end that process first"):
-        mdev.remove(ONE, host=mdev_tree.host)
+        mdev.remove(ONE, host=mdev_tree.host, seen=view)
     assert (mdev_tree.root / f"sys/bus/mdev/devices/{ONE}/remove").read_text() == ""
+
+
+def test_an_mdev_is_removed_only_when_its_group_shows_that_it_is_free(mdev_tree: Tree) -> None:
+    """Where not every process can be seen, and also where an fd is on its way between two."""
+    removal = mdev_tree.root / f"sys/bus/mdev/devices/{ONE}/remove"
+    blind = seen(mdev_tree, unseen=Unseen("it is dark", "make light"))
+    with pytest.raises(OpenError, match=r"cannot open /dev/vfio/7, to see that nobody else has: ENOENT .*udev"):
+        mdev.remove(ONE, host=mdev_tree.host, seen=blind)
+    node = mdev_tree.write("dev/vfio/7", "")
+    busy = OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+    for view, hint in ((blind, "make light"), (seen(mdev_tree), "end the process that has it")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "open", raising(busy))
+            with pytest.raises(DeviceBusyError, match=f"EBUSY .*; {hint}"):
+                mdev.remove(ONE, host=mdev_tree.host, seen=view)
+    assert removal.read_text() == ""
+    node.write_text("")
+    mdev.remove(ONE, host=mdev_tree.host, seen=blind)
+    assert removal.read_text() == "1"
+
+
+def test_an_mdev_with_a_node_of_its_own_is_not_removed_in_the_dark(mdev_tree: Tree) -> None:
+    """Its node may be open without being in use, which the group does not show, and the kernel would wait for it."""
+    mdev_tree.write("dev/vfio/7", "")
+    mdev_tree.write(f"sys/devices/pci0000:00/{GPU}/{ONE}/vfio-dev/vfio9/dev", "246:9\n")
+    blind = seen(mdev_tree, unseen=Unseen("it is dark", "make light"))
+    with pytest.raises(DeviceBusyError, match=r"it may be open: it is dark; the kernel would wait .*; make light"):
+        mdev.remove(ONE, host=mdev_tree.host, seen=blind)
+    mdev.remove(ONE, host=mdev_tree.host, seen=seen(mdev_tree))
+    assert (mdev_tree.root / f"sys/bus/mdev/devices/{ONE}/remove").read_text() == "1"
+
+
+def raising(error: OSError) -> Any:
+    def refuse(*_: object, **__: object) -> int:
+        raise error
+
+    return refuse
+
+
+def test_parents_without_room_are_left_out(types_tree: Tree) -> None:
+    types_tree.mdev_type(OTHER_GPU, "i915-GVTg_V4_8", available_instances="0", name="GVTg_V4_8")
+    assert mdev.create("GVTg_V4_8", uuid=ONE, host=types_tree.host) == ONE
+    assert created(types_tree, GPU, "i915-GVTg_V4_8") == ONE
+    types_tree.write(f"sys/devices/pci0000:00/{GPU}/mdev_supported_types/i915-GVTg_V4_8/available_instances", "0\n")
+    with pytest.raises(DeviceError, match="none of the 2 parents of 'GVTg_V4_8' has room for another") as caught:
+        mdev.create("GVTg_V4_8", uuid=TWO, host=types_tree.host)
+    assert (caught.value.exit_code, caught.value.errno) == (5, errno.ENOSPC)
+    assert created(types_tree, OTHER_GPU, "i915-GVTg_V4_8") == ""
+
+
+def test_a_parent_that_does_not_say_whether_it_has_room_may_have_some(types_tree: Tree) -> None:
+    types_tree.mdev_type(OTHER_GPU, "i915-GVTg_V4_8", name="GVTg_V4_8")
+    with pytest.raises(UsageError, match=f"{GPU}/i915-GVTg_V4_8, {OTHER_GPU}/i915-GVTg_V4_8"):
+        mdev.create("GVTg_V4_8", host=types_tree.host)
 
 
 def test_a_pci_function_is_not_removed(mdev_tree: Tree) -> None:

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = "vfio_mig"
-FLOOR: Final = frozenset({"errors", "interrupts", "threads"})
+FLOOR: Final = frozenset({"errors", "interrupts", "proc", "threads"})
 # room: what it may import beside itself
 ROOMS: Final[dict[str, frozenset[str]]] = {
     "errors": frozenset(),
     "interrupts": frozenset(),
+    "proc": frozenset(),
     "threads": frozenset(),
     "uapi": FLOOR,
     "device": FLOOR | {"uapi"},
@@ -98,6 +99,32 @@ MODULES: Final = [path for path in sorted((ROOT / PACKAGE).rglob("*.py")) if pat
 def name_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the modules of ours that one imports in any way, for types too."""
+    module, found = name_of(path), set()
+    known = {name_of(one) for one in MODULES}
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for name in imported(module, node, is_package=path.name == "__init__.py"):
+            owner = name if name in known else name.rpartition(".")[0]
+            if owner in known and owner != module:
+                found.add(owner)
+    return found
+
+
+def test_a_device_knows_nothing_of_where_it_is_found() -> None:
+    found = imports_of(ROOT / PACKAGE / "device.py")
+    assert {name for name in found if name.startswith(f"{PACKAGE}.host")} == set()
+
+
+def test_the_host_s_modules_make_no_circle() -> None:
+    """Those for types count: who reads one module must not have to read the other first."""
+    graph = {name_of(path): imports_of(path) for path in MODULES if name_of(path).startswith(f"{PACKAGE}.host")}
+    while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
+        for leaf in leaves:
+            del graph[leaf]
+    assert graph == {}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -20,8 +20,8 @@ from vfio_mig.device import Device
 from vfio_mig.dirty.memory import MemoryMap
 from vfio_mig.dirty.ranges import PageRange
 from vfio_mig.errors import DeviceBusyError, DeviceError, HostError, ImageError, MismatchError, UsageError
-from vfio_mig.host.discover import HostDevice
-from vfio_mig.host.holders import Holder
+from vfio_mig.host.discover import Host, HostDevice, Snapshot
+from vfio_mig.host.holders import Holder, View
 from vfio_mig.host.lock import LOADING, STOPPED, VARIABLE, DeviceLock, Left, left_behind
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.writer import ArchiveWriter
@@ -141,7 +141,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     made = Gpu()
 
     def open_found(
-        found: HostDevice, settings: Settings, _profile: object, _memory: object, lock: DeviceLock | None
+        found: HostDevice, settings: Settings, _profile: object, _memory: object, lock: DeviceLock | None, _view: object
     ) -> Session:
         how = "group" if made.holder is None else "borrowed"
         device = Device(found.name, -1, how=how, holder=made.holder)
@@ -150,6 +150,11 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     for module in (session, control):
         monkeypatch.setattr(module, "find", lambda _: FOUND)
         monkeypatch.setattr(module, "holder_of", lambda _: made.holder)
+
+    def survey(*_: str) -> Snapshot:
+        return Snapshot(Host("/nowhere"), [FOUND], View({NAME: () if made.holder is None else (made.holder,)}, None))
+
+    monkeypatch.setattr(control, "survey", survey)
     monkeypatch.setattr(session, "_open_found", open_found)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "locks"))
     monkeypatch.delenv(FAULT, raising=False)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -49,6 +50,34 @@ def test_a_lease_holds_until_somebody_opens_the_file_for_writing(path: Path, fd:
     with pytest.raises(BlockingIOError):
         os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     assert not ours.holds()
+
+
+def test_a_lease_is_not_left_on_an_open_file_that_others_have_too(path: Path, fd: int) -> None:
+    """Standard input is the shell's as well: who writes the file afterwards would wait for the lease to be broken."""
+    theirs = os.dup(fd)
+    with Lease(fd) as ours:
+        assert ours.holds()
+        assert fcntl.fcntl(theirs, fcntl.F_GETLEASE) == fcntl.F_UNLCK
+    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    os.close(theirs)
+
+
+def test_who_waits_for_a_lease_waits_no_longer_than_until_it_is_looked_at(path: Path, fd: int) -> None:
+    ours = Lease(fd)
+    with pytest.raises(BlockingIOError):
+        os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    assert not ours.holds()
+    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+
+
+def test_reading_an_image_leaves_no_lease(directory: Path) -> None:
+    path = write(directory / "image", b"state")
+    with path.open("rb") as stream:
+        for _ in range(2):
+            with read_image(stream, None) as image:
+                assert image.archive is not None
+            stream.seek(0)
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 
 
 def test_there_is_none_on_a_file_that_somebody_writes(path: Path, fd: int) -> None:

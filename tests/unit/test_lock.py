@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +22,17 @@ from vfio_mig.errors import DeviceBusyError, HostError
 from vfio_mig.host import lock as module
 from vfio_mig.host.discover import HostDevice
 from vfio_mig.host.holders import Holder
-from vfio_mig.host.lock import LOADING, STOPPED, VARIABLE, DeviceLock, Left, left_behind, lock_directory
+from vfio_mig.host.lock import (
+    LOADING,
+    STOPPED,
+    VARIABLE,
+    DeviceLock,
+    Left,
+    Work,
+    at_work,
+    left_behind,
+    lock_directory,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -420,3 +431,64 @@ def test_locks_are_where_root_and_all_who_may_share_them_else_with_the_user(
     monkeypatch.setattr(os, "geteuid", lambda: user)
     monkeypatch.setattr(os, "access", lambda path, mode: writable and (path, mode) == ("/run/vfio-mig", os.W_OK))
     assert lock_directory() == chosen
+
+
+# --- asking
+
+
+def test_who_asks_keeps_no_job_from_starting() -> None:
+    """A shared flock would, for the moment that it is held."""
+    with DeviceLock(FOUND, "save"):
+        pass
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            left_behind(FOUND, ME)
+            at_work(FOUND)
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        for _ in range(500):
+            with DeviceLock(FOUND, "save") as lock:
+                lock.take_over(ME)
+    finally:
+        over.set()
+        for asker in askers:
+            asker.join()
+
+
+def test_a_job_at_work_is_told(directory: Path) -> None:
+    assert at_work(FOUND) is None
+    with process("save", STOPPED) as child:
+        assert at_work(FOUND) == Work("save", child.pid, None, None)
+        assert left_behind(FOUND, ME) is None
+        path = directory / f"{NAME}.lock"
+        path.write_text(json.dumps(note(since=1764400000.5, step="after-stop")))
+        assert at_work(FOUND) == Work("save", 4711, 1764400000.5, "after-stop")
+        for strange in (
+            {"since": "x", "step": 7},
+            {"since": -1, "step": "\x1b[2J"},
+            {"since": 1e300, "step": "a" * 99},
+        ):
+            path.write_text(json.dumps(note(**strange)))
+            assert at_work(FOUND) == Work("save", 4711, None, None)
+        path.write_bytes(b"")
+        assert at_work(FOUND) == Work("", 0, None, None)
+    assert at_work(FOUND) is None
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777, 0o1777])
+def test_a_directory_that_others_may_write_to_is_refused(directory: Path, mode: int) -> None:
+    directory.mkdir()
+    directory.chmod(mode)
+    words = f"{directory}: others may write to the directory for locks; chmod go-w {directory}, or {HINT}"
+    for use in (lambda: DeviceLock(FOUND, "save"), lambda: left_behind(FOUND, ME), lambda: at_work(FOUND)):
+        with pytest.raises(HostError) as caught:
+            use()
+        assert str(caught.value) == words
+    assert list(directory.iterdir()) == []
+    directory.chmod(0o755)
+    DeviceLock(FOUND, "save").close()

@@ -15,7 +15,6 @@ from vfio_mig.cli.devices import _line
 from vfio_mig.errors import DeviceNotFoundError, UsageError
 from vfio_mig.host import drivers
 from vfio_mig.host.offline import Known, look, read_within
-from vfio_mig.jobs import inform
 from vfio_mig.jobs.inform import Listed, device_info
 
 if TYPE_CHECKING:
@@ -140,12 +139,78 @@ def test_devices_of_other_buses_are_found_too(tree: Tree) -> None:
     (tree.root / "sys/class/vfio").mkdir()
     assert [device.name for device in tree.host.devices()] == [*names, "fff51000.dma"]
     device = tree.host.find("fff51000.dma")
-    assert device[2:] == ("platform", "", "", "vfio-platform", 21)
+    assert device[2:7] == ("platform", "", "", "vfio-platform", 21)
     assert (device.node, device.cdev) == ("/dev/vfio/21", "/dev/vfio/devices/vfio9")
     assert tree.host.find("/dev/vfio/devices/vfio9") == tree.host.find("/dev/vfio/21") == device
     assert look([device], tree.host) == [Known(False, "driver", None)]
     with pytest.raises(UsageError, match="is no device name"):
         tree.host.find("fff52000.dma")
+
+
+def without_class(tree: Tree, address: str, driver: str, *, group: int, node: str = "") -> None:
+    """Add a function as Linux before 6.1 has it: only its group says that VFIO knows it."""
+    tree.pci(address, driver=driver, group=group)
+    if node:
+        tree.write(f"sys/class/vfio/{node}/dev", f"240:{group}\n")
+        tree.link(f"sys/kernel/iommu_groups/{group}/devices/{address}", f"sys/devices/pci0000:00/{address}")
+
+
+@pytest.mark.parametrize("driver", ["vfio-pci", "mlx5_vfio_pci"])
+def test_before_linux_6_1_a_function_is_known_by_its_group_and_driver(tmp_path: Path, driver: str) -> None:
+    tree = Tree(tmp_path)
+    without_class(tree, NIC, driver, group=42, node="42")
+    without_class(tree, "0000:3b:00.7", "nvme", group=43)
+    (device,) = tree.host.devices()
+    assert (device.name, device.driver, device.node, device.node_number) == (
+        NIC,
+        driver,
+        "/dev/vfio/42",
+        os.makedev(240, 42),
+    )
+    for name in (NIC, NIC.removeprefix("0000:"), "/dev/vfio/42", device.sysfs):
+        assert tree.host.find(name) == device
+
+
+def test_before_linux_6_1_devices_of_other_buses_are_found_too(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    directory = "sys/devices/platform/fff51000.dma"
+    tree.link(f"{directory}/driver", "sys/bus/platform/drivers/vfio-platform")
+    tree.link(f"{directory}/subsystem", "sys/bus/platform")
+    tree.link(f"{directory}/iommu_group", "sys/kernel/iommu_groups/21")
+    tree.link("sys/kernel/iommu_groups/21/devices/fff51000.dma", directory)
+    tree.write("sys/class/vfio/21/dev", "240:21\n")
+    (device,) = tree.host.devices()
+    assert (device.name, device.kind, device.node) == ("fff51000.dma", "platform", "/dev/vfio/21")
+
+
+def test_what_is_so_already_is_not_advised(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    without_class(tree, NIC, "vfio-pci", group=42)
+    words = "its driver is vfio-pci, which has not registered it with VFIO; the kernel's log says why: dmesg"
+    with pytest.raises(DeviceNotFoundError, match=words):
+        tree.host.find(NIC)
+    (tree.root / "sys/class/vfio-dev").mkdir(parents=True)
+    with pytest.raises(DeviceNotFoundError, match=words):
+        tree.host.find(NIC)
+
+
+def test_an_nvidia_function_without_a_type_is_told_about_it(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    without_class(tree, NIC, "nvidia", group=42, node="42")
+    assert tree.host.devices() == []
+    with pytest.raises(DeviceNotFoundError, match=r"only once it has a vGPU type; write a .* nvidia/current_vgpu_type"):
+        tree.host.find(NIC)
+
+
+def test_a_function_that_no_iommu_confines_has_a_node_of_another_name(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    tree.pci(NIC, driver="vfio-pci", group=3, cdev="vfio0")
+    (tree.root / "sys/class/vfio-dev").mkdir(parents=True)
+    tree.write("sys/class/vfio/noiommu-3/dev", "240:3\n")
+    device = tree.host.find("/dev/vfio/noiommu-3")
+    assert (device.name, device.is_noiommu, device.node) == (NIC, True, "/dev/vfio/noiommu-3")
+    with pytest.raises(DeviceNotFoundError, match="no VFIO device is in this group"):
+        tree.host.find("/dev/vfio/3")
 
 
 def test_where_vfio_has_no_groups_a_function_has_none(tree: Tree) -> None:
@@ -219,7 +284,6 @@ def test_a_column_of_list_has_no_spaces() -> None:
 def here(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> Tree:
     """Have the jobs see the made-up host, where nothing can be opened."""
     monkeypatch.setattr("vfio_mig.host.discover.Host", lambda: tree.host)
-    monkeypatch.setattr(inform, "holder_of", lambda _: None)
     monkeypatch.setattr("vfio_mig.host.opening.open_device", lambda *_, **__: pytest.fail("was opened"))
     return tree
 

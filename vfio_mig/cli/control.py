@@ -95,7 +95,7 @@ def status_command(options: Options, device: str) -> None:
     if options.as_json:
         print_json(status._asdict())
         return
-    nobody = "nobody" if status.state == "closed" else "no process that this user may look into"
+    nobody = "nobody" if status.unseen is None else f"no process that can be seen: {status.unseen}"
     holder = nobody if status.holder_pid is None else f"PID {status.holder_pid} ({status.holder})"
     put(f"{status.device}: {status.state}; {status.kind} {status.type}, open in {holder}")
     if status.driver_state == "?":

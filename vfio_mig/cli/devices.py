@@ -35,8 +35,9 @@ def _line(one: Listed) -> str:
 def list_command(options: Options) -> None:
     """List VFIO devices, one per line: NAME KIND TYPE DRIVER NODE HOLDER MIGRATABLE STATE CDEV.
 
-    HOLDER is PID:COMMAND; - is none, ? not seen. MIGRATABLE (yes, no, ?) and STATE are what the kernel and the driver's
-    name tell without opening anything; ? means that only an open device tells, or that a driver does not answer.
+    HOLDER is PID:COMMAND, - for none, ? where not every process can be seen. MIGRATABLE (yes, no, ?) and STATE are what
+    the kernel and the driver's name tell without opening anything; ? means that only an open device tells, or that a
+    driver does not answer.
 
     \b
     Example: vfio-mig list | awk '$6 == "-" { print $1 }'
@@ -65,7 +66,7 @@ def _print_closed(info: DeviceInfo) -> None:
     nodes = [node for node in (info.node, info.cdev) if node is not None]
     holder = f"PID {info.holder_pid} ({info.holder})" if info.holder_pid is not None else "nobody"
     if info.holder_pid is None and info.holder is not None:
-        holder = "no process that this user may look into"
+        holder = f"no process that can be seen: {info.unseen}"
     source = {"debugfs": "the kernel says so", "driver": f"by its driver's name, {info.driver}"}.get(info.source or "")
     put(f"kind      {info.kind} {info.type}".rstrip())
     put(f"driver    {info.driver or 'none'}")

@@ -21,8 +21,8 @@ from vfio_mig.uapi import IoctlError, ffi
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vfio_mig.host.discover import HostDevice
-    from vfio_mig.host.dma import GuestMemory
+    from vfio_mig.host.devices import HostDevice
+    from vfio_mig.host.guest import GuestMemory
 
 _NODE_HINTS: Final = {
     errno.ENOENT: "is udev running?",

@@ -5,62 +5,22 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from vfio_mig.errors import DeviceNotFoundError, UsageError
+from vfio_mig.host.devices import ATTRIBUTE_MAX, HostDevice, parse_number
+from vfio_mig.host.drivers import better_driver, is_vfio_driver
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vfio_mig.host.holders import Holder, Unseen, View
+
+__all__ = ["PCI_ADDRESS", "UUID", "Host", "HostDevice", "Snapshot"]
 
 UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 PCI_ADDRESS: Final = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
-_ATTRIBUTE_MAX: Final = 4096
-_DEVICE_NUMBER: Final = re.compile(r"([0-9]{1,9}):([0-9]{1,9})\n?")
-
-
-class HostDevice(NamedTuple):
-    """A VFIO device as sysfs shows it; nothing was opened.
-
-    :param name: what VFIO_GROUP_GET_DEVICE_FD takes: lower-case mdev UUID, PCI address with domain, or what another
-        bus calls it.
-    :param sysfs: its directory, symbolic links resolved.
-    :param kind: ``mdev``, ``pci``, or another bus: ``platform``, ``fsl-mc``, ``cdx``, ``amba``.
-    :param type: mdev type with its prefix; for PCI ``vendor:device``; empty for others.
-    :param parent: the mdev's parent device, empty for others.
-    :param group: number of its group in VFIO, None when it has none: kernels without CONFIG_VFIO_GROUP.
-    """
-
-    name: str
-    sysfs: str
-    kind: str
-    type: str
-    parent: str
-    driver: str
-    group: int | None
-
-    @property
-    def node(self) -> str | None:
-        """The group's node in /dev."""
-        return None if self.group is None else f"/dev/vfio/{self.group}"
-
-    @property
-    def cdev(self) -> str | None:
-        """The device's own node in /dev, None on kernels without VFIO_DEVICE_CDEV: its entry has no number there."""
-        entry = self._cdev_entry()
-        return None if entry is None else f"/dev/vfio/devices/{entry[0]}"
-
-    @property
-    def cdev_number(self) -> int | None:
-        """The number of that node, by which it is known whatever its path is."""
-        entry = self._cdev_entry()
-        return None if entry is None else entry[1]
-
-    def _cdev_entry(self) -> tuple[str, int] | None:
-        directory = os.path.join(self.sysfs, "vfio-dev")
-        try:
-            (name,) = os.listdir(directory)
-            with open(os.path.join(directory, name, "dev"), encoding="ascii") as file:
-                number = _DEVICE_NUMBER.fullmatch(file.read(_ATTRIBUTE_MAX))
-        except (OSError, ValueError):
-            return None
-        return None if number is None else (name, os.makedev(int(number[1]), int(number[2])))
+_GROUP_NODE: Final = re.compile(r"/dev/vfio/(?:noiommu-)?[0-9]{1,9}")
 
 
 class Host:
@@ -80,7 +40,7 @@ class Host:
         """Return an attribute without its last newline, empty when there is none or it cannot be read."""
         try:
             with open(self.path(*parts), encoding="utf-8", errors="replace") as file:
-                return file.read(_ATTRIBUTE_MAX).rstrip("\n")
+                return file.read(ATTRIBUTE_MAX).rstrip("\n")
         except OSError:
             return ""
 
@@ -105,10 +65,19 @@ class Host:
         known = {device.sysfs for device in mdevs + pci}
         return mdevs + pci + [device for device in self._others() if device.sysfs not in known]
 
+    def snapshot(self, names: Sequence[str] = ()) -> Snapshot:
+        """Look once: at sysfs for devices, and at /proc for who has them open.
+
+        :param names: of the devices that matter, each by any of its names; all devices by default.
+        :raises DeviceNotFoundError, UsageError: as :meth:`find`.
+        """
+        from vfio_mig.host.holders import look
+
+        devices = [self.find(name) for name in names] if names else self.devices()
+        return Snapshot(self, devices, look(devices))
+
     def _others(self) -> list[HostDevice]:
-        """Return what VFIO has registered, of any bus (since Linux 6.1)."""
-        entries = self.names("sys/class/vfio-dev")
-        directories = [os.path.realpath(self.path("sys/class/vfio-dev", entry, "device")) for entry in entries]
+        """Return what VFIO has registered, of any bus."""
         return [
             HostDevice(
                 name=os.path.basename(directory),
@@ -117,22 +86,58 @@ class Host:
                 type="",
                 parent="",
                 driver=self.link(directory, "driver"),
-                group=self._group(directory),
+                **self._group(directory),
             )
-            for directory in sorted(directories)
+            for directory in sorted(self._registered())
             if os.path.isdir(directory)
         ]
 
-    def _is_vfio_pci(self, address: str) -> bool:
-        return bool(self.names("sys/bus/pci/devices", address, "vfio-dev"))
+    def _registered(self) -> list[str]:
+        """Return their directories; before Linux 6.1 of those in VFIO's groups with a driver of VFIO's."""
+        if self._has_class():
+            entries = self.names("sys/class/vfio-dev")
+            return [os.path.realpath(self.path("sys/class/vfio-dev", entry, "device")) for entry in entries]
+        found: list[str] = []
+        for group in self.names("sys/class/vfio"):
+            members = f"sys/kernel/iommu_groups/{group.removeprefix('noiommu-')}/devices"
+            found += [
+                os.path.realpath(self.path(members, name))
+                for name in self.names(members)
+                if is_vfio_driver(self.link(members, name, "driver"))
+            ]
+        return found
 
-    def _group(self, directory: str) -> int | None:
+    def _has_class(self) -> bool:
+        """Tell whether this kernel lists the devices that VFIO knows (since Linux 6.1)."""
+        return os.path.isdir(self.path("sys/class/vfio-dev"))
+
+    def _is_vfio_pci(self, address: str) -> bool:
+        directory = f"sys/bus/pci/devices/{address}"
+        if self.names(directory, "vfio-dev"):
+            return True
+        if self._has_class() or not is_vfio_driver(self.link(directory, "driver")):
+            return False
+        return self._group_entry(self.link(directory, "iommu_group")) is not None
+
+    def _group_entry(self, number: str) -> str | None:
+        """Return what VFIO calls an IOMMU group, None when it does not know it."""
+        for name in (number, f"noiommu-{number}"):
+            if number and os.path.isdir(self.path("sys/class/vfio", name)):
+                return name
+        return None
+
+    def _group(self, directory: str) -> _Group:
         number = self.link(directory, "iommu_group")
         if not (number.isascii() and number.isdigit()):
-            return None
+            return {"group": None, "group_number": None, "is_noiommu": False}
         # A PCI function has an IOMMU group also where VFIO has no groups
-        has_groups = not os.path.isdir(self.path("sys/class/vfio-dev")) or os.path.isdir(self.path("sys/class/vfio"))
-        return int(number) if has_groups else None
+        has_groups = not self._has_class() or os.path.isdir(self.path("sys/class/vfio"))
+        entry = self._group_entry(number) or number
+        return {
+            "group": int(number) if has_groups else None,
+            "group_number": parse_number(self.read("sys/class/vfio", entry, "dev")) if has_groups else None,
+            "is_noiommu": entry != number,
+        }
 
     def _mdev(self, name: str) -> HostDevice:
         directory = f"sys/bus/mdev/devices/{name}"
@@ -144,7 +149,7 @@ class Host:
             type=self.link(directory, "mdev_type"),
             parent=os.path.basename(os.path.dirname(real)),
             driver=self.link(directory, "driver"),
-            group=self._group(directory),
+            **self._group(directory),
         )
 
     def _pci(self, name: str) -> HostDevice:
@@ -157,75 +162,135 @@ class Host:
             type=":".join(ids),
             parent="",
             driver=self.link(directory, "driver"),
-            group=self._group(directory),
+            **self._group(directory),
         )
 
-    def find(self, name: str) -> HostDevice:
+    def find(self, name: str, devices: Sequence[HostDevice] | None = None) -> HostDevice:
         """Find a device by UUID, PCI address, path in /sys, or /dev/vfio/N of a group with one device.
 
+        :param devices: those there are, where that is known already.
         :raises DeviceNotFoundError: there is none.
         :raises UsageError: it is no form of name, or the group has several devices.
         """
         if not name or "\0" in name:
             raise UsageError(f"{name!r} is no device name")
-        if match := re.fullmatch(r"/dev/vfio/([0-9]{1,9})", name):
-            return self._find_by_group(int(match[1]))
+        if "/" not in name:
+            return self._find_by_name(name, devices or ())
+        if devices is None:
+            devices = self.devices()
+        if _GROUP_NODE.fullmatch(name):
+            return _find_by_group(name, devices)
         if name.startswith("/dev/vfio/devices/"):
-            return self._find_by_cdev(name)
-        if "/" in name:
-            return self._find_by_path(name)
-        return self._find_by_name(name)
+            return self._find_by_cdev(name, devices)
+        return _find_by_path(name, devices)
 
-    def _find_by_name(self, name: str) -> HostDevice:
+    def _find_by_name(self, name: str, devices: Sequence[HostDevice]) -> HostDevice:
         wanted = name.lower()
+        if PCI_ADDRESS.fullmatch(wanted) and wanted.count(":") == 1:
+            wanted = f"0000:{wanted}"
+        for device in devices:
+            if device.name in (name, wanted):
+                return device
         if UUID.fullmatch(wanted):
             if os.path.isdir(self.path("sys/bus/mdev/devices", wanted)):
                 return self._mdev(wanted)
             raise DeviceNotFoundError(
                 "there is no such mdev", device=name, hint="'vfio-mig list' shows those there are"
             )
-        if not PCI_ADDRESS.fullmatch(wanted):
-            for device in self._others():
-                if device.name == name:
-                    return device
-            raise UsageError(
-                f"{name!r} is no device name",
-                hint="give an mdev UUID, a PCI address, a path in /sys, /dev/vfio/devices/vfioN, or /dev/vfio/N",
-            )
-        address = wanted if wanted.count(":") == 2 else f"0000:{wanted}"  # noqa: PLR2004 -- domain:bus:device
+        if PCI_ADDRESS.fullmatch(wanted):
+            return self._find_pci(name, wanted)
+        for device in self._others():
+            if device.name == name:
+                return device
+        raise UsageError(
+            f"{name!r} is no device name",
+            hint="give an mdev UUID, a PCI address, a path in /sys, /dev/vfio/devices/vfioN, or /dev/vfio/N",
+        )
+
+    def _find_pci(self, name: str, address: str) -> HostDevice:
         if not os.path.isdir(self.path("sys/bus/pci/devices", address)):
             raise DeviceNotFoundError("there is no such PCI device", device=name)
-        if not self._is_vfio_pci(address):
-            driver = self.link("sys/bus/pci/devices", address, "driver") or "none"
-            from vfio_mig.host.drivers import better_driver
-
-            variant = better_driver(self._pci(address), self.root)
+        device = self._pci(address)
+        if self._is_vfio_pci(address):
+            return device
+        if is_vfio_driver(device.driver):
             raise DeviceNotFoundError(
-                f"its driver is {driver}, which is no VFIO driver",
+                f"its driver is {device.driver}, which has not registered it with VFIO",
                 device=name,
-                hint="bind it to vfio-pci" if variant is None else f"bind it to {variant}",
+                hint="the kernel's log says why: dmesg",
             )
-        return self._pci(address)
+        if device.driver == "nvidia":
+            raise DeviceNotFoundError(
+                "its driver is nvidia, which makes it a VFIO device only once it has a vGPU type",
+                device=name,
+                hint="write a type's number to nvidia/current_vgpu_type in the directory of this virtual function; "
+                "nvidia/creatable_vgpu_types lists them",
+            )
+        variant = better_driver(device, self.root)
+        raise DeviceNotFoundError(
+            f"its driver is {device.driver or 'none'}, which is no VFIO driver",
+            device=name,
+            hint="bind it to vfio-pci" if variant is None else f"bind it to {variant}",
+        )
 
-    def _find_by_path(self, path: str) -> HostDevice:
-        real = os.path.realpath(path)
-        for device in self.devices():
-            if device.sysfs == real:
-                return device
-        raise DeviceNotFoundError("is no directory of a VFIO device", device=path)
-
-    def _find_by_group(self, number: int) -> HostDevice:
-        members = [device for device in self.devices() if device.group == number]
-        if not members:
-            raise DeviceNotFoundError("no VFIO device is in this group", device=f"/dev/vfio/{number}")
-        if len(members) > 1:
-            names = ", ".join(device.name for device in members)
-            raise UsageError(f"group {number} has several devices: {names}", hint="name the one you mean")
-        return members[0]
-
-    def _find_by_cdev(self, path: str) -> HostDevice:
+    def _find_by_cdev(self, path: str, devices: Sequence[HostDevice]) -> HostDevice:
         node = os.path.basename(path)
-        for device in self.devices():
+        for device in devices:
             if node in self.names(device.sysfs, "vfio-dev"):
                 return device
         raise DeviceNotFoundError("no VFIO device has this node", device=path)
+
+
+class _Group(TypedDict):
+    """The part of a :class:`HostDevice` that is its group's."""
+
+    group: int | None
+    group_number: int | None
+    is_noiommu: bool
+
+
+def _find_by_path(path: str, devices: Sequence[HostDevice]) -> HostDevice:
+    real = os.path.realpath(path)
+    for device in devices:
+        if device.sysfs == real:
+            return device
+    raise DeviceNotFoundError("is no directory of a VFIO device", device=path)
+
+
+def _find_by_group(node: str, devices: Sequence[HostDevice]) -> HostDevice:
+    members = [device for device in devices if device.node == node]
+    if not members:
+        raise DeviceNotFoundError("no VFIO device is in this group", device=node)
+    if len(members) > 1:
+        names = ", ".join(device.name for device in members)
+        raise UsageError(f"group {members[0].group} has several devices: {names}", hint="name the one you mean")
+    return members[0]
+
+
+class Snapshot:
+    """The devices of a host, and who has them open, at one moment; what a command is told is not looked for again.
+
+    :param devices: in order.
+    :param view: who has them open, as far as /proc shows it.
+    """
+
+    def __init__(self, host: Host, devices: Sequence[HostDevice], view: View) -> None:
+        self.host: Final = host
+        self.devices: Final = tuple(devices)
+        self.view: Final = view
+
+    @property
+    def unseen(self) -> Unseen | None:
+        """Why a process that has a device open may be missing, None when none can be."""
+        return self.view.unseen
+
+    def find(self, name: str) -> HostDevice:
+        """Find one of the devices by any of its names, as :meth:`Host.find`."""
+        return self.host.find(name, self.devices)
+
+    def holder_of(self, device: HostDevice, pid: int | None = None) -> Holder | None:
+        """Return the process to borrow a device from, None when none is seen.
+
+        :param pid: this process only.
+        """
+        return next(iter(self.view.of(device, pid)), None)

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from vfio_mig.host.discover import HostDevice
+    from vfio_mig.host.devices import HostDevice
 
 MIGRATES_SINCE: Final[dict[str, tuple[int, int] | None]] = {
     "hisi_acc_vfio_pci": (5, 18),
@@ -35,6 +35,11 @@ GENERIC: Final = "vfio_pci"
 def normal(driver: str) -> str:
     """Return a driver's name as its module is called."""
     return driver.replace("-", "_")
+
+
+def is_vfio_driver(driver: str) -> bool:
+    """Tell whether a driver makes VFIO devices of what it is bound to, by its name."""
+    return "vfio" in normal(driver).split("_")
 
 
 def migrates(driver: str, release: str = "") -> bool | None:

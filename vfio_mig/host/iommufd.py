@@ -11,11 +11,11 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
-from vfio_mig.host.dma import address_of
+from vfio_mig.host.guest import address_of
 from vfio_mig.uapi import ffi, iommufd
 
 if TYPE_CHECKING:
-    from vfio_mig.host.dma import GuestMemory
+    from vfio_mig.host.guest import GuestMemory
 
 NODE: Final = "/dev/iommu"
 _MAP_FLAGS: Final = (

@@ -10,7 +10,11 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
 
 _LOCAL: Final = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "ramfs", "tmpfs", "xfs"})
 
@@ -28,22 +32,45 @@ def _file_system(fd: int) -> str:
 
 
 class Lease:
-    """Taken at once where the kernel gives it; it ends with the file's last close.
+    """Taken at once where the kernel gives it; it ends with :meth:`close`, or with this process.
 
-    :param fd: a file open for reading only.
+    A lease belongs to an open file, and standard input is one of the shell's, too, where it would outlive us: so the
+    file is opened once more.
+
+    :param fd: a file open for reading.
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self._fd = -1
         try:
-            self._is_taken = _file_system(fd) in _LOCAL
-            if self._is_taken:
-                # Told of by a signal that nobody minds: the default one ends the process
-                fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            if _file_system(fd) not in _LOCAL:
+                return
+            self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            # Told of by a signal that nobody minds: the default one ends the process
+            fcntl.fcntl(self._fd, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         except OSError:  # somebody has it open for writing, or it is not ours
-            self._is_taken = False
+            self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def holds(self) -> bool:
-        """Tell whether the file is still what it was: nobody has tried to open it for writing."""
-        return self._is_taken and fcntl.fcntl(self._fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+        """Tell whether the file is still what it was: nobody has tried to open it for writing.
+
+        Who has tried waits, and need not any longer than until this has been asked.
+        """
+        if self._fd >= 0 and fcntl.fcntl(self._fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+            self.close()
+        return self._fd >= 0
+
+    def close(self) -> None:
+        """Give the file free; a second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

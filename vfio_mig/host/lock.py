@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: MIT
 """One job at a time per device, and a note on what a killed one has left behind.
 
-A lock is flock(2) on a file of the device's name, so the kernel drops it with its process. In the file stands which
+A lock is flock(2) on a file of the device's name, so the kernel drops it with its process; beside it an fcntl(2) lock
+of the same open file, about which others can ask without taking it for a moment themselves. In the file stands which
 process works on the device and what it has done to it. A job that ends well, or undoes what it has done, empties it;
 so what a later job finds there is what an earlier one, as a rule a killed one, could not undo.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import stat
+import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.errors import DeviceBusyError, HostError, errno_text
@@ -20,8 +25,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from vfio_mig.host.discover import HostDevice
-    from vfio_mig.host.holders import Holder
+    from vfio_mig.device import Holder
+    from vfio_mig.host.devices import HostDevice
 
 DIRECTORY: Final = "/run/vfio-mig"
 VARIABLE: Final = "VFIO_MIG_LOCK_DIR"
@@ -29,7 +34,27 @@ STOPPED: Final = "stopped"
 LOADING: Final = "loading"
 LIVE: Final = "live"
 _NOTE_MAX: Final = 4096
+_FLOCK: Final = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, length, pid
+_TIME_MAX: Final = 1e11
+_STEP: Final = re.compile(r"[a-z0-9-]{1,64}")
+_LOOKS: Final = 16
+"""How often a note is read that is just being written."""
 _HINT: Final = f"run as root, or set {VARIABLE} to a directory of your own"
+
+
+class Work(NamedTuple):
+    """A job that is at work on a device.
+
+    :param job: empty when it has not said so yet.
+    :param pid: as the job's own PID namespace has it.
+    :param since: seconds since 1970 at which it began, None when it has not said.
+    :param step: at which it is, None when it has not said.
+    """
+
+    job: str
+    pid: int
+    since: float | None
+    step: str | None
 
 
 class Left(NamedTuple):
@@ -66,18 +91,38 @@ def lock_directory() -> str:
     return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}", "vfio-mig")
 
 
-def _prepare_directory(path: str) -> None:
+def _open_directory(path: str, *, make: bool) -> int:
+    """Open the directory of the locks, which nobody else may write to: what stands there is taken for our own word.
+
+    :param make: also make it.
+    :raises FileNotFoundError: it is not there.
+    :raises HostError: it cannot be used.
+    """
     try:
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            status = os.lstat(path)
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, os.geteuid()):
-                raise HostError(f"{path}: not a directory of root's or of this user's", hint=_HINT) from None
+        if make:
+            with suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if not make:
+            raise
+        raise HostError(
+            f"{path}: cannot make the directory for locks: ENOENT (its parent is missing)", hint=_HINT
+        ) from None
     except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise HostError(f"{path}: not a directory of root's or of this user's", hint=_HINT) from error
         raise HostError(
             f"{path}: cannot make the directory for locks: {errno_text(error.errno or 0)}", hint=_HINT
         ) from error
+    status = os.fstat(fd)
+    if status.st_uid not in (0, os.geteuid()):
+        os.close(fd)
+        raise HostError(f"{path}: not a directory of root's or of this user's", hint=_HINT)
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        os.close(fd)
+        raise HostError(f"{path}: others may write to the directory for locks", hint=f"chmod go-w {path}, or {_HINT}")
+    return fd
 
 
 def _started(pid: int) -> int:
@@ -100,15 +145,18 @@ class DeviceLock:
     def __init__(self, found: HostDevice, job: str) -> None:
         self._job = job
         self._holder: Holder | None = None
-        directory = lock_directory()
-        _prepare_directory(directory)
-        path = os.path.join(directory, f"{found.name}.lock")
+        path = os.path.join(lock_directory(), f"{found.name}.lock")
+        directory = _open_directory(os.path.dirname(path), make=True)
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            self._fd = os.open(os.path.basename(path), flags, 0o600, dir_fd=directory)
         except OSError as error:
             raise HostError(f"{path}: cannot open the lock: {errno_text(error.errno or 0)}", hint=_HINT) from error
+        finally:
+            os.close(directory)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
         except BlockingIOError:
             note = _read_note(self._fd)
             os.close(self._fd)
@@ -195,18 +243,59 @@ def _left(note: dict[str, Any], holder: Holder | None) -> Left | None:
     return Left(job, pid, effect) if _is_job(job, pid) and effect in (STOPPED, LIVE, LOADING) else None
 
 
+def _is_locked(fd: int) -> bool:
+    """Ask whether the process that has the lock lives, without taking it: that would keep a job from starting."""
+    asked = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
+    return bool(answer[0] != fcntl.F_UNLCK)
+
+
+def _open_to_read(found: HostDevice) -> int:
+    """Open the file of a device's lock for reading, -1 when there is none or we may not.
+
+    :raises HostError: the directory is one that others may write to.
+    """
+    try:
+        directory = _open_directory(lock_directory(), make=False)
+    except FileNotFoundError:
+        return -1
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        return os.open(f"{found.name}.lock", flags, dir_fd=directory)
+    except OSError:
+        return -1
+    finally:
+        os.close(directory)
+
+
 def left_behind(found: HostDevice, holder: Holder | None) -> Left | None:
     """Look, without taking the lock, whether a killed job has left something in the device."""
-    path = os.path.join(lock_directory(), f"{found.name}.lock")
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    fd = _open_to_read(found)
+    if fd < 0:
         return None
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:  # its process lives
-            return None
-        return _left(_read_note(fd), holder)
+        return None if _is_locked(fd) else _left(_read_note(fd), holder)
+    finally:
+        os.close(fd)
+
+
+def at_work(found: HostDevice) -> Work | None:
+    """Tell which job is at work on a device, None when none is; no job is kept from anything by that."""
+    fd = _open_to_read(found)
+    if fd < 0:
+        return None
+    try:
+        for _ in range(_LOOKS):
+            if not _is_locked(fd):
+                return None
+            if note := _read_note(fd):
+                since, step = note.get("since"), note.get("step")
+                return Work(
+                    note["job"],
+                    note["pid"],
+                    float(since) if isinstance(since, int | float) and 0 <= since < _TIME_MAX else None,
+                    step if isinstance(step, str) and _STEP.fullmatch(step) else None,
+                )
+        return Work("", 0, None, None)
     finally:
         os.close(fd)

@@ -17,7 +17,8 @@ from vfio_mig.host.drivers import migrates
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from vfio_mig.host.discover import Host, HostDevice
+    from vfio_mig.host.devices import HostDevice
+    from vfio_mig.host.discover import Host
 
 DEBUGFS: Final = "sys/kernel/debug/vfio"
 """One directory per device, for root, since Linux 6.8 with CONFIG_VFIO_DEBUGFS (drivers/vfio/debugfs.c)."""

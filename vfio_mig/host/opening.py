@@ -9,23 +9,33 @@ from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
 from vfio_mig.device import Device
-from vfio_mig.errors import DeviceBusyError, DeviceError, DeviceNotFoundError, OpenError, errno_text
-from vfio_mig.host.dma import ContainerDma, address_of
-from vfio_mig.host.holders import RIGHTS, duplicate_fd, find_holder, find_holders, may_look_into
+from vfio_mig.errors import (
+    DeviceBusyError,
+    DeviceError,
+    DeviceNotFoundError,
+    OpenError,
+    UnsupportedError,
+    errno_text,
+)
+from vfio_mig.host.dma import ContainerDma
+from vfio_mig.host.guest import address_of
+from vfio_mig.host.holders import duplicate_fd, look, mark_borrower, may_look_into, to_see_more
 from vfio_mig.uapi import IoctlError, ffi
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vfio_mig.host.discover import HostDevice
-    from vfio_mig.host.dma import GuestMemory
-    from vfio_mig.host.holders import Holder
+    from vfio_mig.device import Holder
+    from vfio_mig.host.devices import HostDevice
+    from vfio_mig.host.guest import GuestMemory
+    from vfio_mig.host.holders import Unseen, View
 
 AUTO: Final = "auto"
 GROUP: Final = "group"
 CDEV: Final = "cdev"
 CONTAINER: Final = "/dev/vfio/vfio"
 _TYPE1V2: Final = ffi.integer_const("VFIO_TYPE1v2_IOMMU")
+_NOIOMMU: Final = 8  # VFIO_NOIOMMU_IOMMU
 _VIABLE: Final = ffi.integer_const("VFIO_GROUP_FLAGS_VIABLE")
 _READ_WRITE: Final = ffi.integer_const("VFIO_DMA_MAP_FLAG_READ") | ffi.integer_const("VFIO_DMA_MAP_FLAG_WRITE")
 
@@ -50,14 +60,16 @@ def open_device(
     pid: int | None = None,
     fd: int | None = None,
     via: str = AUTO,
+    view: View | None = None,
 ) -> Device:
-    """Open a device; when another process has it, borrow it there.
+    """Open a device; when a process has it, borrow it there: another one, or this one.
 
     :param memory: mapped for the device's DMA at its guest-physical addresses, when it is opened and not borrowed.
     :param pid: borrow from this process and no other.
     :param fd: a group's fd, or one of the device's own node, that this process has inherited; stays the caller's.
     :param via: for a device that is opened: ``group``, ``cdev``, or ``auto``, its own node where that and
         ``/dev/iommu`` can be opened, else its group.
+    :param view: who has it open, where that is known already.
     :raises DeviceBusyError: another process has it and it cannot be borrowed.
     :raises OpenError: it cannot be opened; the message has the errno and what to do.
     """
@@ -65,18 +77,44 @@ def open_device(
         raise OpenError("it has neither a group nor a node", device=device.name, hint="is its VFIO driver loaded?")
     if fd is not None:
         return _open_inherited(device, fd)
-    holder = find_holder(device, pid)
-    if pid is not None and holder is None and not may_look_into(pid):
+    if pid == 0:
         raise DeviceBusyError(
-            f"PID {pid} cannot be looked into: {errno_text(errno.EACCES)}",
+            "PID 0 is what a process of another PID namespace is called here",
             device=device.name,
-            hint=f"run as root or with {RIGHTS}",
+            hint="name it by its number in this namespace, from a namespace that shows it",
         )
-    if pid is not None and holder is None:
-        raise DeviceBusyError(f"PID {pid} does not have it open", device=device.name, hint="leave out --pid")
-    if holder is not None:
-        return _borrow(device, holder, pid)
-    return _open(device, memory, via)
+    view = look([device], pid) if view is None else view
+    holders = view.of(device, pid)
+    if holders:
+        return _borrow(device, holders)
+    if pid is not None:
+        raise _has_it_not(device, pid)
+    try:
+        return _open(device, memory, via)
+    except DeviceBusyError as error:
+        error.hint = _why_busy(view.unseen)
+        raise
+
+
+def _has_it_not(device: HostDevice, pid: int) -> DeviceBusyError:
+    """Say why nothing can be borrowed from a process: that it does not have the device, or that it does not show it."""
+    view = look([device], pid)
+    if not os.path.isdir(f"/proc/{pid}"):
+        return DeviceBusyError(
+            f"there is no PID {pid} here", device=device.name, hint=view.unseen.hint if view.unseen else None
+        )
+    if may_look_into(pid):
+        return DeviceBusyError(f"PID {pid} does not have it open", device=device.name, hint="leave out --pid")
+    return DeviceBusyError(
+        f"PID {pid} cannot be looked into: {errno_text(errno.EACCES)}", device=device.name, hint=to_see_more()
+    )
+
+
+def _why_busy(unseen: Unseen | None) -> str:
+    """Say where a process is that has the device and was not seen."""
+    if unseen is not None:
+        return f"{unseen.reason}; {unseen.hint}"
+    return "no process shows it, so its fd is on its way in a socket, or only io_uring has it; end who opened it"
 
 
 def _open(device: HostDevice, memory: Sequence[GuestMemory], via: str) -> Device:
@@ -91,11 +129,7 @@ def _open(device: HostDevice, memory: Sequence[GuestMemory], via: str) -> Device
             if via == CDEV or device.node is None:
                 raise
         else:
-            try:
-                return bind(device, path, nodes, memory)
-            except DeviceBusyError as error:
-                error.hint = _BUSY_HINT
-                raise
+            return bind(device, path, nodes, memory)
     if via == CDEV:
         raise OpenError("it has no node of its own", device=device.name, hint="that takes CONFIG_VFIO_DEVICE_CDEV")
     if device.node is None:
@@ -141,14 +175,9 @@ def _require_bound(opened: Device, otherwise: OpenError) -> Device:
     return opened
 
 
-_BUSY_HINT: Final = f"run as root to see which and to borrow it there, or with {RIGHTS}"
-
-
 def _busy(device: HostDevice) -> DeviceBusyError:
     return DeviceBusyError(
-        f"{device.node} is open in another process: EBUSY (Device or resource busy)",
-        device=device.name,
-        hint=_BUSY_HINT,
+        f"{device.node} is open in another process: EBUSY (Device or resource busy)", device=device.name
     )
 
 
@@ -160,23 +189,33 @@ def _watch(holder: Holder) -> int:
         return -1
 
 
-def _borrow(device: HostDevice, holder: Holder, pid: int | None) -> Device:
-    """Borrow from the holder, by its group or by the device's own node.
+def _borrow(device: HostDevice, holders: Sequence[Holder]) -> Device:
+    """Borrow from the first holder that can lend it, by its group or by the device's own node.
 
-    Of that there may be open files that are not bound, and do not lead to the device: then another's is tried.
+    Of that there may be open files that are not bound, and do not lead to the device.
+
+    :raises OpenError: none can; says what the first one answered.
     """
-    if holder.node == device.node:
-        return _borrow_by_group(device, holder)
+    mark = mark_borrower(device)
     try:
-        return _borrow_node(device, holder)
-    except OpenError:
-        others = [one for one in find_holders(device, pid) if one.node != device.node and one != holder]
-        for other in others:
-            try:
-                return _borrow_node(device, other)
-            except OpenError:
-                continue
+        opened = _borrow_from_first(device, holders)
+    except BaseException:
+        if mark >= 0:
+            os.close(mark)
         raise
+    opened.own(mark)
+    return opened
+
+
+def _borrow_from_first(device: HostDevice, holders: Sequence[Holder]) -> Device:
+    first: OpenError | None = None
+    for holder in holders:
+        borrow = _borrow_by_group if holder.node == device.node else _borrow_node
+        try:
+            return borrow(device, holder)
+        except OpenError as error:
+            first = first or error
+    raise first or ValueError("no holder")
 
 
 def _borrow_node(device: HostDevice, holder: Holder) -> Device:
@@ -223,7 +262,7 @@ def _get_device_fd(device: HostDevice, group: int) -> int:
 
 def _open_node(device: HostDevice, path: str, hints: dict[int, str]) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise _busy(device) from error
@@ -235,6 +274,12 @@ def _open_node(device: HostDevice, path: str, hints: dict[int, str]) -> int:
 
 
 def _open_group(device: HostDevice, node: str, memory: Sequence[GuestMemory]) -> Device:
+    if memory and device.is_noiommu:
+        raise UnsupportedError(
+            f"no IOMMU confines it ({node}), so guest memory cannot be mapped for it",
+            device=device.name,
+            hint="leave out --memory; such a device reads and writes all memory of this machine",
+        )
     owned: list[int] = []
     try:
         group = _open_node(device, node, _GROUP_HINTS)
@@ -264,7 +309,7 @@ def _join(device: HostDevice, group: int, container: int) -> None:
                 hint="bind every device of the group to a VFIO driver, or to none",
             )
         uapi.call(group, uapi.GROUP_SET_CONTAINER, ffi.new("int *", container))
-        uapi.call(container, uapi.SET_IOMMU, _TYPE1V2)
+        uapi.call(container, uapi.SET_IOMMU, _NOIOMMU if device.is_noiommu else _TYPE1V2)
     except IoctlError as error:
         is_unsafe = error.request == uapi.SET_IOMMU and error.errno == errno.EPERM
         hint = _UNSAFE if is_unsafe else _CONTAINER_HINTS.get(error.errno or 0)

@@ -161,7 +161,7 @@ def find_tracker(device: Device) -> DmaTracker:
         return IommuTracker(device.name, dma, dma.hwpt)
     if isinstance(dma, ContainerDma):
         return ContainerTracker(device.name, dma)
-    if dma is not None:
+    if isinstance(dma, IommufdDma):
         why, hint = (
             dma.why_not,
             "leave out --memory, or open it with --via group: all that is mapped counts as dirty then",

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig import interrupts
 from vfio_mig.errors import UnsupportedError, UsageError
-from vfio_mig.host.holders import sees_all
 from vfio_mig.host.lock import STOPPED, left_behind
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.session import CLOSED, Settings, find, holder_of, open_session, require_holder
+from vfio_mig.jobs.session import CLOSED, Settings, find, holder_of, open_session, require_holder, survey
 from vfio_mig.jobs.together import quiet, require_p2p, wake
 from vfio_mig.protocols.mainline_v2 import MainlineV2
 
@@ -44,13 +43,14 @@ class Status(NamedTuple):
     :param holder_pid: process that has it open, None when nobody has.
     :param protocol: name of the migration protocol; None when nobody holds the device, as only an open device tells.
     :param state: of a mainline v2 device its state by QEMU's name; ``closed`` when nobody has it open; ``unknown``
-        where it cannot be asked: the RFC has no way, and a holder may be one that this user may not see.
+        where it cannot be asked: the RFC has no way, and a holder may be one that cannot be seen.
     :param left: what a job that did not come to its end has left behind, None for nothing.
     :param repair: what to do about it.
     :param migratable: whether it has the migration protocol v2 or, held, any of ours; None when that is not known
         before it is opened.
     :param driver_state: its migration state by QEMU's name as the kernel shows it, open or not, where it does: None
         where not, ``?`` when its driver does not answer.
+    :param unseen: why a process that has it open may have been missed, None when none can have been.
     """
 
     device: str
@@ -64,6 +64,7 @@ class Status(NamedTuple):
     repair: str | None
     migratable: bool | None
     driver_state: str | None
+    unseen: str | None = None
 
 
 def _now(session: Session, action: str) -> Done:
@@ -219,17 +220,18 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
     A driver that does not answer is asked nothing: its lock may never be given free, and who waits for that cannot be
     ended.
     """
-    from vfio_mig.host.discover import Host
     from vfio_mig.host.offline import NO_ANSWER, look
 
-    found = find(name)
-    holder = holder_of(found)
+    seen = survey(name)
+    (found,) = seen.devices
+    holder = seen.holder_of(found)
+    unseen = None if holder is not None else seen.unseen
     left = left_behind(found, holder)
-    protocol, state = None, CLOSED if holder is None and sees_all() else UNKNOWN
-    (known,) = look([found], Host())
+    protocol, state = None, CLOSED if holder is None and unseen is None else UNKNOWN
+    (known,) = look([found], seen.host)
     migratable = known.migratable
     if holder is not None and known.state != NO_ANSWER:
-        with open_session(name, settings) as session:
+        with open_session(found.name, settings, seen=seen) as session:
             protocol, state, migratable = session.protocol.name, session.protocol.state(), True
     return Status(
         found.name,
@@ -243,4 +245,5 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
         None if left is None else left.repair(found.name),
         migratable,
         known.state,
+        None if unseen is None else unseen.reason,
     )

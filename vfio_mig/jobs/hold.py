@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vfio_mig.errors import DeviceBusyError, HostError, UsageError, errno_text
 from vfio_mig.interrupts import ENDING
-from vfio_mig.jobs.session import Session, Settings, find, holder_of, open_session
+from vfio_mig.jobs.session import Session, Settings, open_session, survey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,22 +32,30 @@ def hold_device(
     :raises OpenError: the device cannot be opened, or another process has it.
     """
     from vfio_mig.dirty.memory import Memory
+    from vfio_mig.host.holders import mark_hold
 
-    found = find(name)
-    holder = holder_of(found)
+    seen = survey(name)
+    (found,) = seen.devices
+    holder = seen.holder_of(found)
     if holder is not None:
         raise DeviceBusyError(
             f"it is open in {holder}", device=found.name, hint="every command borrows it there; nothing to hold"
         )
     # Blocked from here on, so that a signal between ready() and the wait is not lost
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    mark = mark_hold(found)
     try:
-        with Memory(memory, writable=True) as guest, open_session(name, settings, memory=guest.maps) as session:
+        with (
+            Memory(memory, writable=True) as guest,
+            open_session(found.name, settings, memory=guest.maps, seen=seen) as session,
+        ):
             ready(session)
             notify("READY=1")
             signal.sigwait(ENDING)
             notify("STOPPING=1")
     finally:
+        if mark >= 0:
+            os.close(mark)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -87,21 +95,29 @@ def pid_file(path: str | None) -> Iterator[Callable[[], None]]:
     from vfio_mig.image.files import check_target, committed
 
     check_target(path, force=True)
-    written: list[str] = []
+    made: list[int] = []
 
     def write() -> None:
         with committed(path, force=True) as file:
             file.write(f"{os.getpid()}\n".encode())
-        os.chmod(path, 0o644)
-        written.append(path)
+            os.fchmod(file.fileno(), 0o644)  # before it has its name, which may be another file's afterwards
+            made.append(os.dup(file.fileno()))  # as long as it is open, its number is no other file's
 
     try:
         yield write
     finally:
-        for mine in written:
-            try:
-                os.unlink(mine)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise HostError(f"{mine}: cannot remove it: {errno_text(error.errno or 0)}") from error
+        for fd in made:
+            _remove(path, fd)
+
+
+def _remove(path: str, fd: int) -> None:
+    """Remove our file, unless another has its name by now."""
+    try:
+        if os.path.samestat(os.lstat(path), os.fstat(fd)):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise HostError(f"{path}: cannot remove it: {errno_text(error.errno or 0)}") from error
+    finally:
+        os.close(fd)

@@ -6,11 +6,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vfio_mig.errors import UnsupportedError
-from vfio_mig.jobs.session import CLOSED, Settings, find, holder_of, load_numbers
+from vfio_mig.jobs.session import CLOSED, Settings, load_numbers, survey
 
 if TYPE_CHECKING:
     from vfio_mig.device import Region
-    from vfio_mig.host.discover import HostDevice
+    from vfio_mig.host.discover import Snapshot
     from vfio_mig.protocols.detect import Check
     from vfio_mig.uapi.profile import RfcProfile
 
@@ -19,7 +19,7 @@ class Listed(NamedTuple):
     """A device of this host; nothing was opened to find it.
 
     :param node: of its group; its own where it has no group.
-    :param holder: command of the process that has it open; ``?`` where this user may not look into every process.
+    :param holder: command of the process that has it open; ``?`` where not every process can be seen.
     :param migratable: whether it has the migration protocol v2, None when only an open device tells.
     :param state: its migration state by QEMU's name where the kernel shows it (debugfs, root's), ``?`` when its driver
         does not answer, None when it is not known.
@@ -49,6 +49,7 @@ class DeviceInfo(NamedTuple):
     :param source: where that is from: ``device``, or of a closed one ``debugfs`` or its ``driver``'s name.
     :param state: its migration state by QEMU's name, ``?`` when its driver does not answer, None when it is not known.
     :param better_driver: a VFIO driver of this kernel's that fits it better than the one it has.
+    :param unseen: why a process that has it open may have been missed, None when none can have been.
     """
 
     device: str
@@ -68,6 +69,7 @@ class DeviceInfo(NamedTuple):
     source: str | None
     state: str | None
     better_driver: str | None
+    unseen: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -80,16 +82,13 @@ class DeviceInfo(NamedTuple):
 
 def list_devices() -> list[Listed]:
     """Return all VFIO devices of this host with who has them open."""
-    from vfio_mig.host.discover import Host
-    from vfio_mig.host.holders import sees_all
     from vfio_mig.host.offline import look
 
-    unseen = None if sees_all() else "?"
-    host = Host()
-    devices = host.devices()
+    seen = survey()
+    unseen = None if seen.unseen is None else "?"
     listed = []
-    for found, known in zip(devices, look(devices, host), strict=True):
-        holder = holder_of(found)
+    for found, known in zip(seen.devices, look(seen.devices, seen.host), strict=True):
+        holder = seen.holder_of(found)
         listed.append(
             Listed(
                 found.name,
@@ -113,17 +112,16 @@ def device_info(name: str, settings: Settings | None = None, *, open_closed: boo
 
     :param open_closed: also open one that nobody has: that resets a PCI function, and restarts a vGPU.
     """
-    from vfio_mig.host.discover import Host
     from vfio_mig.host.drivers import better_driver
-    from vfio_mig.host.holders import sees_all
     from vfio_mig.host.offline import NO_ANSWER, look
 
     settings = settings or Settings()
     profile = load_numbers(settings)
-    found, holder = find(name), None
-    if settings.fd is None:
-        holder = holder_of(found)
-    (known,) = look([found], Host())
+    seen = survey(name)
+    (found,) = seen.devices
+    holder = None if settings.fd is not None else seen.holder_of(found)
+    unseen = None if holder is not None else seen.unseen
+    (known,) = look([found], seen.host)
     closed = DeviceInfo(
         device=found.name,
         kind=found.kind,
@@ -137,23 +135,25 @@ def device_info(name: str, settings: Settings | None = None, *, open_closed: boo
         node=found.node,
         cdev=found.cdev,
         holder_pid=None if holder is None else holder.pid,
-        holder=(None if sees_all() else "?") if holder is None else holder.command,
+        holder=(None if unseen is None else "?") if holder is None else holder.command,
         migratable=known.migratable,
         source=known.source,
         state=known.state,
         better_driver=better_driver(found),
+        unseen=None if unseen is None else unseen.reason,
     )
     is_asked = open_closed or holder is not None or settings.fd is not None or settings.pid is not None
     # A driver that keeps one waiting for its state would do so for ever, whatever it is asked
-    return _ask(closed, found, settings, profile) if is_asked and known.state != NO_ANSWER else closed
+    return _ask(closed, seen, settings, profile) if is_asked and known.state != NO_ANSWER else closed
 
 
-def _ask(closed: DeviceInfo, found: HostDevice, settings: Settings, profile: RfcProfile) -> DeviceInfo:
+def _ask(closed: DeviceInfo, seen: Snapshot, settings: Settings, profile: RfcProfile) -> DeviceInfo:
     """Add what only the open device says."""
     from vfio_mig.host.opening import open_device
     from vfio_mig.protocols.detect import Check, detect, explain
 
-    with open_device(found, pid=settings.pid, fd=settings.fd, via=settings.via) as device:
+    (found,) = seen.devices
+    with open_device(found, pid=settings.pid, fd=settings.fd, via=settings.via, view=seen.view) as device:
         checks = explain(device, profile)
         protocol = state = None
         try:

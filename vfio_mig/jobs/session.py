@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError, UsageError
@@ -13,10 +12,11 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from vfio_mig.device import Device
+    from vfio_mig.device import Device, Holder
     from vfio_mig.dirty.memory import MemoryMap
-    from vfio_mig.host.discover import HostDevice
-    from vfio_mig.host.holders import Holder
+    from vfio_mig.host.devices import HostDevice
+    from vfio_mig.host.discover import Snapshot
+    from vfio_mig.host.holders import View
     from vfio_mig.host.lock import DeviceLock
     from vfio_mig.protocols.base import MigrationProtocol
     from vfio_mig.uapi.profile import RfcProfile
@@ -164,6 +164,17 @@ class Session:
         return f"{self.device.name}: {reached}, protocol {self.protocol.describe()}"
 
 
+def survey(*names: str) -> Snapshot:
+    """Look once for devices, and for who has them open; what is found is handed on, and not looked for again.
+
+    :param names: of the devices that matter, each by any of its names; all of the host by default.
+    :raises DeviceNotFoundError: there is none of such a name.
+    """
+    from vfio_mig.host.discover import Host
+
+    return Host().snapshot(names)
+
+
 def find(name: str) -> HostDevice:
     """Find a device by any of its names.
 
@@ -181,25 +192,32 @@ def holder_of(found: HostDevice) -> Holder | None:
     return find_holder(found)
 
 
-def require_holder(found: HostDevice, action: str) -> Holder:
+def require_holder(found: HostDevice, action: str, seen: Snapshot | None = None) -> Holder:
     """Refuse what would be undone by the last close.
 
+    :param seen: who has it open, where that is known already.
     :raises DeviceBusyError: nobody has the device open.
     """
-    holder = holder_of(found)
-    if holder is None and os.geteuid():
+    holder = holder_of(found) if seen is None else seen.holder_of(found)
+    if holder is not None:
+        return holder
+    if seen is None:
+        from vfio_mig.host.holders import look
+
+        unseen = look([found]).unseen
+    else:
+        unseen = seen.unseen
+    if unseen is not None:
         raise DeviceBusyError(
-            f"no process that this user may look into has it open, and a {action} ends with the last close",
+            f"no process that can be seen has it open, and a {action} ends with the last close; {unseen.reason}",
             device=found.name,
-            hint="run as root",
+            hint=unseen.hint,
         )
-    if holder is None:
-        raise DeviceBusyError(
-            f"nobody has it open, and a {action} ends with the last close",
-            device=found.name,
-            hint=f"keep it open with 'vfio-mig hold {found.name}' first",
-        )
-    return holder
+    raise DeviceBusyError(
+        f"nobody has it open, and a {action} ends with the last close",
+        device=found.name,
+        hint=f"keep it open with 'vfio-mig hold {found.name}' first",
+    )
 
 
 def load_numbers(settings: Settings) -> RfcProfile:
@@ -213,12 +231,18 @@ def load_numbers(settings: Settings) -> RfcProfile:
 
 
 def open_session(
-    name: str, settings: Settings | None = None, *, memory: Sequence[MemoryMap] = (), job: str | None = None
+    name: str,
+    settings: Settings | None = None,
+    *,
+    memory: Sequence[MemoryMap] = (),
+    job: str | None = None,
+    seen: Snapshot | None = None,
 ) -> Session:
     """Open a device, or borrow it from its holder, and choose its protocol.
 
     :param memory: guest memory; mapped for DMA at its guest-physical addresses when we open the device ourselves.
     :param job: name of the job that needs the device for itself; None for one that changes nothing.
+    :param seen: the devices and who has them open, where that is known already.
     :raises OpenError: there is no such device, it cannot be opened, or another job is at work on it.
     :raises UnsupportedError: it speaks no protocol of ours; no ioctl of the RFC was sent.
     :raises DeviceError: an earlier job has left it in a state that this one cannot start from.
@@ -229,14 +253,15 @@ def open_session(
     if settings.via not in WAYS:
         raise UsageError(f"unknown way {settings.via!r} to a device", hint=f"choose one of {', '.join(WAYS)}")
     profile = load_numbers(settings)
-    found = find(name)
+    found = find(name) if seen is None else seen.find(name)
+    view = None if seen is None else seen.view
     if job is None:
-        return _open_found(found, settings, profile, memory, None)
+        return _open_found(found, settings, profile, memory, None, view)
     from vfio_mig.host.lock import DeviceLock
 
     lock = DeviceLock(found, job)
     try:
-        session = _open_found(found, settings, profile, memory, lock)
+        session = _open_found(found, settings, profile, memory, lock, view)
     except BaseException:
         lock.close()
         raise
@@ -248,17 +273,18 @@ def open_session(
     return session
 
 
-def _open_found(
+def _open_found(  # noqa: PLR0917 -- each is one thing
     found: HostDevice,
     settings: Settings,
     profile: RfcProfile,
     memory: Sequence[MemoryMap],
     lock: DeviceLock | None,
+    view: View | None,
 ) -> Session:
     from vfio_mig.host.opening import open_device
     from vfio_mig.protocols.detect import detect
 
-    device = open_device(found, memory=memory, pid=settings.pid, fd=settings.fd, via=settings.via)
+    device = open_device(found, memory=memory, pid=settings.pid, fd=settings.fd, via=settings.via, view=view)
     try:
         session = Session(found, device, detect(device, profile), lock, settings)
         _require_abi(session, settings)

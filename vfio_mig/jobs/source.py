@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, cast
 
 from vfio_mig.errors import HostError, ImageError, UsageError, errno_text
@@ -134,8 +134,10 @@ def read_image(stream: BinaryIO, limit: int | None, *, raw: bool = False, alone:
     elif raw:
         yield Image(_read_raw(stream, limit or 0), None)
     else:
-        is_frozen = Lease(stream.fileno()).holds if stream.seekable() else lambda: False
-        with read_archive(stream, alone=alone, is_frozen=is_frozen) as archive:
+        with ExitStack() as stack:
+            lease = stack.enter_context(Lease(stream.fileno())) if stream.seekable() else None
+            is_frozen = (lambda: False) if lease is None else lease.holds
+            archive = stack.enter_context(read_archive(stream, alone=alone, is_frozen=is_frozen))
             if limit is None:
                 import vfio_mig.threads  # noqa: F401 -- before the device is stopped
             is_small = limit is not None and archive.state_size <= limit
