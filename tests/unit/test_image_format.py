@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import struct
 import tarfile
@@ -15,6 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vfio_mig.errors import ImageError
+from vfio_mig.image.archive import read_archive
 from vfio_mig.image.writer import ArchiveWriter
 
 PAGE = 4096
@@ -49,6 +52,8 @@ def index_of(content: bytes) -> tuple[list[tuple[int, int]], bytes]:
     (count,) = struct.unpack_from("<Q", content)
     pairs = [struct.unpack_from("<QQ", content, 8 + 16 * number) for number in range(count)]
     assert all(gpa % PAGE == size % PAGE == 0 < size for gpa, size in pairs)
+    ordered = sorted(pairs)
+    assert all(sum(one) <= other[0] for one, other in itertools.pairwise(ordered))
     return [(gpa, size) for gpa, size in pairs], content[8 + 16 * count :]
 
 
@@ -112,6 +117,64 @@ def test_a_second_reader_gets_what_was_written(states: list[bytes], ranges: list
     assert state == b"".join(states)
     assert pages == memory
     assert bitmaps == [(16, 11, b"\x05\x04")]
+
+
+def image_with(kind: str, ranges: list[tuple[int, int]]) -> bytes:
+    """Make an image whose index says anything, as the page has it: by no code of ours."""
+    index = struct.pack("<Q", len(ranges)) + b"".join(struct.pack("<QQ", *one) for one in ranges)
+    content = index + bytes(sum(size for _, size in ranges) if kind == "pages" else 0)
+    members = [("header.json", dumps({"format": "vfio-mig", "version": 1})), (f"{kind}/0000", content)]
+    entries = [{"name": n, "size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in members]
+    manifest = {"format": "vfio-mig", "version": 1, "members": entries, "statistics": {}}
+    manifest["sha256"] = hashlib.sha256(dumps(manifest)).hexdigest()
+    members.append(("manifest.json", dumps(manifest)))
+    return b"".join(header_of(n, len(c), 0) + c + bytes(-len(c) % 512) for n, c in members) + bytes(1024)
+
+
+@pytest.mark.parametrize("kind", ["pages", "zero"])
+@pytest.mark.parametrize(
+    ("pages", "overlap"),
+    [
+        ([(0, 1), (1, 1), (3, 2)], False),
+        ([(3, 2), (0, 1), (1, 2)], False),
+        ([(0, 2), (1, 1)], True),
+        ([(1, 1), (0, 2)], True),
+        ([(5, 1), (0, 1), (5, 1)], True),
+        ([(0, 9), (20, 1), (3, 1)], True),
+    ],
+)
+def test_ranges_that_overlap_in_one_index_are_refused_by_both_readers(
+    kind: str, pages: list[tuple[int, int]], *, overlap: bool
+) -> None:
+    image = image_with(kind, [(first * PAGE, count * PAGE) for first, count in pages])
+    if not overlap:
+        assert len(read(image)[2]) == sum(count for _, count in pages)
+        read_archive(io.BytesIO(image)).close()
+        return
+    with pytest.raises(AssertionError):
+        read(image)
+    with pytest.raises(ImageError, match=f"{kind}/0000: ranges overlap at 0x"):
+        read_archive(io.BytesIO(image))
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 4), st.booleans()), max_size=12))
+def test_what_is_written_in_any_order_and_again_is_a_good_image(pieces: list[tuple[int, int, bool]]) -> None:
+    """As rounds of a live save do it: a page comes again while the one before waits for its member."""
+    file = io.BytesIO()
+    writer = ArchiveWriter(file, {})
+    memory: dict[int, bytes] = {}
+    for number, (page, count, is_content) in enumerate(pieces, 1):
+        if is_content:
+            writer.put_pages(page * PAGE, bytes([number]) * (count * PAGE))
+            memory.update({(page + one) * PAGE: bytes([number]) * PAGE for one in range(count)})
+    writer.flush_pages()
+    zero = [(page * PAGE, count * PAGE) for page, count, is_content in pieces if not is_content]
+    written = writer.add_zero(zero)
+    writer.finish()
+    empty = {gpa + at for gpa, size in zero for at in range(0, size, PAGE)}
+    assert written == len(empty) * PAGE
+    assert read(file.getvalue())[2] == {**memory, **dict.fromkeys(empty, bytes(PAGE))}
+    read_archive(io.BytesIO(file.getvalue())).close()
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,20 @@ def archive_seeds() -> list[bytes]:
     ]
 
 
+def odd_headers() -> list[bytes]:
+    """Return headers with what looks like a part of a report of ours, and with names that no terminal should get."""
+    good = b'{"format":"vfio-mig","version":1,"protocol":"other",'
+    return [
+        good + b'"x":{"count":"z","listed":[{"a":1}]}}',
+        good + b'"x":{"count":5,"listed":7}}',
+        good + b'"x":{"count":-1,"listed":[[[1],{"b":[{}]}]]}}',
+        good + b'"kernel":{"ranges":5},"machine":{"ranges":[1,[2],"x"]}}',
+        good + b'"\\u001b]0;x\\u0007\\u001b[2J\\n":{"\\u009b":"\\u202e"},"\\ud800":1}',
+        good + b'"x":{' + b",".join(b'"%d":[]' % number for number in range(1500)) + b"}}",
+        good + b'"registers":{"vendor":-1,"at":true,"x":[1,[2,[3]]]}}',
+    ]
+
+
 def manifest_seeds() -> list[bytes]:
     """Return inputs for each way in which the target `manifest` builds an archive."""
     manifest = manifest_of(entries_for(GOOD_MEMBERS))
@@ -150,8 +164,10 @@ def manifest_seeds() -> list[bytes]:
         b'{"device":{"type":' + deep + b'},"format":"vfio-mig","kernel":"' + b"k" * 5000 + b'","version":1}',
         b'{"format":"' + b"x" * 5000 + b'","version":1' + b"0" * 4400 + b"}",
         b"\xff\xfe{\0}\0",
+        *odd_headers(),
     ]
     patches = [
+        b'{"statistics":' + canonical({str(number): number for number in range(1001)}) + b"}",
         b'{"statistics":{"a":[1e999,"\\ud800"]}}',
         b'{"version":true,"members":{}}',
         b'{"statistics":' + deep + b"}",
@@ -178,6 +194,7 @@ def manifest_seeds() -> list[bytes]:
         *(b"\2" + one for one in (text, b"{}", b'{"members":[NaN]}', b'{"members":[],"statistics":{}}')),
         *(b"\3" + one for one in patches),
         *(b"\4" + member(2, one) for one in pages),
+        b"\4" + member(3, struct.pack("<5Q", 2, PAGE, 2 * PAGE, 0, 2 * PAGE)),
         b"\4" + member(1, b"\5\4", bitmap) + member(0, b"state") + member(0, b"more") + member(2, GOOD_PAGES),
         b"\4" + member(1, b"", struct.pack("<QQ", 0, 0)) + member(1, b"\xff", struct.pack("<QQ", (1 << 52) - 8, 8)),
         b"\4" + member(2, GOOD_PAGES) + member(3, struct.pack("<5Q", 2, 0, 1 << 63, 0x11000, PAGE)),

@@ -22,6 +22,7 @@ from tools.fuzz.corpus import Choices, entries_for, manifest_of, signed, tar_of
 from tools.fuzz.limits import bounded, require, require_line
 from tools.fuzz.printed import printed
 from vfio_mig.cli import image as _image  # noqa: F401 -- for the command line, which imports it late
+from vfio_mig.cli import inspect as _inspect  # noqa: F401 -- as above
 from vfio_mig.cli.main import cli
 from vfio_mig.dirty.memory import Memory, MemoryMap
 from vfio_mig.dirty.ranges import ADDRESS_END, PAGE, parse_number, parse_range
@@ -232,18 +233,24 @@ def manifest(data: bytes) -> None:
     with open(path, "rb") as file:  # noqa: PTH123 -- many times a second
         whole = _read_all(file, len(archive))
     if whole:
-        _verify(path, len(archive), as_json=len(data) % 2 == 0)
+        way = len(data) % len(_COMMANDS)
+        other = _OTHER.fill(corpus.good_archive()) if _COMMANDS[way][-1] == "diff" else None
+        _run(_COMMANDS[way], [path, *([other] if other else [])], len(archive))
 
 
-def _verify(path: str, size: int, *, as_json: bool) -> None:
-    """Run `vfio-mig verify` and look at what it would print to a terminal."""
-    arguments = [*(["--json"] if as_json else []), "verify", path]
+_COMMANDS: Final = (["verify"], ["--json", "verify"], ["inspect"], ["--json", "inspect"], ["diff"])
+_OTHER: Final = _File()
+
+
+def _run(command: list[str], files: list[str], size: int) -> None:
+    """Run a command of `vfio-mig` and look at what it would print to a terminal."""
     with bounded(size):
-        with printed() as lines, cli.make_context("vfio-mig", arguments, color=True) as context:
+        with printed() as lines, cli.make_context("vfio-mig", [*command, *files], color=True) as context:
             cli.invoke(context)
-        require(as_json or len(lines) == 1, "there is a report")
-        for line in lines:
-            require_line(line, size)
+        require(command != ["verify"] or len(lines) == 1, "there is a report")
+        if lines != [""]:  # `diff` says nothing where nothing differs
+            for line in lines:
+                require_line(line, size)
 
 
 # GVT-g images --------------------------------------------------------------------------------------------------------

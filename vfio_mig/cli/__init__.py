@@ -2,8 +2,8 @@
 """The command line: parses, calls one job, prints. No ioctls here.
 
 ``main`` is the frame: global options, commands loaded when they are called, errors, exit codes. ``output`` is what the
-commands have in common, ``streams`` are the standard ones, ``words`` prints decoded states, ``pictures`` is ``--plot``,
-``complete`` what shells ask for.
+commands have in common and the one place that prints, ``streams`` are the standard ones, ``names`` tells devices from
+files, ``words`` makes lines of decoded states, ``pictures`` is ``--plot``, ``complete`` what shells ask for.
 The others have the commands:
 
 =============  ==================================

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vfio_mig.cli import complete
+from vfio_mig.cli.names import require_once
 from vfio_mig.cli.output import borrow_options, p2p_option, print_json, put, settings_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def stop_command(options: Options, devices: tuple[str, ...], *, without_p2p: boo
     """
     from vfio_mig.jobs.control import stop_devices
 
+    require_once(devices)
     _report(options, stop_devices(devices, settings_of(options), without_p2p=without_p2p))
 
 
@@ -58,6 +60,7 @@ def start_command(options: Options, devices: tuple[str, ...], *, without_p2p: bo
     """
     from vfio_mig.jobs.control import start_devices
 
+    require_once(devices)
     _report(options, start_devices(devices, settings_of(options), without_p2p=without_p2p))
 
 

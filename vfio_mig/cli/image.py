@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vfio_mig.cli import complete
+from vfio_mig.cli.names import device_first, is_device
 from vfio_mig.cli.output import (
     Meter,
     borrow_options,
@@ -71,6 +72,11 @@ def check_command(options: Options, file: str, device: str, *, raw: bool) -> Non
     """
     from vfio_mig.jobs.check import check_image
 
+    # The names are those of the usage; in the other order they are told apart, too
+    if is_device(file) and not is_device(device):
+        file, device = device, file
+    elif not is_device(device):
+        device, file = device_first(device, file, "FILE DEVICE")
     report = check_image(device, file, settings_of(options), raw=raw)
     if options.as_json:
         print_json(report.as_dict())

@@ -130,7 +130,8 @@ def extract_command(options: Options, file: str, directory: str) -> None:
     from vfio_mig.jobs.parts import INCOMPLETE, extract_image
 
     report = extract_image(file, directory)
-    options.done()
+    if report.complete:
+        options.done()
     if options.as_json:
         print_json(report._asdict())
     else:
@@ -204,14 +205,16 @@ def diff_command(options: Options, first: str, second: str, *, exit_code: bool) 
 
 
 def _difference_line(one: Difference) -> str:
+    old, new = (_side(value, is_bitmap=one.section == "dirty") for value in (one.old, one.new))
     size = f" {one.size} bytes" if one.size > 8 else ""  # noqa: PLR2004 -- a register is no run
-    return f"{one.section} {one.name}{size}: {_side(one.old)} -> {_side(one.new)}"
+    return f"{one.section} {one.name}{size}: {old} -> {new}"
 
 
-def _side(value: object) -> str:
+def _side(value: object, *, is_bitmap: bool) -> str:
     from vfio_mig.cli.words import row, scalar
 
     if isinstance(value, dict):
-        ranges = [f"{start:#x}+{size}" for start, size in value.get("ranges", [])[:_ROWS]]
+        # Only a bitmap's are pairs of numbers: a header may have anything under any key
+        ranges = [f"{start:#x}+{size}" for start, size in value["ranges"][:_ROWS]] if is_bitmap else []
         return "  ".join([part for part in (row(value), *ranges) if part]) or "-"
     return scalar("old", value)

@@ -53,19 +53,6 @@ def _listener(options: Options) -> Callable[[str, str, str], None] | None:
     return on_step
 
 
-def parse_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Take DEVICE FILE, or DEVICE=FILE as often as there are devices, apart.
-
-    :raises click.UsageError: it is neither.
-    """
-    if len(words) == 2 and "=" not in words[0]:  # noqa: PLR2004 -- DEVICE and FILE
-        return [(words[0], words[1])]
-    pairs = [word.partition("=") for word in words]
-    if not pairs or not all(device and file for device, _, file in pairs):
-        raise click.UsageError("takes DEVICE FILE, or DEVICE=FILE for each of several devices")
-    return [(device, file) for device, _, file in pairs]
-
-
 def _options() -> Options | None:
     """Return the global options of the command that is running, if one is."""
     from vfio_mig.cli.main import Options

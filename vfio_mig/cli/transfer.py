@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from vfio_mig.cli import complete
+from vfio_mig.cli.names import device_first, parse_pairs
 from vfio_mig.cli.output import (
     Meter,
     borrow_options,
     memory_option,
     p2p_option,
     parse_memory,
-    parse_pairs,
     parse_ranges,
     print_json,
     put,
@@ -151,7 +151,7 @@ def save_command(
     """
     from vfio_mig.jobs.save import save_all
 
-    pairs = parse_pairs(targets)
+    pairs = parse_pairs(targets, writes=True)
     with Meter(options) as meter:
         reports = save_all(
             pairs,
@@ -358,6 +358,7 @@ def sync_command(
     """
     from vfio_mig.jobs.dirty import sync_dirty
 
+    device, file = device_first(device, file, "DEVICE FILE")
     prepare(plot)
     report = sync_dirty(
         device,

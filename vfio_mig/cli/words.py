@@ -38,6 +38,17 @@ def _is_flat(value: Any) -> bool:
     return not isinstance(value, list) or not any(isinstance(one, dict | list) for one in value)
 
 
+def _is_cut_list(value: Any) -> bool:
+    """Tell a list of ours that says how long it is from what a file has under the same keys."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == _LISTS
+        and isinstance(value["listed"], list)
+        and type(value["count"]) is int
+        and value["count"] >= len(value["listed"])
+    )
+
+
 def row(values: dict[str, Any], *, inside: str = "") -> str:
     """Return the flat values of an object in one line."""
     return "  ".join(f"{key} {scalar(inside or key, value)}" for key, value in values.items() if _is_flat(value))
@@ -48,7 +59,7 @@ def lines(values: dict[str, Any], rows: int, indent: str = "  ") -> Iterator[str
     for key, value in values.items():
         if _is_flat(value):
             yield f"{indent}{key} {scalar(key, value)}"
-        elif isinstance(value, dict) and value.keys() == _LISTS:
+        elif _is_cut_list(value):
             yield from _list_lines(key, value["listed"], value["count"], rows, indent)
         elif isinstance(value, dict):
             if all(map(_is_flat, value.values())):

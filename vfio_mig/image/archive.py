@@ -349,10 +349,24 @@ def _split_index(name: str, member: memoryview) -> tuple[list[tuple[int, int]], 
     if content_at > len(member):
         raise ImageError(f"{name}: {count} ranges do not fit into {len(member)} bytes")
     ranges = list(PAIR.iter_unpack(member[COUNT.size : content_at]))
+    end, rising = 0, True
     for gpa, size in ranges:
         if gpa % PAGE or size % PAGE or not size or gpa + size > ADDRESS_END:
             raise ImageError(f"{name}: impossible range: {size} bytes at {gpa:#x}")
+        rising = rising and gpa >= end
+        end = gpa + size
+    if not rising:
+        _require_apart(name, ranges)
     return ranges, content_at
+
+
+def _require_apart(name: str, ranges: list[tuple[int, int]]) -> None:
+    """Refuse ranges of one index that overlap: a small member could ask for any amount of work."""
+    end = 0
+    for gpa, size in sorted(ranges):
+        if gpa < end:
+            raise ImageError(f"{name}: ranges overlap at {gpa:#x}")
+        end = gpa + size
 
 
 def _split_pages(name: str, member: memoryview) -> Iterator[tuple[int, memoryview]]:

@@ -104,6 +104,8 @@ class Directory:
         self._path = path
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except NotADirectoryError:
+            raise ImageError(f"{path} is no directory of what 'vfio-mig extract' has written") from None
         except OSError as error:
             raise host_error("cannot open the directory", path, error) from error
 

@@ -12,7 +12,7 @@ It is a POSIX tar, so ``tar tvf`` lists it and ``tar xf`` unpacks it. Members, i
     ``start_page``; bits past its ``nr_pages`` are zero. Both numbers are in the manifest.
 ``pages/0000``, …
     Guest memory. A little-endian u64 count *n*, then *n* pairs of u64 (guest-physical address, bytes), multiples of
-    4096, then the contents in the same order.
+    4096, then the contents in the same order. The ranges of one index do not overlap.
 ``zero/0000``, …
     Guest memory that is all zero: the same index, no contents.
 ``manifest.json``

@@ -52,6 +52,8 @@ class ArchiveWriter:
         self._finished = False
         self._ranges: list[list[int]] = []
         self._content = bytearray()
+        self._end = 0
+        """Behind all ranges that wait: pages mostly rise, so that there is nothing to compare."""
         self._put("header.json", [canonical({**header, "format": FORMAT, "version": VERSION})])
 
     def add_state(self, chunks: Buffer | Iterable[Buffer]) -> int:
@@ -161,6 +163,9 @@ class ArchiveWriter:
         size = len(view)
         if gpa % PAGE or size % PAGE or not 0 <= gpa <= ADDRESS_END - size:
             raise ValueError(f"no whole pages: {size} bytes at {gpa:#x}")
+        if gpa < self._end and any(start < gpa + size and gpa < start + length for start, length in self._ranges):
+            self.flush_pages()  # a page comes in one index once
+        self._end = max(self._end, gpa + size)
         while view:
             piece = view[: CHUNK - len(self._content)]
             if self._ranges and sum(self._ranges[-1]) == gpa:
@@ -177,26 +182,27 @@ class ArchiveWriter:
         """Write the guest memory that waits."""
         if self._ranges:
             self._add("pages", [index(self._ranges), self._content])
-            self._ranges, self._content = [], bytearray()
+            self._ranges, self._content, self._end = [], bytearray(), 0
 
     def add_zero(self, ranges: Iterable[tuple[int, int]]) -> int:
-        """Append guest memory that is all zero: (guest-physical address, bytes), whole pages. Returns the bytes."""
-        total = 0
-        merged: list[list[int]] = []
+        """Append guest memory that is all zero: (guest-physical address, bytes), whole pages, in any order.
+
+        Returns the bytes, each page counted once.
+        """
+        given = []
         for gpa, size in ranges:
             if gpa % PAGE or size % PAGE or size <= 0 or not 0 <= gpa <= ADDRESS_END - size:
                 raise ValueError(f"no whole pages: {size} bytes at {gpa:#x}")
-            total += size
-            if merged and sum(merged[-1]) == gpa:
-                merged[-1][1] += size
-                continue
-            if len(merged) == ZERO_RANGES:
-                self._add("zero", [index(merged)])
-                merged = []
-            merged.append([gpa, size])
-        if merged:
-            self._add("zero", [index(merged)])
-        return total
+            given.append((gpa, size))
+        merged: list[list[int]] = []
+        for gpa, size in sorted(given):
+            if merged and sum(merged[-1]) >= gpa:
+                merged[-1][1] = max(merged[-1][1], gpa + size - merged[-1][0])
+            else:
+                merged.append([gpa, size])
+        for first in range(0, len(merged), ZERO_RANGES):
+            self._add("zero", [index(merged[first : first + ZERO_RANGES])])
+        return sum(size for _, size in merged)
 
     def finish(self, statistics: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write manifest and end, and return the manifest. After this the archive is whole (flush is the caller's)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 from vfio_mig.errors import DeviceError, ImageError, MismatchError, excerpt
 from vfio_mig.jobs.session import Settings, open_session
@@ -185,9 +185,18 @@ def check_image(name: str, file: str, settings: Settings | None = None, *, raw: 
     :param file: an image, ``-`` for standard input; *raw*: a bare state.
     :raises ImageError: it is no whole image.
     """
-    from vfio_mig.jobs.source import open_input, read_image
+    from vfio_mig.image.forms import FIRST, require_image
+    from vfio_mig.jobs.source import open_input, peek
 
-    with open_input(file) as stream, open_session(name, settings) as session:
+    with open_input(file) as stream:
+        require_image(peek(stream, FIRST), raw=raw)
+        return _check_stream(name, file, stream, settings, raw=raw)
+
+
+def _check_stream(name: str, file: str, stream: BinaryIO, settings: Settings | None, *, raw: bool) -> CheckReport:
+    from vfio_mig.jobs.source import read_image
+
+    with open_session(name, settings) as session:
         limit = None if session.protocol.streams else session.protocol.state_size_max
         with read_image(stream, limit, raw=raw) as image:
             found = findings(session, image.state, image.archive)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import sys
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, cast
 
 from vfio_mig.errors import HostError, ImageError, UsageError, errno_text
+from vfio_mig.image.forms import EMPTY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,6 +95,13 @@ def open_input(file: str) -> Iterator[BinaryIO]:
         yield stream
 
 
+def peek(stream: BinaryIO, size: int) -> bytes:
+    """Return the first bytes without taking them away; of a pipe what its first read brings, at least one if any."""
+    if isinstance(stream, io.BufferedReader):
+        return stream.peek(size)[:size]
+    return b"" if not stream.seekable() else os.pread(stream.fileno(), size, 0)
+
+
 def _read_raw(stream: BinaryIO, limit: int) -> bytes:
     """Read a bare state; one byte more than the limit is enough to see that it is too long."""
     try:
@@ -111,6 +120,8 @@ def _spool_raw(stream: BinaryIO, spool: BinaryIO) -> None:
             spool.write(chunk)
     except OSError as error:
         raise HostError(f"cannot read the state: {errno_text(error.errno or 0)}") from error
+    if not spool.tell():
+        raise ImageError(EMPTY)
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from vfio_mig.errors import excerpt
@@ -60,8 +61,12 @@ def plain(value: object, depth: int = 0) -> Any:
         return value
     if isinstance(value, str) and len(value) <= _TEXT_MAX:
         return value
-    if depth < _DEPTH_MAX and isinstance(value, list) and len(value) <= LISTED_MAX:
-        return [plain(one, depth + 1) for one in value]
-    if depth < _DEPTH_MAX and isinstance(value, dict) and len(value) <= LISTED_MAX:
-        return {plain(str(key)): plain(one, depth + 1) for key, one in value.items()}
+    if depth < _DEPTH_MAX and isinstance(value, list):
+        cut = [f"… {len(value) - LISTED_MAX} more"] if len(value) > LISTED_MAX else []
+        return [plain(one, depth + 1) for one in value[:LISTED_MAX]] + cut
+    if depth < _DEPTH_MAX and isinstance(value, dict):
+        # An object stays one: reports promise it
+        more = {"…": f"{len(value) - LISTED_MAX} more"} if len(value) > LISTED_MAX else {}
+        kept = {plain(str(key)): plain(one, depth + 1) for key, one in islice(value.items(), LISTED_MAX)}
+        return {**kept, **more}
     return excerpt(value)
