@@ -78,6 +78,21 @@ def test_it_serves_one_client_and_ends_with_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_control_socket_answers_before_the_client_comes_and_while_it_is_silent(tmp_path: Path) -> None:
+    path, asked = tmp_path / "gpu", tmp_path / "control"
+    with running(path, "--control", str(asked)) as process:
+        wait_until_ready(process)
+        with control.connect(asked) as client:
+            assert client.state()["dma_maps"] == 0
+            sock = connect(path)
+            sock.sendall(b"half a header")
+            assert client.state()["dma_maps"] == 0
+        with control.connect(asked) as client:
+            assert client.state()["dma_maps"] == 0
+        sock.close()
+        assert process.wait(10) == 0
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_and_its_sockets(tmp_path: Path, sent: signal.Signals) -> None:
     with running(tmp_path / "gpu", "--control", str(tmp_path / "control")) as process:
