@@ -2,7 +2,7 @@
 """Stop, save and restore VFIO devices without a VMM in the way.
 
 What the command line does, as functions; each returns a report (a named tuple) or raises a subclass of
-:class:`VfioMigError`::
+:class:`VfioMigError`. What the user must read is a :class:`VfioMigWarning`, unless ``Settings.warn`` takes it::
 
     import vfio_mig
 
@@ -38,9 +38,14 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
         VfioMigError,
+        VfioMigWarning,
     )
+    from vfio_mig.host.mdev import create as create_mdev
+    from vfio_mig.host.mdev import remove as remove_mdev
+    from vfio_mig.host.mdev import types as mdev_types
     from vfio_mig.jobs.check import check_image, verify_image
     from vfio_mig.jobs.control import (
+        device_state,
         device_status,
         reset_device,
         start_device,
@@ -81,9 +86,12 @@ _MODULES = {
         "UnsupportedError",
         "UsageError",
         "VfioMigError",
+        "VfioMigWarning",
     ),
+    "host.mdev": ("create_mdev", "mdev_types", "remove_mdev"),
     "jobs.check": ("check_image", "verify_image"),
     "jobs.control": (
+        "device_state",
         "device_status",
         "reset_device",
         "start_device",
@@ -105,7 +113,12 @@ _MODULES = {
     "jobs.save": ("save", "save_all"),
     "jobs.session": ("Session", "Settings", "open_device"),
 }
-_RENAMED = {"open_device": "open_session"}
+_RENAMED = {
+    "create_mdev": "create",
+    "mdev_types": "types",
+    "open_device": "open_session",
+    "remove_mdev": "remove",
+}
 
 __all__ = [
     "DeviceBusyError",
@@ -124,9 +137,12 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "VfioMigError",
+    "VfioMigWarning",
     "check_image",
     "conform_device",
+    "create_mdev",
     "device_info",
+    "device_state",
     "device_status",
     "diff_images",
     "examine_host",
@@ -136,9 +152,11 @@ __all__ = [
     "inspect_image",
     "list_devices",
     "load_pages",
+    "mdev_types",
     "migrate",
     "open_device",
     "pack_image",
+    "remove_mdev",
     "reset_device",
     "restore",
     "restore_all",

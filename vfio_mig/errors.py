@@ -21,8 +21,10 @@
 import errno as errno_names
 import os
 import reprlib
+import sys
 from typing import Any, ClassVar, Final
 
+_PACKAGE: Final = os.path.dirname(__file__) + os.sep
 _CAUSES_MAX: Final = 8
 """How far back an errno is looked for."""
 
@@ -106,6 +108,20 @@ def _errno_in(error: VfioMigError) -> str | None:
             return errno_names.errorcode.get(number)
         cause = None if cause is None else cause.__cause__
     return None
+
+
+class VfioMigWarning(UserWarning):
+    """What the user of the library must read, and what is no failure. A ``Settings.warn`` gets it in its place."""
+
+
+def warn(text: str) -> None:
+    """Warn whoever called this package, at their line: ``warnings`` decides what becomes of it."""
+    import warnings
+
+    level, frame = 2, sys._getframe(1)  # noqa: SLF001 -- as warnings does with its skip_file_prefixes, from 3.12 on
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(printable(text), VfioMigWarning, stacklevel=level)
 
 
 class UsageError(VfioMigError):

@@ -3,10 +3,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
 
 import vfio_mig
+from tests.unit.test_cli_parse import Untouched as ChoosesNothing
+from vfio_mig.cli.main import cli
+from vfio_mig.device import Device
+from vfio_mig.host.discover import HostDevice
 
 
 def test_every_public_name_is_there_and_no_other_is_announced() -> None:
@@ -27,3 +33,55 @@ def test_importing_the_package_imports_none_of_its_rooms() -> None:
     code = "import sys, vfio_mig; print([name for name in sys.modules if name.startswith('vfio_mig.')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Every command is one function
+FUNCTIONS = {
+    "check": "check_image",
+    "conform": "conform_device",
+    "diff": "diff_images",
+    "dirty": "fetch_dirty",
+    "doctor": "examine_host",
+    "extract": "extract_image",
+    "hold": "hold_device",
+    "info": "device_info",
+    "inspect": "inspect_image",
+    "list": "list_devices",
+    "mdev create": "create_mdev",
+    "mdev remove": "remove_mdev",
+    "mdev types": "mdev_types",
+    "migrate": "migrate",
+    "pack": "pack_image",
+    "pages": "load_pages",
+    "reset": "reset_device",
+    "restore": "restore",
+    "save": "save",
+    "start": "start_device",
+    "state": "device_state",
+    "status": "device_status",
+    "stop": "stop_device",
+    "sync": "sync_dirty",
+    "verify": "verify_image",
+}
+
+
+def test_every_command_is_one_function() -> None:
+    context = click.Context(cli)
+    mdev = cli.get_command(context, "mdev")
+    assert isinstance(mdev, click.Group)
+    commands = {*cli.list_commands(context)} - {"mdev"} | {f"mdev {name}" for name in mdev.commands}
+    assert commands == FUNCTIONS.keys()
+    assert all(callable(getattr(vfio_mig, name)) and name in vfio_mig.__all__ for name in FUNCTIONS.values())
+
+
+def test_a_warning_reaches_who_has_given_no_callback_at_their_own_line() -> None:
+    device = Device("gpu", -1)
+    found = HostDevice("gpu", "/sys/x", "mdev", "t", "gpu", "vfio_mdev", 7)
+    session = vfio_mig.Session(found, device, ChoosesNothing(device))
+    with pytest.warns(vfio_mig.VfioMigWarning, match=r"^gpu: look\\x1b at it$") as caught:
+        session.warn("look\x1b at it")
+    assert [Path(one.filename).name for one in caught] == [Path(__file__).name]
+    seen: list[str] = []
+    told = vfio_mig.Session(found, device, ChoosesNothing(device), settings=vfio_mig.Settings(warn=seen.append))
+    told.warn("look at it")
+    assert seen == ["gpu: look at it"]

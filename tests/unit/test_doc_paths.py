@@ -66,6 +66,23 @@ def test_a_file_or_name_that_is_gone_would_be_noticed() -> None:
     assert [defines(path, name) for path, name in named] == [True, False, True]
 
 
+# Papers that were never in this repository: what they say is said here, or is not cited
+ELSEWHERE: Final = re.compile(r"\bfacts(?:/| [0-9])|\bDESIGN\.md|\bstyle\.md")
+
+
+def test_nothing_is_cited_that_a_reader_cannot_open() -> None:
+    suffixes = {".py", ".md", ".c", ".h", ".sh", ".toml", ".yml", ""}
+    tops = ("vfio_mig", "tools", "tests", "scripts", "docs", "cdefs", "README.md", "CHANGELOG.md")
+    files = [path for top in tops for path in ((ROOT / top).rglob("*") if (ROOT / top).is_dir() else [ROOT / top])]
+    citing = [
+        str(path.relative_to(ROOT))
+        for path in files
+        if path.is_file() and path.suffix in suffixes and path != Path(__file__)
+        if ELSEWHERE.search(path.read_text("utf-8", "replace"))
+    ]
+    assert citing == []
+
+
 INITS: Final = [
     init
     for top in ("vfio_mig", "tools")

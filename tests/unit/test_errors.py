@@ -26,7 +26,7 @@ from vfio_mig.errors import (
 )
 
 CATALOGUE: Final = Path(__file__).parents[2] / "docs/errors.md"
-# What DESIGN.md's section 6 promises to scripts
+# What README.md's "Exit codes" promises to scripts
 EXIT_CODES: Final[dict[type[VfioMigError], int]] = {
     UsageError: 2,
     OpenError: 3,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Imports point downwards only: DESIGN.md, section 2. Imports inside functions count, those for types alone do not."""
+"""Imports point downwards only, as the package's docstring says. Inside functions they count, for types they do not."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The RFC's state image as bytes (facts 2): where its records are, and images with one thing wrong."""
+"""The RFC's state image as bytes (cdefs/gvt_image.h): where its records are, and images with one thing wrong."""
 
 from __future__ import annotations
 

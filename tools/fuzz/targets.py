@@ -26,7 +26,6 @@ from vfio_mig.cli import inspect as _inspect  # noqa: F401 -- as above
 from vfio_mig.cli.main import cli
 from vfio_mig.dirty.memory import Memory, MemoryMap
 from vfio_mig.dirty.ranges import ADDRESS_END, PAGE, parse_number, parse_range
-from vfio_mig.errors import VfioMigError
 from vfio_mig.host import lock
 from vfio_mig.host.discover import Host
 from vfio_mig.host.holders import Holder
@@ -265,14 +264,13 @@ def _parse_image(image: bytes | bytearray) -> None:
         for warning in parsed.warnings:
             require_line(warning)
         low, high = parsed.pvinfo.low_size, parsed.pvinfo.high_size
-        gvt.check_target(parsed, vendor=parsed.vendor, device=parsed.device, low_gm=low, high_gm=high)
-        for device, low_gm in ((parsed.device ^ 1, None), (parsed.device, low + 1)):
-            try:
-                gvt.check_target(parsed, vendor=parsed.vendor, device=device, low_gm=low_gm)
-            except VfioMigError as error:
-                require_line(str(error))
-            else:
-                require(kept=False, promise="another device is noticed")
+        for device, gm, fits in (
+            (parsed.device, (low, high), True),
+            (parsed.device ^ 1, (low, high), False),
+            (parsed.device, (low + 1, high), False),
+        ):
+            compared = gvt.compare_target(parsed, vendor=parsed.vendor, device=device, gm=gm)
+            require(all(one.saved == one.here for one in compared) == fits, "another device is noticed")
 
 
 def gvt_image(data: bytes) -> None:

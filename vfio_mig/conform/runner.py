@@ -225,8 +225,8 @@ class _Bench:
             self._session.note("")
         elif isinstance(error, VfioMigError):
             error.undo_errors.append(problem)
-        elif self._settings.warn is not None:
-            self._settings.warn(str(problem))
+        else:
+            self._settings.warn_user(str(problem))
 
     def _settle(self) -> DeviceError | None:
         name = self._session.device.name
@@ -272,7 +272,7 @@ def _results(
 ) -> Iterator[Result]:
     for check in checks:
         point("conform", "checking", session)
-        with Watchdog(settings.warn, check.id):
+        with Watchdog(settings.warn_user, check.id):
             result = run_check(check, bench, dangerous=dangerous)
         interrupts.check()
         if settings.tell is not None:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from vfio_mig.errors import ImageError, MismatchError
+from vfio_mig.errors import ImageError
 
 IMAGE_MAX: Final = 0x900000
 """Size of the state region, bytes; an image must be shorter. The profile of the running kernel may differ."""
@@ -156,27 +156,33 @@ def parse(image: memoryview, *, image_max: int = IMAGE_MAX) -> GvtImage:
     return new
 
 
-def check_target(
-    image: GvtImage, *, vendor: int, device: int, low_gm: int | None = None, high_gm: int | None = None
-) -> None:
-    """Refuse an image that was not made on such a device; None is not known and not compared.
+class Comparison(NamedTuple):
+    """One thing that must be the same: in the image, and here; None here is not known."""
 
-    The format names no platform: across GPU generations a restore would be wrong although all sizes match.
+    name: str
+    saved: str
+    here: str | None
 
-    :param low_gm: graphics memory of the target, bytes.
-    :raises MismatchError: names what differs.
+
+def compare_target(image: GvtImage, *, vendor: int, device: int, gm: tuple[int, int] | None) -> list[Comparison]:
+    """Compare an image with the device that it is to be loaded into.
+
+    The format names no platform: across GPU generations a restore would be wrong although all sizes match. Where in the
+    graphics memory a vGPU is may differ, how much it has may not.
+
+    :param gm: sizes of the target's low and high graphics memory, bytes; None where they cannot be read.
     """
-    if (image.vendor, image.device) != (vendor, device):
-        raise MismatchError(
-            f"the image is of PCI device {image.vendor:04x}:{image.device:04x}, the target is {vendor:04x}:{device:04x}"
-        )
-    sizes = (("low", image.pvinfo.low_size, low_gm), ("high", image.pvinfo.high_size, high_gm))
-    for name, saved, target in sizes:
-        if target is not None and saved != target:
-            raise MismatchError(
-                f"the image has {saved >> 20} MiB of {name} graphics memory, the target {target >> 20} MiB",
-                hint="restore into a vGPU of the same type",
-            )
+    saved = (image.pvinfo.low_size, image.pvinfo.high_size)
+    return [
+        Comparison("pci-ids", f"{image.vendor:04x}:{image.device:04x}", f"{vendor:04x}:{device:04x}"),
+        Comparison("graphics-memory", _gm_text(saved), None if gm is None else _gm_text(gm)),
+    ]
+
+
+def _gm_text(sizes: tuple[int, int]) -> str:
+    if any(size % (1 << 20) for size in sizes):  # of no vGPU, but of images
+        return " + ".join(map(str, sizes)) + " bytes"
+    return " + ".join(str(size >> 20) for size in sizes) + " MiB"
 
 
 def _records(image: memoryview) -> Iterator[tuple[int, int, memoryview]]:

@@ -139,15 +139,15 @@ def state_findings(session: Session, state: bytes) -> Iterator[Finding]:
     if image is None:
         yield Finding("state", NOTE, f"the layout of a {session.protocol.name} state is not known")
         return
+    from vfio_mig.image.gvt import compare_target
+
     yield Finding("state", OK, f"{len(image.records)} records, numbered as in {image.dialect}")
     vendor, device = struct.unpack("<HH", session.device.config(0, 4))
-    yield _equal("pci-ids", f"{image.vendor:04x}:{image.device:04x}", f"{vendor:04x}:{device:04x}")
-    saved = (image.pvinfo.low_size, image.pvinfo.high_size)
-    here = _window_sizes(session)
-    if here is None:
-        yield Finding("graphics-memory", NOTE, "the device's own sizes cannot be read")
-    else:
-        yield _equal("graphics-memory", *(f"{low >> 20} + {high >> 20} MiB" for low, high in (saved, here)))
+    for one in compare_target(image, vendor=vendor, device=device, gm=_window_sizes(session)):
+        if one.here is None:
+            yield Finding(one.name, NOTE, "the device's own sizes cannot be read")
+        else:
+            yield _equal(one.name, one.saved, one.here)
     for warning in image.warnings:
         yield Finding("state-content", NOTE, warning)
 

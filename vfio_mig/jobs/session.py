@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError, UsageError
+from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError, UsageError, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,7 +40,8 @@ class Settings(NamedTuple):
     :param fd: a group's fd, or one of the device's own node, that this process has inherited, instead.
     :param via: how a device that nobody has is opened: ``auto``, ``group``, or ``cdev``, its own node and an iommufd.
     :param tell: takes one sentence at a time on how a device was reached.
-    :param warn: takes one sentence at a time that the user must read.
+    :param warn: takes one sentence at a time that the user must read; without one they are VfioMigWarning, as
+        ``warnings`` has them.
     :param on_step: called with job, step and device at each point of a job; an exception ends the job.
     """
 
@@ -52,6 +53,10 @@ class Settings(NamedTuple):
     tell: Callable[[str], object] | None = None
     warn: Callable[[str], object] | None = None
     on_step: Callable[[str, str, str], object] | None = None
+
+    def warn_user(self, text: str) -> None:
+        """Pass on a sentence that the user must read."""
+        (self.warn or warn)(text)
 
 
 class Session:
@@ -113,8 +118,7 @@ class Session:
 
     def warn(self, text: str) -> None:
         """Tell the user what must be read."""
-        if self._settings.warn is not None:
-            self._settings.warn(f"{self.device.name}: {text.removeprefix(f'{self.device.name}: ')}")
+        self._settings.warn_user(f"{self.device.name}: {text.removeprefix(f'{self.device.name}: ')}")
 
     @property
     def is_ours(self) -> bool:
