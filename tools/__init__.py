@@ -5,6 +5,7 @@
 ``vm``            the VM runner: ``scripts/vm``
 ``kmod``          the sample driver, a kernel module for that VM: tools/kmod/README.md
 ``gpu``           an Intel gen9 GPU in software, for i915 and kvmgt in that VM: tools/gpu/README.md
+``kvmgt``         the real driver with migration, patched and built: tools/kvmgt/README.md
 ``demo``          ``scripts/demo``
 ``qemu_host``     ``scripts/qemu-save``, ``scripts/qemu-restore``: the one that is for real hosts
 ``pair``          ``scripts/pair``, a migration between two VMs
