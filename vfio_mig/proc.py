@@ -25,6 +25,14 @@ SYS_PIDFD_GETFD: Final = 438
 """The same on every architecture; since Linux 5.6."""
 PIDFD_THREAD: Final = os.O_EXCL
 """A pidfd of one thread; since Linux 6.9."""
+_SYS_OPENAT2: Final = 437
+"""The same on every architecture; since Linux 5.6."""
+_RESOLVE_NO_MAGICLINKS: Final = 2
+_HUGE: Final = (os.MFD_HUGETLB | os.MFD_HUGE_2MB, os.MFD_HUGETLB | os.MFD_HUGE_1GB)
+LOCAL: Final = frozenset(
+    {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hugetlbfs", "ramfs", "tmpfs", "xfs", "zfs"}
+)
+"""File systems that the kernel itself serves, from memory or a disk."""
 _SYS_KCMP: Final = {
     "x86_64": 312,
     "aarch64": 272,
@@ -198,6 +206,64 @@ def open_flags(directory: str, fd: int) -> int | None:
     text = read_small(f"{directory}info/{fd}")
     match = re.search(rb"^flags:\s*([0-7]{1,12})$", text, re.MULTILINE)
     return None if match is None else int(match[1], 8)
+
+
+def mount_of(directory: str, fd: int) -> int | None:
+    """Return the number of the mount that a process's fd was opened in, None when it has closed it."""
+    match = re.search(rb"^mnt_id:\s*([0-9]{1,10})$", read_small(f"{directory}info/{fd}"), re.MULTILINE)
+    return None if match is None else int(match[1])
+
+
+def file_system(pid: int, *, device: int, mount: int | None = None) -> str:
+    """Return the name of the file system that a file of another process lies on, without asking it; empty: unknown.
+
+    :param device: its number, by stat(2) or in ``/proc/PID/maps``.
+    :param mount: number of the mount, where it is known.
+    """
+    if device in _memfd_devices():
+        return "tmpfs"
+    for whose in ("self", str(pid)):
+        try:
+            with open(f"/proc/{whose}/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+                for line in mounts:
+                    words = line.split()
+                    numbers = f"{os.major(device)}:{os.minor(device)}"
+                    if words[2] == numbers or (mount is not None and words[0] == str(mount)):
+                        return words[words.index("-") + 1]
+        except (OSError, ValueError, IndexError):
+            continue
+    return ""
+
+
+@functools.cache
+def _memfd_devices() -> frozenset[int]:
+    """Return the numbers of the file systems that memfds lie on, which are mounted nowhere: small pages, and huge."""
+    found = set()
+    for flags in (os.MFD_CLOEXEC, os.MFD_CLOEXEC | os.MFD_HUGETLB, *(os.MFD_CLOEXEC | one for one in _HUGE)):
+        try:
+            fd = os.memfd_create("vfio-mig-look", flags)
+        except OSError:
+            continue
+        found.add(os.fstat(fd).st_dev)
+        os.close(fd)
+    return frozenset(found)
+
+
+def open_without_magic(path: str, flags: int) -> int:
+    """Open a file by a path that does not lead through a link of /proc, which would be any process's word.
+
+    :raises OSError: ELOOP when it does; or as open(2).
+    """
+    how = struct.pack("=QQQ", flags, 0, _RESOLVE_NO_MAGICLINKS)
+    fd: int = _libc().syscall(_SYS_OPENAT2, _AT_FDCWD, os.fsencode(path), how, len(how))
+    if fd >= 0:
+        return fd
+    error = _failed(path)
+    if error.errno != errno.ENOSYS:
+        raise error
+    if os.path.realpath(path).startswith("/proc/"):  # a sandbox without the call: what is certain is let pass
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+    return os.open(path, flags)
 
 
 def duplicate(pid: int, fd: int, thread: int = 0) -> int:

@@ -5,6 +5,6 @@ Works on bytes and files alone: nothing in here knows a device. Page numbers cou
 guest-physical address 0.
 
 ``ranges`` are ranges of pages, and how users write them; ``bitmap`` counts dirty pages and finds their runs; ``fetch``
-asks for bitmaps in pieces; ``memory`` is guest memory in files (``--memory``); ``sync`` copies in rounds, and
-``changed`` tells which pages have a new content.
+asks for bitmaps in pieces; ``memory`` is guest memory in files (``--memory``), ``lent`` opens it where it is named
+through another process; ``sync`` copies in rounds, and ``changed`` tells which pages have a new content.
 """

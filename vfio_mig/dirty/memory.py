@@ -10,6 +10,7 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Final, Self
 
+from vfio_mig.dirty.lent import open_memory
 from vfio_mig.dirty.ranges import ADDRESS_END, PAGE, PageRange, merge, parse_number
 from vfio_mig.errors import HostError, UsageError, errno_text
 
@@ -144,9 +145,7 @@ class MemoryMap:
         :raises HostError: it cannot be opened.
         """
         try:
-            # Without O_NONBLOCK a FIFO would keep us waiting. Links are followed: /proc/PID/fd/N is a memfd's path.
-            flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-            self._fd = os.open(self.path, flags)
+            self._fd = open_memory(self.path, writable=writable)
             status = os.fstat(self._fd)
         except OSError as error:
             raise HostError(f"{self.path}: cannot open guest memory: {errno_text(error.errno or 0)}") from error
@@ -157,6 +156,23 @@ class MemoryMap:
             self.close()
             raise
         return self
+
+    def make_writable(self) -> None:
+        """Open the file for writing, too: for a device of ours, which is going to write there.
+
+        :raises UsageError: it is another file by now.
+        :raises HostError: it cannot be opened so.
+        """
+        if self.writable:
+            return
+        wider = MemoryMap(self.path, self.gpa, self.size, self.offset).open(writable=True)
+        if not os.path.samestat(os.fstat(wider._fd), os.fstat(self._fd)):  # noqa: SLF001 -- of the same class
+            wider.close()
+            raise UsageError(f"{self.path} has become another file")
+        self._release()
+        os.close(self._fd)
+        self._fd, wider._fd = wider._fd, -1  # noqa: SLF001 -- as above
+        self.writable = True
 
     def map(self) -> memoryview:
         """Return the memory, mapped shared; the same view at each call, ours to release.
@@ -297,19 +313,27 @@ class MemoryMap:
 
         A mapping that somebody still has a buffer of lives until that is gone.
         """
-        mapping, self._mapping = self._mapping, None
-        view, self._view = self._view, None
         fds = self._fd, self._staging
         self._fd = self._staging = -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
+        self._release()
+
+    def _release(self) -> None:
+        mapping, self._mapping = self._mapping, None
+        view, self._view = self._view, None
         if mapping is not None and view is not None:
             with suppress(BufferError):
                 view.release()
                 mapping.close()
 
     def _settle(self, status: os.stat_result) -> None:
+        if _is_dax(status):
+            raise UsageError(
+                f"{self.path} is a DAX device, which can be neither read nor written",
+                hint="put the guest's memory into a file of a file system on it (mount -o dax)",
+            )
         if not stat.S_ISREG(status.st_mode):
             raise UsageError(f"{self.path} is no regular file; guest memory must be one")
         left = status.st_size - self.offset
@@ -323,6 +347,14 @@ class MemoryMap:
             raise UsageError(f"memory {self} is not made of whole pages of {PAGE} bytes")
         if self.gpa + max(self.size, PAGE) > ADDRESS_END:
             raise UsageError(f"memory {self} is beyond 64 bits")
+
+
+def _is_dax(status: os.stat_result) -> bool:
+    """Tell whether it is memory as a device, /dev/daxN.M: one that can only be mapped."""
+    if not stat.S_ISCHR(status.st_mode):
+        return False
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    return os.path.basename(os.path.realpath(f"/sys/dev/char/{number}/subsystem")) == "dax"
 
 
 class Memory:

@@ -92,7 +92,7 @@ def fetch_dirty(
     from vfio_mig.dirty.memory import Memory
 
     with (
-        Memory(memory, writable=True) as guest,
+        Memory(memory) as guest,
         open_session(name, settings, memory=guest.maps) as session,
         Rollback() as rollback,
     ):
@@ -272,7 +272,7 @@ def sync_dirty(
         rounds = ROUNDS if max_downtime is None else ROUNDS_LIVE
     stopped: list[float] = []
     with (
-        Memory(memory, writable=True) as guest,
+        Memory(memory) as guest,
         open_session(name, settings, memory=guest.maps, job=SYNC) as session,
         Rollback() as rollback,
         _Pipe() if file == STDOUT else _Destination(file) as destination,

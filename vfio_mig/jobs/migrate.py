@@ -177,7 +177,7 @@ def migrate(
     peer = Peer(target, rsh)
     options = ["--await-word", *(f"--memory={text}" for text in target_memory)]
     with (
-        Memory(memory, writable=True) as guest,
+        Memory(memory) as guest,
         open_session(name, settings, memory=guest.maps, job=JOB) as session,
         Rollback() as rollback,
     ):

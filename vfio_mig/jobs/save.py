@@ -267,7 +267,7 @@ def save_all(
 
     _check_targets(pairs, raw=raw, memory=memory)
     targets = [_Target(name, file, raw=raw, force=force) for name, file in pairs]
-    with Memory(memory, writable=True) as guest, ExitStack() as stack:
+    with Memory(memory) as guest, ExitStack() as stack:
         wanted = default_ranges(guest, ranges)
         for target in targets:
             target.open(stack, settings, guest, wanted, live or Live())

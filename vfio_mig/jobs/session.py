@@ -277,6 +277,22 @@ def open_session(
     return session
 
 
+class _DeviceMemory:
+    """Guest memory as a device of ours needs it: the device writes there, whatever the job itself does."""
+
+    def __init__(self, piece: MemoryMap) -> None:
+        self._piece = piece
+        self.gpa = piece.gpa
+        self.size = piece.size
+
+    def __str__(self) -> str:
+        return str(self._piece)
+
+    def map(self) -> memoryview:
+        self._piece.make_writable()
+        return self._piece.map()
+
+
 def _open_found(  # noqa: PLR0917 -- each is one thing
     found: HostDevice,
     settings: Settings,
@@ -288,7 +304,8 @@ def _open_found(  # noqa: PLR0917 -- each is one thing
     from vfio_mig.host.opening import open_device
     from vfio_mig.protocols.detect import detect
 
-    device = open_device(found, memory=memory, pid=settings.pid, fd=settings.fd, via=settings.via, view=view)
+    pieces = [_DeviceMemory(piece) for piece in memory]
+    device = open_device(found, memory=pieces, pid=settings.pid, fd=settings.fd, via=settings.via, view=view)
     try:
         session = Session(found, device, detect(device, profile), lock, settings)
         _require_abi(session, settings)
