@@ -264,6 +264,14 @@ def test_a_masked_interrupt_never_was(rig: Rig) -> None:
     assert (rig.interrupts(), rig.read(registers.GT_IIR)) == (0, 0)
 
 
+@pytest.mark.parametrize("engine", BASES)
+def test_an_engine_masks_its_interrupts_with_bits_as_in_the_gt(rig: Rig, engine: str) -> None:
+    layout = next(each for each in registers.ENGINES if each.name == engine)
+    rig.write(layout.base + registers.RING_IMR, ~(1 << 8 + layout.shift) & 0xFFFF_FFFF)
+    rig.run(2 << 23, engine=engine)
+    assert rig.read(registers.GT_IIR + 16 * layout.bank) == 1 << 8 + layout.shift
+
+
 def test_an_interrupt_that_is_not_enabled_is_only_seen(rig: Rig) -> None:
     rig.write(registers.GT_IER, 0)
     raise_user(rig)

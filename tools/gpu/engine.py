@@ -92,7 +92,7 @@ class Engine:
         self._access: Final = Access(dma, ggtt, misbehaviour)
         self._interpreter: Final = Interpreter(
             layout, mmio, self._access, record,
-            user_interrupt=lambda: interrupts.raise_(layout, gt_irq.USER), status_page=self._status_page,
+            user_interrupt=lambda: self._interrupt(gt_irq.USER), status_page=self._status_page,
             ticks=clock.ticks,
         )  # fmt: skip
         self._ports: list[Context] = []
@@ -260,7 +260,12 @@ class Engine:
         self._mmio.put(base + registers.RING_CSB_PTR, pointers & ~_CSB_POINTER | index)
         self._access.poke(page + _CSB_WRITE, index)
         self._record.add(self.layout.name, context.lrca, "status", status)
-        self._interrupts.raise_(self.layout, gt_irq.CONTEXT_SWITCH)
+        self._interrupt(gt_irq.CONTEXT_SWITCH)
+
+    def _interrupt(self, bits: int) -> None:
+        """Raise an interrupt unless the engine's own mask, whose bits lie as in the GT's registers, has it."""
+        mask = self._mmio.get(self.layout.base + registers.RING_IMR) >> self.layout.shift
+        self._interrupts.raise_(self.layout, bits & ~mask)
 
     def _hang(self, why: str) -> None:
         self.hung = why
