@@ -5,8 +5,9 @@ Works on bytes and files alone: nothing in here knows a device.
 
 - An archive: ``layout`` specifies it, ``tar`` is the form, ``writer`` writes, ``archive`` reads and verifies,
   ``digests`` hashes beside the job.
-- Files: ``files`` (output that is whole or not there), ``directory`` (the same for several), ``window`` (bytes that may
-  be too many for memory), ``forms`` (what a file is that is no archive), ``wrapped`` (compression, libvirt's header).
+- Files: ``places`` (directories as fds), ``files`` (output that is whole or not there), ``directory`` (the same for
+  several), ``window`` (bytes that may be too many for memory), ``forms`` (what a file is that is no archive),
+  ``wrapped`` (compression, libvirt's header).
 - A GVT-g state: ``gvt`` is the strict parser, before anything reaches a device. ``decode`` says in words what is in a
   state of any known layout.
 - Looking inside: ``parts`` (taken apart and put together), ``guestpages`` (single pages), ``differences``,

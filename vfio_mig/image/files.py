@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
 from vfio_mig.errors import HostError, UsageError, errno_text
+from vfio_mig.image.places import identity, open_parent
 from vfio_mig.interrupts import protected
 
 if TYPE_CHECKING:
@@ -98,17 +99,25 @@ class NewFile:
     def __init__(self, target: str, *, force: bool) -> None:
         self._target = target
         self._force = force
-        self._directory = os.path.dirname(target) or "."
+        self._place: _Place | None = None
         self._temporary: str | None = None
         self._file: BinaryIO | None = None
+        self._named: tuple[int, int, int] | None = None
         self._is_durable = False
 
     @protected
     def __enter__(self) -> BinaryIO:
-        check_target(self._target, force=self._force)
-        fd = _open_unnamed(self._directory)
-        if fd is None:
-            self._temporary, fd = _open_temporary(self._directory, self._target)
+        if not os.path.basename(self._target):
+            raise UsageError(f"{self._target!r} names no file")
+        self._place = _Place(self._target)
+        try:
+            self._place.check(force=self._force)
+            fd = _open_unnamed(self._place)
+            if fd is None:
+                self._temporary, fd = self._place.open_temporary()
+        except BaseException:
+            self._place.close()
+            raise
         self._file = io.BufferedWriter(_File(fd, self._target), _BUFFER)
         return self._file
 
@@ -116,10 +125,8 @@ class NewFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._file is None:
-            return
         try:
-            if error is None:
+            if self._file is not None and error is None:
                 self.commit()
         finally:
             self._discard()
@@ -145,46 +152,158 @@ class NewFile:
 
         :raises HostError: nothing of it is left at the end of the block.
         """
-        if self._file is None:
+        if self._file is None or self._place is None:
             return
         self.prepare()
         try:
-            self._name(self._file.fileno())
+            self._name(self._place, self._file.fileno())
+            self._named = identity(os.fstat(self._file.fileno()))
         except OSError as error:
             raise host_error("cannot commit it", self._target, error) from error
         file, self._file = self._file, None
         file.close()
-        _sync_directory(self._directory)
+        self._place.sync()
 
     def withdraw(self) -> None:
         """Remove the file again, unless it has replaced another, which cannot be brought back."""
-        if self._is_durable and self._file is None and not self._force:
-            with suppress(FileNotFoundError):
-                os.unlink(self._target)
+        named, self._named = self._named, None
+        if named is None or self._force:
+            return
+        try:
+            place = _Place(self._target)
+        except HostError:  # its directory has gone, and it with that
+            return
+        try:
+            place.remove(named)
+        finally:
+            place.close()
 
-    def _name(self, fd: int) -> None:
+    def _name(self, place: _Place, fd: int) -> None:
         if self._temporary is None:
             if not self._force:
-                _link_unnamed(fd, self._target)
+                place.link_unnamed(fd)
                 return
-            self._temporary = _link_temporary(fd, self._directory, self._target)
+            self._temporary = place.link_temporary(fd)
         if self._force:
-            check_target(self._target, force=True)
-            os.replace(self._temporary, self._target)
+            place.check(force=True)
+            place.replace(self._temporary)
         else:
-            _rename_new(self._temporary, self._target)
+            place.rename_new(self._temporary)
         self._temporary = None
 
     def _discard(self) -> None:
         """Leave nothing behind; what has been committed is not touched."""
         file, self._file = self._file, None
         temporary, self._temporary = self._temporary, None
+        place, self._place = self._place, None
         if file is not None:
             with suppress(OSError, HostError):  # what cannot be flushed is not wanted any more
                 file.close()
-        if temporary is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
+        if place is not None:
+            if temporary is not None:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=place.fd)
+            place.close()
+
+
+class _Place:
+    """Where a file gets its name: its directory, opened once, so that nothing on the way to it can be swapped.
+
+    :raises HostError: the directory cannot be opened.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        try:
+            self.fd, self.name = open_parent(target)
+        except OSError as error:
+            raise host_error("cannot create it", target, error) from error
+
+    def close(self) -> None:
+        """Close the directory."""
+        os.close(self.fd)
+
+    def check(self, *, force: bool) -> None:
+        """Refuse to replace what may not be replaced, as :func:`check_target` does."""
+        _check(self.target, self.name, self.fd, force=force)
+
+    def _temporary_names(self) -> Iterator[str]:
+        for _ in range(100):
+            # A name has at most 255 bytes, so a long one is not repeated in full.
+            yield f".{self.name[:50]}.{os.urandom(6).hex()}"
+        raise HostError(f"{self.target}: no free temporary name beside it")
+
+    def open_temporary(self) -> tuple[str, int]:
+        """Make a file with a name of its own."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        for temporary in self._temporary_names():
+            try:
+                return temporary, os.open(temporary, flags, 0o600, dir_fd=self.fd)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise host_error("cannot create it", self.target, error) from error
+        raise AssertionError  # the names end with an error
+
+    def link_temporary(self, fd: int) -> str:
+        """Name an unnamed file for a moment, as only a named one can replace another in one step."""
+        for temporary in self._temporary_names():
+            try:
+                self._link(fd, temporary)
+            except FileExistsError:
+                continue
+            return temporary
+        raise AssertionError  # the names end with an error
+
+    def _link(self, fd: int, name: str) -> None:
+        # Python calls linkat(), which can follow the link in /proc, only when it is given some directory's fd
+        os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd, dst_dir_fd=self.fd, follow_symlinks=True)
+
+    def link_unnamed(self, fd: int) -> None:
+        """Give an unnamed file its name."""
+        try:
+            self._link(fd, self.name)
+        except FileExistsError:
+            raise _appeared(self.target) from None
+
+    def replace(self, temporary: str) -> None:
+        """Give a file its name, which another may have."""
+        os.replace(temporary, self.name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def rename_new(self, temporary: str) -> None:
+        """Rename without replacing a file that has appeared meanwhile: link() refuses, rename() would not."""
+        try:
+            os.link(temporary, self.name, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+        except FileExistsError:
+            raise _appeared(self.target) from None
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            self.check(force=False)
+            self.replace(temporary)
+        else:
+            os.unlink(temporary, dir_fd=self.fd)
+
+    def remove(self, ours: tuple[int, int, int]) -> None:
+        """Remove a file, unless another has its name by now."""
+        with suppress(FileNotFoundError):
+            if identity(os.stat(self.name, dir_fd=self.fd, follow_symlinks=False)) == ours:
+                os.unlink(self.name, dir_fd=self.fd)
+
+    def sync(self) -> None:
+        """Make names in the directory durable."""
+        directory = os.path.dirname(self.target) or "."
+        try:
+            fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        except PermissionError:  # a directory that may be written but not read
+            return
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network file systems
+                raise host_error("cannot sync the directory", directory, error) from error
+        finally:
+            os.close(fd)
 
 
 class Stream:
@@ -238,8 +357,12 @@ def check_target(target: str, *, force: bool) -> None:
     """
     if not os.path.basename(target):
         raise UsageError(f"{target!r} names no file")
+    _check(target, target, None, force=force)
+
+
+def _check(target: str, name: str, directory: int | None, *, force: bool) -> None:
     try:
-        mode = os.lstat(target).st_mode
+        mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
     except FileNotFoundError:
         return
     except OSError as error:
@@ -250,84 +373,13 @@ def check_target(target: str, *, force: bool) -> None:
         raise UsageError(f"{target} exists", hint="use --force to replace it")
 
 
-def _open_unnamed(directory: str) -> int | None:
+def _open_unnamed(place: _Place) -> int | None:
     """Open a file without a name, which a kill takes away; None where the file system has no such thing."""
     try:
-        return os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        return os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=place.fd)
     except OSError:  # whatever is wrong: the attempt with a name says it in the user's words
         return None
 
 
-def _temporary_names(directory: str, target: str) -> Iterator[str]:
-    for _ in range(100):
-        # A name has at most 255 bytes, so a long one is not repeated in full.
-        yield os.path.join(directory, f".{os.path.basename(target)[:50]}.{os.urandom(6).hex()}")
-    raise HostError(f"{target}: no free temporary name in {directory}")
-
-
-def _open_temporary(directory: str, target: str) -> tuple[str, int]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    for temporary in _temporary_names(directory, target):
-        try:
-            return temporary, os.open(temporary, flags, 0o600)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise host_error("cannot create it", target, error) from error
-    raise AssertionError  # the names end with an error
-
-
-def _link_temporary(fd: int, directory: str, target: str) -> str:
-    """Name an unnamed file for a moment, as only a named one can replace another in one step."""
-    for temporary in _temporary_names(directory, target):
-        try:
-            _link_fd(fd, temporary)
-        except FileExistsError:
-            continue
-        return temporary
-    raise AssertionError  # the names end with an error
-
-
-def _link_fd(fd: int, path: str) -> None:
-    # Python calls linkat(), which can follow the link in /proc, only when it is given some directory's fd
-    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
-
-
-def _link_unnamed(fd: int, target: str) -> None:
-    try:
-        _link_fd(fd, target)
-    except FileExistsError:
-        raise _appeared(target) from None
-
-
 def _appeared(target: str) -> UsageError:
     return UsageError(f"{target} has appeared meanwhile", hint="use --force to replace it")
-
-
-def _rename_new(temporary: str, target: str) -> None:
-    """Rename without replacing a file that has appeared meanwhile: link() refuses, rename() would not."""
-    try:
-        os.link(temporary, target, follow_symlinks=False)
-    except FileExistsError:
-        raise _appeared(target) from None
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        check_target(target, force=False)
-        os.replace(temporary, target)
-    else:
-        os.unlink(temporary)
-
-
-def _sync_directory(directory: str) -> None:
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:  # a directory that may be written but not read
-        return
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems
-            raise host_error("cannot sync the directory", directory, error) from error
-    finally:
-        os.close(fd)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vfio_mig import interrupts
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.host.lock import STOPPED
+from vfio_mig.image.places import open_file
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.dirtylog import DirtyLog
 from vfio_mig.jobs.points import point
@@ -143,7 +144,7 @@ class _Destination:
     @protected
     def __enter__(self) -> Self:
         try:
-            self.fd = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.fd = open_file(self._path, os.O_RDWR | os.O_NONBLOCK)
         except FileNotFoundError:
             from vfio_mig.image.files import committed
 

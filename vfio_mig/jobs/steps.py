@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from vfio_mig.errors import HostError, UsageError, errno_text
+from vfio_mig.image.places import open_file
 from vfio_mig.jobs.points import POINTS
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ class Events:
 
     @staticmethod
     def _open(path: str) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        fd = os.open(path, flags, 0o600)
+        fd = open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY)
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
             os.close(fd)
