@@ -236,6 +236,18 @@ def test_the_aperture_where_nothing_is_mapped_reads_as_ones(rig: Rig) -> None:
     assert rig.gpu.read(2, 0x3000_0000, 4) == b"\xff" * 4
 
 
+def test_a_trace_tells_every_access_and_lets_no_register_be_mapped() -> None:
+    lines: list[str] = []
+    gpu = Gpu(trace=lines.append)
+    assert gpu.regions[0].areas == [(8 << 20, 8 << 20)]
+    gpu.write(0, 0x2030, b"\x10\0\0\0")
+    gpu.read(0, 0x9120, 4)
+    gpu.read(7, 0, 2)
+    gpu.read(2, 0, 4)  # memory, not a register
+    assert lines == ["write register 0x2030 00000010", "read  register 0x9120 02000000", "read  config 0x0 8086"]
+    gpu.close()
+
+
 def test_the_io_bar_is_empty(rig: Rig) -> None:
     rig.gpu.write(4, 0, b"\1\2\3\4")
     assert rig.gpu.read(4, 0, 4) == bytes(4)

@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
         "--max-commands", type=_positive, default=MAX_COMMANDS, metavar="N",
         help="an engine that has executed N commands of one submission hangs; default: %(default)s",
     )  # fmt: skip
+    result.add_argument("--trace", action="store_true", help="trap all registers and tell each access; slow")
     result.add_argument("-v", "--verbose", action="store_true", help="tell about the client on standard error")
     return result
 
@@ -68,7 +69,8 @@ def main(arguments: Sequence[str]) -> int:
         _end_with_parent()
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listening(options.socket))
-            gpu = Gpu(options.gpu, aperture=options.aperture, max_commands=options.max_commands)
+            trace = _say if options.trace else None
+            gpu = Gpu(options.gpu, aperture=options.aperture, max_commands=options.max_commands, trace=trace)
             stack.callback(gpu.close)
             control = None
             if options.control is not None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tools.gpu import pci, registers
 from tools.gpu.clock import Clock
@@ -12,11 +12,14 @@ from tools.gpu.engine import Engine
 from tools.gpu.gt_irq import GtInterrupts
 from tools.gpu.irq import Interrupts
 from tools.gpu.misbehaviour import Misbehaviour
+from tools.gpu.mmio import GGTT, Mmio
 from tools.gpu.mmio import SIZE as BAR0_SIZE
-from tools.gpu.mmio import Mmio
 from tools.gpu.record import Record
 from tools.gpu.server import BAR0, BAR2, BAR4, CONFIG, Region
 from tools.gpu.translate import PAGE, FaultError, Ggtt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MODELS: Final = {"skl": 0x1912, "kbl": 0x5912}
 """GT2 of Skylake and Kaby Lake, PCI device ids."""
@@ -26,21 +29,30 @@ MAX_COMMANDS: Final = 1 << 20
 _IO_SIZE: Final = 64
 _FULL_RESET: Final = 1 << 0
 _TIMESTAMP_CTR: Final = 0x44070
+_TRACED: Final = {BAR0: "register", CONFIG: "config"}
 
 
 class Gpu:
     """A gen9 GPU; what it does to the client's memory and interrupts, it does when it is accessed or advanced."""
 
     def __init__(
-        self, model: str = "skl", *, aperture: int = 1024, max_commands: int = MAX_COMMANDS, clock: Clock | None = None
+        self,
+        model: str = "skl",
+        *,
+        aperture: int = 1024,
+        max_commands: int = MAX_COMMANDS,
+        clock: Clock | None = None,
+        trace: Callable[[str], None] | None = None,
     ) -> None:
         """Make a GPU after power-on.
 
         :param model: one of MODELS.
         :param aperture: MiB, one of APERTURES.
         :param max_commands: executed of one submission before the engine hangs.
+        :param trace: is told of each access to registers and configuration space; the client then maps no register.
         """
         self.model: Final = model
+        self._trace: Final = trace
         self.clock: Final = clock or Clock()
         self.misbehaviour: Final = Misbehaviour()
         self.record: Final = Record()
@@ -61,7 +73,7 @@ class Gpu:
         sizes = {BAR0: BAR0_SIZE, BAR2: aperture << 20, BAR4: _IO_SIZE}
         self._config: Final = pci.ConfigSpace(MODELS[model], sizes)
         self.regions: Final = {
-            BAR0: Region(BAR0_SIZE, self.mmio.fd, self.mmio.areas()),
+            BAR0: Region(BAR0_SIZE, self.mmio.fd, [(GGTT, BAR0_SIZE - GGTT)] if trace else self.mmio.areas()),
             BAR2: Region(sizes[BAR2]),
             BAR4: Region(_IO_SIZE),
             CONFIG: Region(pci.SIZE),
@@ -75,6 +87,12 @@ class Gpu:
 
     def read(self, region: int, offset: int, size: int) -> bytes:
         """Read from a region."""
+        data = self._read(region, offset, size)
+        if self._trace is not None and region in _TRACED:
+            self._trace(f"read  {_TRACED[region]} {offset:#x} {data[::-1].hex()}")
+        return data
+
+    def _read(self, region: int, offset: int, size: int) -> bytes:
         if region == BAR0:
             return self.mmio.read_bytes(offset, size)
         if region == CONFIG:
@@ -85,6 +103,8 @@ class Gpu:
 
     def write(self, region: int, offset: int, data: bytes) -> None:
         """Write to a region."""
+        if self._trace is not None and region in _TRACED:
+            self._trace(f"write {_TRACED[region]} {offset:#x} {data[::-1].hex()}")
         if region == BAR0:
             self.mmio.write_bytes(offset, data)
         elif region == CONFIG:

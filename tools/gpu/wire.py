@@ -120,7 +120,7 @@ class Connection:
         return bool(self._out)
 
     def receive(self) -> Message | None:
-        """Return a message if a whole one is there.
+        """Return a message if a whole one is there; what is only to be forgotten is read piece by piece.
 
         :raises ClosedError: the client has gone.
         """
@@ -128,6 +128,8 @@ class Connection:
             while True:
                 if self._discard:
                     self._discard -= len(self._take(min(self._discard, _DISCARD)))
+                    if self._discard:
+                        return None  # others want to be heard, too
                 elif self._wanted:
                     part = self._payload if self._in_payload else self._header
                     data = self._take(self._wanted)
