@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import socket
 import struct
 from typing import TYPE_CHECKING, Final
@@ -221,6 +222,24 @@ def test_a_payload_of_another_size_is_refused(client: Client, command: Command) 
     assert is_alive(client)
 
 
+@pytest.mark.parametrize(
+    ("command", "layout"),
+    [
+        (Command.DMA_MAP, wire.DMA_MAP),
+        (Command.DMA_UNMAP, wire.DMA_UNMAP),
+        (Command.DEVICE_GET_INFO, wire.DEVICE_INFO),
+        (Command.DEVICE_GET_REGION_INFO, wire.REGION_INFO),
+        (Command.DEVICE_GET_IRQ_INFO, wire.IRQ_INFO),
+        (Command.DEVICE_SET_IRQS, wire.IRQ_SET),
+    ],
+)
+def test_a_structure_that_claims_to_be_shorter_is_refused(
+    client: Client, command: Command, layout: struct.Struct
+) -> None:
+    for argsz in (0, layout.size - 1):
+        assert client.ask(command, struct.pack("<I", argsz) + bytes(layout.size - 4)).error == errno.EINVAL
+
+
 @pytest.mark.parametrize("command", [Command.DEVICE_SET_IRQS, Command.REGION_WRITE, Command.VERSION])
 def test_a_payload_without_its_beginning_is_refused(client: Client, command: Command) -> None:
     assert client.ask(command, b"\0").error == errno.EINVAL
@@ -384,6 +403,25 @@ def test_memory_is_a_file_that_can_be_mapped(client: Client) -> None:
     assert is_alive(client)
     for fd in (read, write, sparse, readonly):
         os.close(fd)
+
+
+def test_thousands_of_maps_with_files_come_to_an_end_before_our_files_do(client: Client) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = open_files()
+    fd = memfd(PAGE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + 200, hard))
+    try:
+        codes = [dma_map(client, each * PAGE, PAGE, fd) for each in range(400)]
+        assert is_alive(client)
+        assert client.ask(Command.DMA_UNMAP, wire.DMA_UNMAP.pack(24, 2, 0, 0)).error == 0
+        assert dma_map(client, 0, PAGE, fd) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert codes[:150] == [0] * 150
+    assert codes[-1] == errno.EMFILE
+    client.gpu.memory.clear()
+    os.close(fd)
+    assert open_files() == before
 
 
 def test_thousands_of_maps_come_to_an_end(client: Client) -> None:

@@ -70,7 +70,10 @@ def main(arguments: Sequence[str]) -> int:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listening(options.socket))
             trace = _say if options.trace else None
-            gpu = Gpu(options.gpu, aperture=options.aperture, max_commands=options.max_commands, trace=trace)
+            try:
+                gpu = Gpu(options.gpu, aperture=options.aperture, max_commands=options.max_commands, trace=trace)
+            except OSError as error:
+                raise GpuError(f"cannot have memory for the registers: {error.strerror or error}") from None
             stack.callback(gpu.close)
             control = None
             if options.control is not None:

@@ -33,6 +33,7 @@ REGION_MMAP: Final = 1 << 2
 REGION_CAPS: Final = 1 << 3
 _CAP_SPARSE_MMAP: Final = 1
 _UNMAP_ALL: Final = 1 << 1  # VFIO_DMA_UNMAP_FLAG_ALL
+_WITH_ARGSZ: Final = (wire.DMA_MAP, wire.DMA_UNMAP, wire.DEVICE_INFO, wire.REGION_INFO, wire.IRQ_INFO, wire.IRQ_SET)
 _CAPABILITIES: Final = {
     "capabilities": {
         "max_msg_fds": wire.MAX_FDS,
@@ -233,14 +234,17 @@ def _start(layout: struct.Struct, message: Message) -> tuple[int, ...]:
     """Unpack what a payload begins with."""
     if len(message.payload) < layout.size:
         raise RefusedError(errno.EINVAL, f"{len(message.payload)} bytes where {layout.size} belong")
-    return layout.unpack_from(message.payload)
+    fields = layout.unpack_from(message.payload)
+    if layout in _WITH_ARGSZ and fields[0] < layout.size:
+        raise RefusedError(errno.EINVAL, f"argsz is {fields[0]}, less than the {layout.size} bytes of the structure")
+    return fields
 
 
 def _exactly(layout: struct.Struct, message: Message) -> tuple[int, ...]:
     """Unpack a whole payload."""
     if len(message.payload) != layout.size:
         raise RefusedError(errno.EINVAL, f"{len(message.payload)} bytes where {layout.size} belong")
-    return layout.unpack(message.payload)
+    return _start(layout, message)
 
 
 def _version(message: Message) -> Answer:
