@@ -87,7 +87,10 @@ def test_a_shell_without_a_terminal_is_refused(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     "name",
-    [f"tools.vm.{name}" for name in ("apt", "cli", "custom", "kernels", "module", "mtty", "qemu", "suites")],
+    [
+        f"tools.vm.{name}"
+        for name in ["apt", "cli", "custom", "gvt", "kernels", "module", "mtty", "newest", "qemu", "suites"]
+    ],
 )
 def test_the_examples_in_docstrings_are_true(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))

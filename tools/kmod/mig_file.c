@@ -72,6 +72,16 @@ static ssize_t gvt_data_write(struct file *filp, const char __user *buf,
 	return gvt_fault_end(&fault, ret);
 }
 
+/* Whether who reads asked for PRECOPY_INFO.flags: vfio's to note, or ours */
+static bool gvt_info2(const struct vgpu *vgpu)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 1, 0)
+	return READ_ONCE(vgpu->vdev.precopy_info_v2);
+#else
+	return READ_ONCE(vgpu->mig.info2);
+#endif
+}
+
 /*
  * As if what was sent as initial data had become useless: some of it has to be
  * sent again, and before a stop. Once in a session, for who can be told of it.
@@ -81,7 +91,7 @@ static void gvt_reinit(struct gvt_mig_file *migf)
 	const struct gvt_mig *mig = &migf->vgpu->mig;
 	u64 bytes = READ_ONCE(mig->reinit_bytes);
 
-	if (!bytes || !READ_ONCE(mig->info2) || migf->reinit_done ||
+	if (!bytes || !gvt_info2(migf->vgpu) || migf->reinit_done ||
 	    gvt_left_initial(migf))
 		return;
 	bytes = min(round_down(bytes, GVT_MIG_PAGE), gvt_dirty_limit(migf));

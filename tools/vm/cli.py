@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, Never
 
-from tools.vm import custom, guest, gvt, kernels, kvm, machine, module, mtty, qemu
+from tools.vm import custom, guest, gvt, kernels, kvm, machine, module, mtty, newest, qemu
 from tools.vm.cache import cache_root
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT, Interrupted, RunnerError
 
@@ -41,8 +41,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument(
-        "--kernel", default=kernels.SERIES[0], metavar="6.12|6.1|custom|PATH",
-        help="default: %(default)s; custom: built here once, with iommufd and the kernel's checks, 5 to 15 minutes",
+        "--kernel", default=kernels.SERIES[0], metavar="6.12|6.1|newest|custom|PATH",
+        help="default: %(default)s; newest: of the distribution's newer suites; "
+        "custom: built here once, with iommufd and the kernel's checks, 5 to 15 minutes",
     )  # fmt: skip
     which = result.add_mutually_exclusive_group()
     which.add_argument("--break", dest="mutation", choices=module.MUTATIONS, help="load the driver with this broken")
@@ -115,6 +116,8 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     log = say if options.verbose else _silent
     if options.kernel == custom.NAME:
         kernel = custom.fetch(_CHECKOUT, cache, say)  # told always: it takes minutes
+    elif options.kernel == newest.NAME:
+        kernel = newest.fetch(cache, log)
     else:
         kernel = kernels.find(options.kernel, cache, log)
     modules = None
@@ -132,13 +135,15 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
         kernel=kernel, kvm=by_kvm, qemu=qemu.find(need, cache, log, say), gpu=options.gpu,
         memory=options.memory, cpus=options.cpus, timeout=options.timeout, second_start=options.repeat is None,
     )  # fmt: skip
+    host_driver = gvt.modules(kernel, cache, log) if options.gvt else None
     environment = guest.environment(
-        os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release, gpu=options.gpu
-    )
+        os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release,
+        gpu=options.gpu, gvt=host_driver, uapi=kernel.uapi,
+    )  # fmt: skip
     what = guest.Guest(
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,
         cwd=Path.cwd(), environment=environment, command=options.command, stdin=options.stdin,
-        mtty=other, gvt=gvt.modules(kernel, cache, log) if options.gvt else None,
+        mtty=other, gvt=host_driver,
     )  # fmt: skip
     log(machine.environment_note(machine_options))
     return machine_options, what

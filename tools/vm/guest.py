@@ -206,8 +206,9 @@ class Guest:
 
 
 def environment(
-    host: Mapping[str, str], *, venv: Path, modules: Path | None, out: Path, release: str, gpu: str | None = None
-) -> dict[str, str]:
+    host: Mapping[str, str], *, venv: Path, modules: Path | None, out: Path, release: str,
+    gpu: str | None = None, gvt: Path | None = None, uapi: Path | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Return the variables that COMMAND sees."""
     guest = {key: value for key, value in host.items() if key.startswith(_PASSED_ON)}
     guest |= {
@@ -219,11 +220,10 @@ def environment(
         "VFIO_MIG_VM": release,  # how a program knows that it runs in here
         "VFIO_MIG_VM_OUT": str(out),
     }
-    if modules is not None:
-        guest["VFIO_MIG_KMOD_DIR"] = str(modules)
-    if gpu is not None:
-        guest["VFIO_MIG_GPU"] = gpu
-    return guest
+    if_there = {
+        "VFIO_MIG_KMOD_DIR": modules, "VFIO_MIG_GPU": gpu, "VFIO_MIG_GVT_MODULES": gvt, "VFIO_MIG_KERNEL_UAPI": uapi,
+    }  # fmt: skip
+    return guest | {name: str(value) for name, value in if_there.items() if value is not None}
 
 
 def _assignment(name: str, value: str | Path) -> bytes:

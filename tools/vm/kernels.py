@@ -14,7 +14,8 @@ from tools.vm.cache import populated, write_whole
 from tools.vm.errors import RunnerError
 
 SERIES: Final = ("6.12", "6.1")
-_FLAVOUR: Final = "amd64"
+FLAVOUR: Final = "amd64"
+TOOLS: Final = "tools"  # a directory in the tree of a kernel that brings its own compiler
 
 Log = Callable[[str], None]
 
@@ -36,6 +37,17 @@ class Kernel:
         """The directory that external modules are built against."""
         return self.tree / "usr" / "src" / f"linux-headers-{self.release}"
 
+    @property
+    def uapi(self) -> Path:
+        """The directory of the headers for programs; in Debian's packages the part that all flavours share has it."""
+        shared = sorted(self.headers.parent.glob("linux-headers-*-common"))
+        return (shared[0] if shared else self.headers) / "include" / "uapi"
+
+    @property
+    def tools(self) -> Path | None:
+        """The directory with the compiler that came with it; None for the host's own."""
+        return path if (path := self.tree / TOOLS).is_dir() else None
+
 
 def release_from_depends(output: str, series: str) -> str | None:
     r"""Find the release in what ``apt-cache depends --important linux-image-…`` prints.
@@ -43,7 +55,7 @@ def release_from_depends(output: str, series: str) -> str | None:
     >>> release_from_depends("linux-image-amd64\n  Depends: linux-image-6.1.0-56-amd64\n", "6.1")
     '6.1.0-56-amd64'
     """
-    pattern = rf"^\s*\|?Depends: linux-image-({re.escape(series)}\.\S*-{_FLAVOUR})$"
+    pattern = rf"^\s*\|?Depends: linux-image-({re.escape(series)}\.\S*-{FLAVOUR})$"
     found = re.search(pattern, output, re.MULTILINE)
     return found[1] if found else None
 
@@ -54,7 +66,7 @@ def packages_of(release: str, series: str, kbuild_names: str) -> list[str]:
     :param kbuild_names: what ``apt-cache pkgnames linux-kbuild-`` prints. Newer kernels' kbuild package
         carries the whole version, older ones' only the series.
     """
-    version = release.removesuffix(f"-{_FLAVOUR}")
+    version = release.removesuffix(f"-{FLAVOUR}")
     known = set(kbuild_names.split())
     kbuild = next((name for name in (f"linux-kbuild-{version}", f"linux-kbuild-{series}") if name in known), None)
     if kbuild is None:
@@ -64,7 +76,7 @@ def packages_of(release: str, series: str, kbuild_names: str) -> list[str]:
 
 def find_release(apt: Apt, series: str) -> str | None:
     """Ask the package lists for the newest release of *series*."""
-    for package in (f"linux-image-{series}-{_FLAVOUR}", f"linux-image-{_FLAVOUR}"):
+    for package in (f"linux-image-{series}-{FLAVOUR}", f"linux-image-{FLAVOUR}"):
         if release := release_from_depends(apt.query("depends", "--important", package), series):
             return release
     return None
@@ -72,7 +84,11 @@ def find_release(apt: Apt, series: str) -> str | None:
 
 def _unpack(packages: Path, tree: Path) -> None:
     unpack(packages, tree)
-    # Where /usr is merged, newer packages carry usr/lib/modules only.
+    link_lib(tree)
+
+
+def link_lib(tree: Path) -> None:
+    """Have ``lib`` in *tree*: where /usr is merged, newer packages carry usr/lib/modules only."""
     if not (tree / "lib").exists():
         (tree / "lib").symlink_to("usr/lib")
 

@@ -62,14 +62,18 @@ def source_key(checkout: Path, kernel: Kernel) -> str:
 def make_command(kernel: Kernel, directory: Path, *variables: str) -> list[str]:
     """Return the kernel's own build command for the external module in *directory*.
 
-    Debian's header directory has a Makefile of one line, an include of an absolute path that holds only where the
-    package is installed; ``-f`` goes around it.
+    Debian's header directory has a Makefile of one or two lines, with absolute paths that hold only where the package
+    is installed; ``-f`` goes around it.
     """
     common = sorted((kernel.tree / "usr" / "src").glob("linux-headers-*-common"))
+    # From 6.13 on a build does not take the directory where make runs for the one with the configuration.
+    makefile = kernel.headers / "Makefile"
+    output = common and makefile.is_file() and "KBUILD_OUTPUT" in makefile.read_text()
     return [
         "make", f"-j{os.cpu_count() or 1}",
         "-C", str(kernel.headers),
         *(["-f", str(common[0] / "Makefile")] if common else []),
+        *([f"KBUILD_OUTPUT={kernel.headers}"] if output else []),
         f"M={directory}",
         "CC=gcc",  # the default is the versioned compiler that built the kernel
         "CONFIG_DEBUG_INFO_BTF_MODULES=",  # or a missing pahole is an error
@@ -82,6 +86,8 @@ def make(kernel: Kernel, directory: Path, what: str, *variables: str) -> str:
     """Build the external module in *directory*; return make's log."""
     # MAKEFLAGS of a make that called us would change what this one does.
     environment = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
+    if kernel.tools is not None:
+        environment["PATH"] = f"{kernel.tools}:{environment['PATH']}"
     done = subprocess.run(
         make_command(kernel, directory, *variables),
         env={**environment, "LC_ALL": "C"}, stdin=subprocess.DEVNULL,

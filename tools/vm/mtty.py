@@ -16,7 +16,7 @@ import tarfile
 from pathlib import Path
 from typing import Final
 
-from tools.vm import module
+from tools.vm import module, newest
 from tools.vm.apt import Apt
 from tools.vm.cache import populated
 from tools.vm.errors import RunnerError
@@ -107,7 +107,7 @@ def fetch(kernel: Kernel, cache: Path, log: Log) -> Path:
             packages = work / "packages"
             packages.mkdir()
             try:
-                _download(Apt(cache / "apt"), package, packages)
+                _download(newest.suite_of(kernel, cache) or Apt(cache / "apt"), package, packages)
             except RunnerError as error:
                 first, *more = str(error).splitlines()
                 reasons = " ".join(line for line in more if line.startswith("E: "))
