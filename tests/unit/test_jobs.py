@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 import pytest
 
+from tests.unit.test_image_gvt import CFG, SREG, vreg
+from tests.unit.test_image_gvt import image as gvt_image
 from vfio_mig import interrupts
 from vfio_mig.device import Device
 from vfio_mig.dirty.memory import MemoryMap
@@ -23,18 +25,23 @@ from vfio_mig.errors import DeviceBusyError, DeviceError, HostError, ImageError,
 from vfio_mig.host.discover import Host, HostDevice, Snapshot
 from vfio_mig.host.holders import Holder, View
 from vfio_mig.host.lock import LOADING, STOPPED, VARIABLE, DeviceLock, Left, left_behind
+from vfio_mig.image import gvt
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.interrupts import ENDING
 from vfio_mig.jobs import control, session
+from vfio_mig.jobs.check import verify_image
 from vfio_mig.jobs.control import device_status, reset_device, start_device, stop_device
+from vfio_mig.jobs.diff import diff_images
 from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
+from vfio_mig.jobs.inspect import InspectReport, inspect_image
 from vfio_mig.jobs.live import Live
 from vfio_mig.jobs.points import POINTS
 from vfio_mig.jobs.points import VARIABLE as FAULT
 from vfio_mig.jobs.restore import NOT_HELD, UNVERIFIED, RestoreReport, restore
 from vfio_mig.jobs.save import SaveReport, describe_device, save
 from vfio_mig.jobs.session import Session, Settings
+from vfio_mig.jobs.steps import Hooks
 from vfio_mig.protocols.base import MigrationProtocol
 
 if TYPE_CHECKING:
@@ -739,6 +746,38 @@ def test_somebody_else_s_device_is_restored_and_reset_by_force_only(
     assert_promise(gpu, jobs, loaded=True)
     reset_device(NAME, force=True)
     assert gpu.calls[-1] == "reset"
+
+
+# --- what can be refused is refused before the stop
+
+
+def test_a_state_as_large_as_a_header_allows_is_saved_and_read_by_all(gpu: Gpu, jobs: Jobs) -> None:
+    gpu.protocol = GvtProtocol
+    low, high = (0, 512 << 20), (1 << 30, 2048 << 20)
+    table = bytes((low[1] + high[1]) // PAGE * 8)
+    gpu.state = gvt_image([(2, CFG), (4, SREG), (3, vreg(low, high)), (5, table)])
+    assert len(gpu.state) > gvt.IMAGE_MAX
+    save(NAME, str(jobs.image), force=True)
+    assert gpu.calls == ["stop", "dirty", "read_state"]
+    assert verify_image(str(jobs.image)).state_bytes == len(gpu.state)
+    inspected = inspect_image(str(jobs.image))
+    assert isinstance(inspected, InspectReport)
+    assert (inspected.layout, inspected.problems) == ("gvt-rfc", [])
+    assert diff_images(str(jobs.image), str(jobs.image)).equal
+
+
+def test_the_target_of_a_migration_refuses_a_guest_s_device_before_it_asks_for_the_image(gpu: Gpu, jobs: Jobs) -> None:
+    gpu.holder = Holder(os.getpid(), "qemu", is_hold=False, fd=3)
+    steps: list[str] = []
+    with pytest.raises(UsageError, match="would change the device under"):
+        restore(NAME, str(jobs.image), Settings(on_step=lambda _, step, __: steps.append(step)))
+    assert steps == []
+
+
+@pytest.mark.parametrize(("command", "words"), [("no-such-program x", "ENOENT"), ("/etc/passwd", "EACCES")])
+def test_a_hook_that_cannot_run_is_refused_before_the_job(command: str, words: str) -> None:
+    with pytest.raises(HostError, match=f"hook post-stop: cannot run {command.split(maxsplit=1)[0]}: {words}"):
+        Hooks([f"post-stop={command}"])
 
 
 # --- what does not fit

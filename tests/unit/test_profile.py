@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vfio_mig.errors import HostError, UsageError, VfioMigError
 from vfio_mig.uapi import Request
-from vfio_mig.uapi.profile import DEFAULT_PROFILE, HEADER_MAX, REQUIRED, load_profile, parse_header
+from vfio_mig.uapi.profile import DEFAULT_PROFILE, HEADER_MAX, REQUIRED, TAKEN, load_profile, parse_header
 
 SYSTEM_HEADER: Final = Path("/usr/include/linux/vfio.h")
 # As the RFC's patches leave the kernel's own file
@@ -75,11 +75,11 @@ struct vfio_pci_status_set {
 """
 # Everything elsewhere: the numbers of a tree that carries more
 OTHER: Final = """\
-#define VFIO_DEVICE_FLAGS_MIGRATABLE (1 << 6)
+#define VFIO_DEVICE_FLAGS_MIGRATABLE (1 << 9)
 enum { VFIO_PCI_CONFIG_REGION_INDEX = 7, VFIO_PCI_VGA_REGION_INDEX, VFIO_SPARE,
        VFIO_PCI_DEVICE_STATE_REGION_INDEX, VFIO_PCI_NUM_REGIONS };
-#define VFIO_DEVICE_PCI_STATUS_SET _IO(VFIO_TYPE, VFIO_BASE + 16)
-#define VFIO_DEVICE_PCI_GET_DIRTY_BITMAP _IO ( VFIO_TYPE , VFIO_BASE+17 )
+#define VFIO_DEVICE_PCI_STATUS_SET _IO(VFIO_TYPE, VFIO_BASE + 22)
+#define VFIO_DEVICE_PCI_GET_DIRTY_BITMAP _IO ( VFIO_TYPE , VFIO_BASE+23 )
 #define VFIO_DEVICE_PCI_STOP 0x10u
 #define VFIO_DEVICE_PCI_START 32
 #define MIGRATION_IMG_MAX_SIZE 0xA00000UL
@@ -100,10 +100,10 @@ def test_a_patched_kernels_header_gives_the_shipped_numbers(header: Path) -> Non
 def test_other_numbers_win(header: Path) -> None:
     header.write_text(OTHER)
     profile = load_profile(str(header))
-    assert profile.migratable_flag == 0x40
+    assert profile.migratable_flag == 0x200
     assert (profile.state_index, profile.num_regions) == (10, 11)
-    assert profile.status_set == Request("VFIO_DEVICE_PCI_STATUS_SET", 0x3B74)
-    assert profile.get_dirty == Request("VFIO_DEVICE_PCI_GET_DIRTY_BITMAP", 0x3B75)
+    assert profile.status_set == Request("VFIO_DEVICE_PCI_STATUS_SET", 0x3B7A)
+    assert profile.get_dirty == Request("VFIO_DEVICE_PCI_GET_DIRTY_BITMAP", 0x3B7B)
     assert (profile.stop, profile.start) == (16, 32)
     assert profile.image_max == 0xA00000
     assert profile.source == str(header)
@@ -163,11 +163,84 @@ def test_impossible_values_are_refused(header: Path, name: str, value: str, culp
 
 
 @pytest.mark.parametrize("name", ["VFIO_DEVICE_PCI_STATUS_SET", "VFIO_DEVICE_PCI_GET_DIRTY_BITMAP"])
-@pytest.mark.parametrize("nr", [0, 99])
-def test_the_first_and_the_last_of_vfios_numbers_are_accepted(header: Path, name: str, nr: int) -> None:
+@pytest.mark.parametrize("nr", [24, 27, 60, 99])
+def test_the_first_and_the_last_of_the_numbers_that_are_free_are_accepted(header: Path, name: str, nr: int) -> None:
     header.write_text(f"{OTHER}#define {name} _IO(VFIO_TYPE, VFIO_BASE + {nr})\n")
     profile = load_profile(str(header))
     assert Request(name, 0x3B64 + nr) in (profile.status_set, profile.get_dirty)
+
+
+@pytest.mark.parametrize("name", ["VFIO_DEVICE_PCI_STATUS_SET", "VFIO_DEVICE_PCI_GET_DIRTY_BITMAP"])
+@pytest.mark.parametrize("nr", sorted(TAKEN))
+def test_the_number_of_another_request_is_refused_but_for_the_rfcs_own(header: Path, name: str, nr: int) -> None:
+    header.write_text(f"{OTHER}#define {name} _IO(VFIO_TYPE, VFIO_BASE + {nr})\n")
+    if (name, nr) in {("VFIO_DEVICE_PCI_STATUS_SET", 14), ("VFIO_DEVICE_PCI_GET_DIRTY_BITMAP", 15)}:
+        load_profile(str(header))
+        return
+    with pytest.raises(UsageError) as caught:
+        load_profile(str(header))
+    assert f"{name} has the number of another request: {TAKEN[nr]}" in str(caught.value)
+
+
+def test_reset_is_named(header: Path) -> None:
+    header.write_text(f"{PATCHED}#define VFIO_DEVICE_PCI_STATUS_SET _IO(VFIO_TYPE, VFIO_BASE + 11)\n")
+    with pytest.raises(UsageError, match="VFIO_DEVICE_RESET"):
+        load_profile(str(header))
+
+
+def test_both_requests_with_one_number_are_refused(header: Path) -> None:
+    header.write_text(f"{OTHER}#define VFIO_DEVICE_PCI_STATUS_SET _IO(VFIO_TYPE, VFIO_BASE + 23)\n")
+    with pytest.raises(UsageError, match="are the same number"):
+        load_profile(str(header))
+
+
+@pytest.mark.parametrize("bit", range(32))
+def test_the_bit_of_another_flag_is_refused_but_for_the_rfcs_own(header: Path, bit: int) -> None:
+    header.write_text(f"{OTHER}#define VFIO_DEVICE_FLAGS_MIGRATABLE (1 << {bit})\n")
+    if bit in {4, 5} or bit > 8:
+        assert load_profile(str(header)).migratable_flag == 1 << bit
+        return
+    with pytest.raises(UsageError, match="is the bit of VFIO_DEVICE_FLAGS_"):
+        load_profile(str(header))
+
+
+def test_a_tree_that_has_the_bit_for_ccw_does_not_have_it_for_the_rfc(header: Path) -> None:
+    flags = "#define VFIO_DEVICE_FLAGS_CCW (1 << 4)\n#define VFIO_DEVICE_FLAGS_MIGRATABLE (1 << 4)\n"
+    header.write_text(OTHER + flags)
+    with pytest.raises(UsageError, match="VFIO_DEVICE_FLAGS_CCW"):
+        load_profile(str(header))
+
+
+@pytest.mark.parametrize("index", range(10))
+def test_the_index_of_another_region_is_refused(header: Path, index: int) -> None:
+    header.write_text(f"{OTHER}#define VFIO_PCI_DEVICE_STATE_REGION_INDEX {index}\n")
+    values = re.sub("VFIO_PCI_DEVICE_STATE_REGION_INDEX,", "", header.read_text())
+    header.write_text(values)
+    if index == 9:
+        assert load_profile(str(header)).state_index == 9
+        return
+    with pytest.raises(UsageError, match="is that of a BAR"):
+        load_profile(str(header))
+
+
+@pytest.mark.parametrize("size", ["0", "4096", "(4 << 20)", "0x4000001", "0x7fffffffffffffff"])
+def test_a_region_that_holds_no_state_is_refused_before_a_device_is_looked_for(header: Path, size: str) -> None:
+    header.write_text(re.sub(r"MIGRATION_IMG_MAX_SIZE.*", f"MIGRATION_IMG_MAX_SIZE {size}", OTHER))
+    with pytest.raises(UsageError, match="no vGPU's state fits MIGRATION_IMG_MAX_SIZE"):
+        load_profile(str(header))
+
+
+@pytest.mark.parametrize("name", ["vfio.h", "iommufd.h"])
+def test_every_request_of_the_systems_headers_is_known(name: str) -> None:
+    path = SYSTEM_HEADER.with_name(name)
+    if not path.exists():
+        pytest.skip(f"no linux/{name}")
+    values = parse_header(path.read_text())
+    numbers = {value - 0x3B00 - 100 for value in values.values() if value >> 8 == 0x3B}
+    if name == "iommufd.h":
+        numbers = {value - 100 for key, value in values.items() if key.startswith("IOMMUFD_CMD_") and value >= 0x80}
+    assert numbers
+    assert numbers <= TAKEN.keys()
 
 
 def test_a_header_of_the_largest_size_is_read_and_a_larger_one_refused(header: Path) -> None:

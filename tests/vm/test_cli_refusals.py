@@ -274,10 +274,12 @@ def test_the_numbers_of_a_header_decide(guest: Guest, tmp_path: Path) -> None:
         refused(*with_header("stop"), code=2, words=("VFIO_DEVICE_FLAGS_MIGRATABLE",), warm=True)
         header.write_text(TREE_HEADER.format(flag="1 + 5"))
         refused(*with_header("stop"), code=2, words=("VFIO_DEVICE_FLAGS_MIGRATABLE",), warm=True)
-        header.write_text(TREE_HEADER.format(flag=6))
-        refused(*with_header("stop"), code=4, words=(name, "flag 0x40 in 0x23"), warm=True)
+        header.write_text(TREE_HEADER.format(flag=5).replace("+ 14", "+ 11"))
+        refused(*with_header("stop"), code=2, words=("VFIO_DEVICE_RESET",), warm=True)
+        header.write_text(TREE_HEADER.format(flag=9))
+        refused(*with_header("stop"), code=4, words=(name, "flag 0x200 in 0x23"), warm=True)
         environment = {"VFIO_MIG_UAPI_HEADER": str(header)}
-        refused("stop", name, *BORROW, code=4, words=("flag 0x40 in 0x23",), env=environment, warm=True)
+        refused("stop", name, *BORROW, code=4, words=("flag 0x200 in 0x23",), env=environment, warm=True)
         header.write_text(TREE_HEADER.format(flag=5))
         run(*with_header("info"), warm=True)
     run(*with_header("stop"), warm=True)  # the header with the right numbers is a good one

@@ -12,6 +12,7 @@ from vfio_mig.image.decode import pci, registers, streams
 from vfio_mig.image.decode.gtt import ADDRESS, PAGE, PRESENT, Table, changed_runs
 from vfio_mig.image.decode.section import LISTED_MAX, plain
 from vfio_mig.image.window import PartWindow
+from vfio_mig.uapi.profile import IMAGE_LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -94,12 +95,12 @@ def _header(first: dict[str, Any], second: dict[str, Any]) -> Iterator[Differenc
 
 def state_differences(first: Window, second: Window, driver: str = "") -> Iterator[Found]:
     """Compare two states: by name where both are of a layout that is known, else by byte."""
-    if first.size <= gvt.IMAGE_MAX and second.size <= gvt.IMAGE_MAX:
+    if first.size <= IMAGE_LARGEST and second.size <= IMAGE_LARGEST:
         contents = [window.read(0, window.size) for window in (first, second)]
         if contents[0] == contents[1]:
             return
         try:
-            images = [gvt.parse(memoryview(content)) for content in contents]
+            images = [gvt.parse(memoryview(content), image_max=IMAGE_LARGEST) for content in contents]
         except ImageError:
             pass
         else:
@@ -124,10 +125,10 @@ def _inner_image(window: Window, sections: list[Section]) -> GvtImage | None:
     for section in sections:
         if section.name == "records":
             at, size = section.values["image_at"], section.values["image"]
-            if size > gvt.IMAGE_MAX or at + size != window.size:
+            if size > IMAGE_LARGEST or at + size != window.size:
                 return None
             try:
-                return gvt.parse(memoryview(window.read(at, size)))
+                return gvt.parse(memoryview(window.read(at, size)), image_max=IMAGE_LARGEST)
             except ImageError:
                 return None
     return None

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from vfio_mig.errors import ImageError
 
 IMAGE_MAX: Final = 0x900000
-"""Size of the state region, bytes; an image must be shorter. The profile of the running kernel may differ."""
+"""Size of the RFC's state region, bytes; an image must be shorter. The header of a kernel may have another."""
 
 NONE, HEAD, CFG_SPACE, VREG, SREG, GTT, PPGTT, WORKLOAD = range(8)
 

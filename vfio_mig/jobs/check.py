@@ -106,14 +106,17 @@ def header_findings(session: Session, archive: Archive) -> Iterator[Finding]:
 def parse_state(protocol: str, state: bytes | memoryview) -> GvtImage | None:
     """Parse a device state strictly where its layout is known; None where it is not.
 
+    How large a state may be is a device's to say, by its state region; here it is only plausible.
+
     :param protocol: name of the protocol it was read with.
     :raises ImageError: it is broken; the message has the byte offset.
     """
     if protocol != GVT_RFC:
         return None
     from vfio_mig.image.gvt import parse
+    from vfio_mig.uapi.profile import IMAGE_LARGEST
 
-    return parse(memoryview(state))
+    return parse(memoryview(state), image_max=IMAGE_LARGEST)
 
 
 def _window_sizes(session: Session) -> tuple[int, int] | None:
@@ -213,9 +216,10 @@ def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> 
     """
     from vfio_mig.image.layout import PAGE
     from vfio_mig.jobs.source import open_input, read_image
-    from vfio_mig.uapi.profile import DEFAULT_PROFILE
+    from vfio_mig.uapi.profile import DEFAULT_PROFILE, IMAGE_LARGEST
 
-    with open_input(file) as stream, read_image(stream, DEFAULT_PROFILE.image_max, raw=raw) as image:
+    limit = DEFAULT_PROFILE.image_max if raw else IMAGE_LARGEST
+    with open_input(file) as stream, read_image(stream, limit, raw=raw) as image:
         archive = image.archive
         header: dict[str, Any] = {} if archive is None else archive.header
         protocol = header.get("protocol")

@@ -129,6 +129,8 @@ class _Target:
         self._stream = stream
         session = stack.enter_context(open_session(self.name, settings, memory=guest.maps, job=JOB))
         self.session = session
+        if not self._force:  # before the sender of an image stops anything
+            _require_own(session)
         point(JOB, "waiting", session)
         limit = None if session.protocol.streams else session.protocol.state_size_max
         image = stack.enter_context(read_image(stream, limit, raw=raw, alone=not self._await_word))
@@ -142,8 +144,6 @@ class _Target:
             reserve_pages(image.archive, guest)
         if not session.device.borrowed:
             self.warnings.append(NOT_HELD)
-        if not self._force:
-            _require_own(session)
         session.protocol.prepare()
         self._chunks = image.chunks()
         self._rollback = stack.enter_context(Rollback())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import time
@@ -95,6 +96,7 @@ class Hooks:
     start is downtime.
 
     :raises UsageError: no such step, or no command.
+    :raises HostError: there is no such program, or it may not be run.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -111,6 +113,9 @@ class Hooks:
             raise UsageError(f"hook {text!r}: {error}") from None
         if step not in STEPS or not words:
             raise UsageError(f"hook {text!r} is not STEP=COMMAND", hint=f"steps are {', '.join(sorted(STEPS))}")
+        if shutil.which(words[0]) is None:  # told now, not while the device is stopped
+            number = errno.EACCES if os.path.exists(words[0]) else errno.ENOENT
+            raise HostError(f"hook {step}: cannot run {words[0]}: {errno_text(number)}")
         return step, words
 
     def run(self, job: str, step: str, device: str) -> None:

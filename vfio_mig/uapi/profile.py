@@ -34,7 +34,76 @@ GET_DIRTY: Final = "VFIO_DEVICE_PCI_GET_DIRTY_BITMAP"
 STOP: Final = "VFIO_DEVICE_PCI_STOP"
 START: Final = "VFIO_DEVICE_PCI_START"
 IMAGE_MAX: Final = "MIGRATION_IMG_MAX_SIZE"
+IMAGE_LARGEST: Final = 64 << 20
+"""Bytes of the largest state region that is believed in: registers are 4 MiB, a GTT for 4 GiB is 8 MiB."""
+IMAGE_SMALLEST: Final = 4 << 20
+"""The registers alone."""
 REQUIRED: Final = (FLAG, STATE_INDEX, NUM_REGIONS, STATUS_SET, GET_DIRTY, STOP, START)
+
+
+_OF_CONTAINERS: Final = (
+    (0, "VFIO_GET_API_VERSION"),
+    (1, "VFIO_CHECK_EXTENSION"),
+    (2, "VFIO_SET_IOMMU"),
+    (12, "VFIO_IOMMU_GET_INFO"),
+    (13, "VFIO_IOMMU_MAP_DMA"),
+    (14, "VFIO_IOMMU_UNMAP_DMA"),
+    (15, "VFIO_IOMMU_ENABLE"),
+    (16, "VFIO_IOMMU_DISABLE"),
+    (17, "VFIO_IOMMU_DIRTY_PAGES"),
+    (18, "VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY"),
+    (19, "VFIO_IOMMU_SPAPR_TCE_CREATE"),
+    (20, "VFIO_IOMMU_SPAPR_TCE_REMOVE"),
+    (21, "VFIO_EEH_PE_OP"),
+)
+_OF_GROUPS: Final = (
+    (3, "VFIO_GROUP_GET_STATUS"),
+    (4, "VFIO_GROUP_SET_CONTAINER"),
+    (5, "VFIO_GROUP_UNSET_CONTAINER"),
+    (6, "VFIO_GROUP_GET_DEVICE_FD"),
+)
+_OF_DEVICES: Final = (
+    (7, "VFIO_DEVICE_GET_INFO"),
+    (8, "VFIO_DEVICE_GET_REGION_INFO"),
+    (9, "VFIO_DEVICE_GET_IRQ_INFO"),
+    (10, "VFIO_DEVICE_SET_IRQS"),
+    (11, "VFIO_DEVICE_RESET"),
+    (12, "VFIO_DEVICE_GET_PCI_HOT_RESET_INFO"),
+    (13, "VFIO_DEVICE_PCI_HOT_RESET"),
+    (14, "VFIO_DEVICE_QUERY_GFX_PLANE"),
+    (15, "VFIO_DEVICE_GET_GFX_DMABUF"),
+    (16, "VFIO_DEVICE_IOEVENTFD"),
+    (17, "VFIO_DEVICE_FEATURE"),
+    (18, "VFIO_DEVICE_BIND_IOMMUFD"),
+    (19, "VFIO_DEVICE_ATTACH_IOMMUFD_PT"),
+    (20, "VFIO_DEVICE_DETACH_IOMMUFD_PT"),
+    (21, "VFIO_MIG_GET_PRECOPY_INFO"),
+)
+_IOMMUFD: Final = range(0x80 - VFIO_BASE, 0xA0 - VFIO_BASE)
+"""linux/iommufd.h: IOMMUFD_CMD_BASE is 0x80 of the same type; some are left for later kernels."""
+TAKEN: Final[dict[int, str]] = {
+    **dict.fromkeys(_IOMMUFD, "one of iommufd's"),
+    **dict(_OF_CONTAINERS),
+    **dict(_OF_GROUPS),
+    **dict(_OF_DEVICES),
+}
+"""What ``_IO(VFIO_TYPE, VFIO_BASE + nr)`` is in mainline; a device's meaning wins, as the RFC's go to a device."""
+_OWN: Final = {STATUS_SET: 14, GET_DIRTY: 15}
+"""The RFC's own numbers. Mainline has given them away since, so flags and regions decide before one of them is sent."""
+_FLAGS: Final[dict[int, str]] = {
+    0: "VFIO_DEVICE_FLAGS_RESET",
+    1: "VFIO_DEVICE_FLAGS_PCI",
+    2: "VFIO_DEVICE_FLAGS_PLATFORM",
+    3: "VFIO_DEVICE_FLAGS_AMBA",
+    6: "VFIO_DEVICE_FLAGS_FSL_MC",
+    7: "VFIO_DEVICE_FLAGS_CAPS",
+    8: "VFIO_DEVICE_FLAGS_CDX",
+}
+"""Bits of mainline's. Not 4 and 5, CCW and AP: the RFC has one of them, by the age of its tree, and no s390 device has
+the PCI flag that is asked for, too."""
+_CCW: Final = "VFIO_DEVICE_FLAGS_CCW"
+_LOWEST_INDEX: Final = ffi.integer_const("VFIO_PCI_VGA_REGION_INDEX") + 1
+"""Below are BARs, ROM, configuration space and VGA."""
 
 
 class RfcProfile(NamedTuple):
@@ -207,6 +276,9 @@ def read_header(path: str) -> str:
     return text.decode("utf-8", "replace")
 
 
+_HINT: Final = "give the header of the kernel that runs here, as it was built"
+
+
 def _check(path: str, values: dict[str, int]) -> None:
     missing = [name for name in REQUIRED if name not in values]
     if missing:
@@ -222,6 +294,28 @@ def _check(path: str, values: dict[str, int]) -> None:
         raise UsageError(f"{path}: {STATUS_SET} or {GET_DIRTY} is no VFIO ioctl number")
     if not values[STATE_INDEX] < values[NUM_REGIONS] <= 1 << 16:
         raise UsageError(f"{path}: {STATE_INDEX} is not below {NUM_REGIONS}")
+    _check_meaning(path, values)
+    image_max = values.get(IMAGE_MAX, DEFAULT_PROFILE.image_max)
+    if not IMAGE_SMALLEST < image_max <= IMAGE_LARGEST:
+        raise UsageError(f"{path}: no vGPU's state fits {IMAGE_MAX}, {image_max} bytes")
+
+
+def _check_meaning(path: str, values: dict[str, int]) -> None:
+    """Refuse numbers with which something else would be done to a device, or looked at, than the RFC means."""
+    lowest = (VFIO_TYPE << 8) | VFIO_BASE
+    for name, own in _OWN.items():
+        nr = values[name] - lowest
+        if nr != own and nr in TAKEN:
+            raise UsageError(f"{path}: {name} has the number of another request: {TAKEN[nr]}", hint=_HINT)
+    if values[STATUS_SET] == values[GET_DIRTY]:
+        raise UsageError(f"{path}: {STATUS_SET} and {GET_DIRTY} are the same number", hint=_HINT)
+    flag = values[FLAG]
+    bit = flag.bit_length() - 1
+    known = _FLAGS.get(bit) or (_CCW if flag == values.get(_CCW) else None)
+    if known is not None:
+        raise UsageError(f"{path}: {FLAG} is the bit of {known}", hint=_HINT)
+    if values[STATE_INDEX] < _LOWEST_INDEX:
+        raise UsageError(f"{path}: {STATE_INDEX} is that of a BAR, the ROM, configuration space or VGA", hint=_HINT)
 
 
 def load_profile(path: str) -> RfcProfile:

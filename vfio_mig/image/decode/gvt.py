@@ -11,6 +11,7 @@ from vfio_mig.image import gvt
 from vfio_mig.image.decode import commands, pci, registers
 from vfio_mig.image.decode.gtt import Table
 from vfio_mig.image.decode.section import LISTED_MAX, Decoded, Section, listed
+from vfio_mig.uapi.profile import IMAGE_LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ def decode(content: bytes, read_page: PageReader = no_page) -> Decoded:
     :param read_page: gives pages of guest memory, for what is queued.
     """
     try:
-        image = gvt.parse(memoryview(content))
+        image = gvt.parse(memoryview(content), image_max=IMAGE_LARGEST)
     except ImageError as error:
         return Decoded(LAYOUT, list(_records(content)), [str(error)])
     return Decoded(LAYOUT, list(_sections(image, read_page)), list(image.warnings))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vfio_mig.image.decode import gvt as gvt_words
 from vfio_mig.image.decode.section import LISTED_MAX, Decoded, Section, listed
-from vfio_mig.image.gvt import IMAGE_MAX
+from vfio_mig.uapi.profile import IMAGE_LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,7 +120,7 @@ def _gvt_image(stream: Window, so_far: Decoded, read_page: PageReader) -> Decode
     problems = list(so_far.problems)
     if at + size != stream.size:
         problems.append(f"{stream.size - at - size} bytes behind the image")
-    if size > IMAGE_MAX:
+    if size > IMAGE_LARGEST:
         return so_far._replace(problems=[*problems, f"an image of {size} bytes is too large"])
     inner = gvt_words.decode(stream.read(at, size), read_page)
     sections = [*so_far.sections, *(section._replace(offset=at + section.offset) for section in inner.sections)]
@@ -200,7 +200,7 @@ def _unknown(stream: Window, _: PageReader) -> Decoded:
 
 
 def _rfc(stream: Window, read_page: PageReader) -> Decoded:
-    return gvt_words.decode(stream.read(0, IMAGE_MAX), read_page)
+    return gvt_words.decode(stream.read(0, IMAGE_LARGEST), read_page)
 
 
 def _candidates(first: bytes, driver: str) -> Iterator[Callable[[Window, PageReader], Decoded]]:
