@@ -55,7 +55,8 @@ class FileWindow:
         try:
             return os.pread(self._file.fileno(), max(0, min(size, self.size - at)), at)
         except OSError as error:
-            raise host_error("cannot read", str(self._file.name), error) from error
+            name = getattr(self._file, "name", None)  # a number is standard input's, or that of a file without a name
+            raise host_error("cannot read", name if isinstance(name, str) else "input", error) from error
 
 
 class PartWindow:

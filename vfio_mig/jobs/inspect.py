@@ -123,6 +123,11 @@ def _look_at_stream(saved: Saved, stream: QemuStream) -> _Content:
     return _Content(Decoded("qemu", sections, problems), windows, sum(device.state_size for device in stream.devices))
 
 
+def problems_of(saved: Saved) -> list[str]:
+    """Return what is broken or unusual in a saved device: every command that looks into one says the same of it."""
+    return [printable(problem) for problem in _look(saved).decoded.problems]
+
+
 def _members(archive: Archive) -> dict[str, Any]:
     from vfio_mig.image.decode.section import LISTED_MAX, listed
 

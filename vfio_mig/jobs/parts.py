@@ -7,7 +7,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vfio_mig.errors import ImageError, UsageError, printable
+from vfio_mig.errors import ImageError, UsageError
+from vfio_mig.jobs.inspect import problems_of
 from vfio_mig.jobs.saved import open_saved
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.saved import Saved
 
 _STEP: Final = 1 << 20
-_STATES_MAX: Final = 100
 STDOUT: Final = "-"
 INCOMPLETE: Final = ".incomplete"
 """What the name of a state that is not whole ends with."""
@@ -64,6 +64,7 @@ def extract_image(file: str, directory: str) -> ExtractReport:
     from vfio_mig.image import parts
     from vfio_mig.image.directory import NewDirectory
 
+    problems: list[str] = []
     with open_saved(file) as saved:
         if saved.archive is None and saved.stream is None:
             raise UsageError(f"{file} is a bare state: there is nothing to extract from it", hint="see 'inspect --hex'")
@@ -72,19 +73,13 @@ def extract_image(file: str, directory: str) -> ExtractReport:
                 names = parts.extract(saved.archive, into)
             else:
                 assert saved.stream is not None  # noqa: S101 -- for the type checker
-                names = _extract_stream(saved, saved.stream, into)
-    problems = [] if saved.stream is None else list(map(printable, _problems(saved.stream)))
+                problems = problems_of(saved)
+                names = _extract_stream(saved, saved.stream, problems, into)
     whole = saved.stream is None or (saved.stream.complete and not any(one.problem for one in saved.stream.devices))
     return ExtractReport(file, directory, saved.kind, names, whole, problems)
 
 
-def _problems(stream: QemuStream) -> list[str]:
-    """Return what ``inspect`` says of a stream, without its devices' states."""
-    states = [f"vfio{number}: {one.problem}" for number, one in enumerate(stream.devices) if one.problem is not None]
-    return stream.problems + states[:_STATES_MAX]
-
-
-def _extract_stream(saved: Saved, stream: QemuStream, into: NewDirectory) -> list[str]:
+def _extract_stream(saved: Saved, stream: QemuStream, problems: list[str], into: NewDirectory) -> list[str]:
     """Write each VFIO device's state and QEMU's record of it: ``vfioN.state``, ``vfioN.config``, ``stream.json``.
 
     A state that is not whole is named so: nobody should take it for one that can be restored.
@@ -118,7 +113,7 @@ def _extract_stream(saved: Saved, stream: QemuStream, into: NewDirectory) -> lis
         "complete": stream.complete,
         "proved": stream.proved,
         "devices": devices,
-        "problems": list(map(printable, _problems(stream))),
+        "problems": problems,
         "wrapping": saved.wrapping,
         "libvirt": None if saved.libvirt is None else saved.libvirt.values(),
     }
