@@ -174,6 +174,16 @@ def test_pipe_control_stores_and_interrupts(rig: Rig) -> None:
     assert rig.read(0x44308) == 0x101
 
 
+def test_pipe_control_writes_a_register_or_the_count_of_nothing_that_was_drawn(rig: Rig) -> None:
+    rig.put(DATA, 0x11, 0x22)
+    rig.run(
+        PIPE_CONTROL, 1 << 23 | 1 << 14, SCRATCH, 0, 0x33, 0x44,
+        PIPE_CONTROL, 2 << 14, DATA, 0, 0x55, 0x66,
+        engine="rcs0",
+    )  # fmt: skip
+    assert (rig.read(SCRATCH), rig.get(DATA), rig.get(DATA + 4)) == (0x33, 0, 0)
+
+
 def test_user_interrupts_arrive(rig: Rig) -> None:
     before = rig.gpu.interrupts.sent
     rig.run(USER_INTERRUPT, USER_INTERRUPT, engine="vecs0")

@@ -48,10 +48,11 @@ _PIPELINE_SELECT_OLD: Final = 0x6104
 _VF_STATISTICS: Final = 0x780B
 
 _POST_SYNC_SHIFT, _POST_SYNC_MASK = 14, 3
-_WRITE_DATA, _WRITE_TIMESTAMP = 1, 3
+_WRITE_DATA, _WRITE_DEPTH_COUNT, _WRITE_TIMESTAMP = 1, 2, 3
 _NOTIFY: Final = 1 << 8
 _STORE_INDEX: Final = 1 << 21
 _PIPE_USE_GGTT: Final = 1 << 24
+_PIPE_WRITE_REGISTER: Final = 1 << 23
 _FLUSH_USE_GGTT: Final = 1 << 2  # in the address
 
 _COMPARE: Final[tuple[Callable[[int, int], bool], ...]] = (
@@ -268,7 +269,10 @@ class Interpreter:
         address, ggtt = command.address(2), bool(flags & _PIPE_USE_GGTT)
         if flags & _STORE_INDEX:
             address, ggtt = self._status_page() + (command.word(2) & _INDEX), True
-        self._post_sync(command, flags, address, (command.word(4), command.word(5)), ggtt=ggtt)
+        if flags & _PIPE_WRITE_REGISTER:
+            self._mmio.write_by_command(address & _REGISTER, command.word(4))
+        else:
+            self._post_sync(command, flags, address, (command.word(4), command.word(5)), ggtt=ggtt)
         if flags & _NOTIFY:
             self._user_interrupt()
 
@@ -277,7 +281,9 @@ class Interpreter:
     ) -> None:
         operation = flags >> _POST_SYNC_SHIFT & _POST_SYNC_MASK
         low, high = data
-        if operation == _WRITE_TIMESTAMP:
+        if operation == _WRITE_DEPTH_COUNT:
+            self._put(command, address, 0, 0, ggtt=ggtt)  # nothing is drawn
+        elif operation == _WRITE_TIMESTAMP:
             now = self._ticks()
             self._put(command, address, now & _DWORD, now >> 32, ggtt=ggtt)
         elif operation == _WRITE_DATA and high is None:
