@@ -104,7 +104,8 @@ class _Scan:
         self._majors: Final = {os.major(number) for number in self.places}
         self.found: Final[dict[str, list[tuple[int, Holder]]]] = {}
         self.refused = 0
-        self.has_groupless = False
+        self.has_device = self.has_node = False
+        """Whether any process has a device open as such, and whether any has a node of VFIO's open."""
         self.is_settled = True
 
     def run(self, pid: int | None) -> None:
@@ -139,18 +140,16 @@ class _Scan:
         directory = proc.fd_directory(pid, thread)
         nodes: list[tuple[int, int]] = []
         marks: set[str] = set()
-        has_device = has_node = False
         for fd, link in proc.links(directory):
             if link == _DEVICE_LINK:
-                has_device = True
+                self.has_device = self.has_device or pid != os.getpid()
             elif link.startswith(f"/memfd:{_MARK}"):
                 marks.add(link.removeprefix("/memfd:").removesuffix(" (deleted)"))
             elif self._may_be_node(link):
                 number = _character_device(f"{directory}/{fd}")
-                has_node = has_node or os.major(number) in self._majors
+                self.has_node = self.has_node or os.major(number) in self._majors
                 if number in self.places and _is_open(pid, directory, fd):
                     nodes.append((fd, number))
-        self.has_groupless = self.has_groupless or (has_device and not has_node and pid != os.getpid())
         for fd, number in nodes:
             for name, node in self.places[number]:
                 is_marked = _mark(_HOLDS, name) in marks
@@ -226,7 +225,8 @@ def _why_unseen(scan: _Scan, standing: proc.Standing) -> Unseen | None:
         return Unseen(_refusal(scan.refused), to_see_more())
     if not scan.is_settled:
         return UNSETTLED
-    return NO_GROUP if scan.has_groupless else None
+    # Whoever borrows a device has it without its group, which another process then has
+    return NO_GROUP if scan.has_device and not scan.has_node else None
 
 
 def _refusal(refused: int) -> str:
