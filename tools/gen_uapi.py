@@ -16,7 +16,7 @@ from cffi import FFI
 
 ROOT: Final = Path(__file__).parent.parent
 CDEFS: Final = ROOT / "cdefs"
-HEADERS: Final = ("vfio_mainline.h", "iommufd.h", "gvt_rfc.h", "gvt_image.h", "gvt_pvinfo.h")
+HEADERS: Final = ("vfio_mainline.h", "iommufd.h", "kvm.h", "gvt_rfc.h", "gvt_image.h", "gvt_pvinfo.h")
 MODULE: Final = "vfio_mig.uapi._generated"
 
 TYPES: Final = """

@@ -43,6 +43,12 @@ CONFIG_INDEX: Final = ffi.integer_const("VFIO_PCI_CONFIG_REGION_INDEX")
 _CAP_SPARSE: Final = ffi.integer_const("VFIO_REGION_INFO_CAP_SPARSE_MMAP")
 _CAP_TYPE: Final = ffi.integer_const("VFIO_REGION_INFO_CAP_TYPE")
 
+_PURPOSES: Final[dict[tuple[int | None, int | None], str]] = {
+    (0x80008086, 1): "OpRegion",
+    (0x80008086, 2): "host bridge's configuration",
+    (0x80008086, 3): "LPC bridge's configuration",
+    (1, 1): "EDID",
+}
 # Native order, as the kernel's structs are
 _INFO: Final = struct.Struct("=IIIIQQ")  # struct vfio_region_info
 _CAP: Final = struct.Struct("=HHI")  # struct vfio_info_cap_header
@@ -99,6 +105,11 @@ class Region(NamedTuple):
     subtype: int | None
     sparse_areas: tuple[tuple[int, int], ...]
     capability_ids: tuple[int, ...]
+
+    @property
+    def purpose(self) -> str:
+        """What a region beyond PCI's own is for, empty when its type is not known here (<linux/vfio.h>)."""
+        return _PURPOSES.get((self.type, self.subtype), "")
 
     @property
     def access(self) -> str:

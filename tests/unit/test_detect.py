@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from vfio_mig import uapi
 from vfio_mig.device import CAPS_MAX, REPLY_MAX, Device, Region
 from vfio_mig.errors import DeviceError, UnsupportedError, UsageError
+from vfio_mig.host.devices import HostDevice
+from vfio_mig.jobs import session
 from vfio_mig.protocols.detect import MAINLINE, detect, explain, mainline_flags
 from vfio_mig.protocols.gvt_rfc import DIRTY_PAGES_MAX, GvtRfc
 from vfio_mig.protocols.mainline_v2 import MainlineV2
@@ -269,6 +271,28 @@ def test_capabilities_are_decoded(caps: list[tuple[int, bytes]], expected: tuple
     region = FakeDevice(replies={3: reply(*caps, flags=RWM, size=123, offset=3 << 40)}).region(3)
     assert region[:4] == (3, RWM | (CAPS if caps else 0), 123, 3 << 40)
     assert region[4:] == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype", "purpose"),
+    [(0x80008086, 1, "OpRegion"), (1, 1, "EDID"), (1, 2, ""), (0x80008086, 9, ""), (3, 1, "")],
+)
+def test_regions_of_known_types_have_a_name(kind: int, subtype: int, purpose: str) -> None:
+    assert FakeDevice(replies={9: reply(type_cap(kind, subtype))}).region(9).purpose == purpose
+    assert FakeDevice().region(9).purpose == ""
+
+
+@pytest.mark.parametrize(("kind", "is_named"), [("i915-GVTg_V5_4", True), ("gvt_sample-GVTg_V4_8", False)])
+def test_a_gvt_g_without_migration_is_told_as_such(kind: str, is_named: bool) -> None:
+    stock = FakeDevice(flags=3, num_regions=11, replies={9: reply(type_cap(0x80008086, 1))})
+    found = HostDevice("fake", "", "mdev", kind, "0000:00:02.0", "intel_vgpu_mdev", 7)
+    with pytest.raises(UnsupportedError) as caught:
+        session._detect(found, stock, DEFAULT_PROFILE)
+    text = str(caught.value)
+    assert ("a GVT-g vGPU of a driver without migration" in text) is is_named
+    assert ("scripts/kvmgt builds" in text) is is_named
+    assert "cannot be migrated: migratable" in text
+    assert caught.value.exit_code == 4
 
 
 def test_capabilities_are_asked_for_with_the_size_that_the_kernel_wants() -> None:

@@ -26,11 +26,13 @@ from vfio_mig.errors import (
     UsageError,
     VfioMigError,
 )
-from vfio_mig.host import mdev, opening
+from vfio_mig.host import kvm, mdev, opening
 from vfio_mig.host.discover import Host, HostDevice, Snapshot
+from vfio_mig.host.guest import address_of
 from vfio_mig.host.holders import Holder, Unseen, View, duplicate_fd, find_holder, find_holders
 from vfio_mig.host.opening import open_device
 from vfio_mig.uapi import IoctlError, Request
+from vfio_mig.uapi import kvm as kvm_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -426,6 +428,11 @@ class Kernel:
         self.viable = 1
         self.refuse: dict[Request, int] = {}
         self.device_fds: list[int] = []
+        self.demands_kvm = self.has_kvm = False
+        self.kvm = tmp_path / "kvm"
+        for name in ("kvm", "vm", "vfio"):
+            self.kvm.with_name(name).write_bytes(b"")
+        monkeypatch.setattr(kvm, "NODE", str(self.kvm))
         container = tmp_path / "container"
         container.write_bytes(b"")
         monkeypatch.setattr(opening, "CONTAINER", str(container))
@@ -437,6 +444,16 @@ class Kernel:
         self.calls.append((f"{name} {request.name}", sent))
         if request in self.refuse:
             raise IoctlError(self.refuse[request], request)
+        if request == uapi.GROUP_GET_DEVICE_FD and self.demands_kvm and not self.has_kvm:
+            raise IoctlError(errno.ESRCH, request)
+        if request in (kvm_words.CREATE_VM, kvm_words.CREATE_DEVICE):
+            made = os.open(self.kvm.with_name("vm" if request == kvm_words.CREATE_VM else "vfio"), os.O_RDONLY)
+            if isinstance(arg, int):
+                return made
+            device: Any = arg
+            device.fd = made
+        if request == kvm_words.SET_DEVICE_ATTR:
+            self.has_kvm = True
         if request == uapi.GROUP_GET_STATUS:
             status: Any = arg
             status.flags = self.viable
@@ -529,6 +546,58 @@ def test_a_group_that_is_not_viable_gets_no_container(held: HeldDevice, kernel: 
     with pytest.raises(OpenError, match="group 7 is not viable; bind every device of the group"):
         open_device(held)
     assert [name for name, _ in kernel.calls] == ["node VFIO_GROUP_GET_STATUS"]
+    assert open_fds() == before
+
+
+IN_A_VM: Final = [
+    "kvm KVM_CREATE_VM",
+    "vm KVM_SET_USER_MEMORY_REGION",
+    "vm KVM_CREATE_DEVICE",
+    "vfio KVM_SET_DEVICE_ATTR",
+    "node VFIO_GROUP_GET_DEVICE_FD",
+    "node VFIO_DEVICE_RESET",
+]
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["asked for", "demanded by the driver"])
+def test_a_driver_that_demands_a_kvm_gets_one_with_the_guest_s_memory(
+    held: HeldDevice, kernel: Kernel, asked: bool
+) -> None:
+    before = open_fds()
+    kernel.demands_kvm = True
+    memory = Memory()
+    with open_device(held, memory=[memory], kvm=asked) as device:
+        assert device.how == "group"
+        names = [name for name, _ in kernel.calls]
+        assert names[4:] == ([] if asked else ["node VFIO_GROUP_GET_DEVICE_FD"]) + IN_A_VM
+        slot = dict(kernel.calls)["vm KVM_SET_USER_MEMORY_REGION"]
+        assert isinstance(slot, bytes)
+        number, flags, gpa, size, address = struct.unpack("=IIQQQ", slot)
+        assert (number, flags, gpa, size) == (0, 0, 0x100000, 4096)
+        assert address == address_of(memory.mapping)
+        assert kernel.kvm.with_name("vm") in {Path(f"/proc/self/fd/{fd}").resolve() for fd in open_fds()}
+    assert open_fds() == before
+
+
+def test_without_a_kvm_such_a_device_says_what_it_needs(held: HeldDevice, kernel: Kernel) -> None:
+    before = open_fds()
+    kernel.demands_kvm = True
+    kernel.kvm.unlink()
+    with pytest.raises(OpenError, match=r"only for who has a KVM, and \S+ cannot be opened: ENOENT .*kvm_intel"):
+        open_device(held)
+    kernel.kvm.write_bytes(b"")
+    kernel.refuse = {kvm_words.CREATE_VM: errno.ENOMEM}
+    with pytest.raises(OpenError, match="a VM for it: KVM_CREATE_VM failed: ENOMEM"):
+        open_device(held)
+    kernel.refuse = {kvm_words.SET_DEVICE_ATTR: errno.EINVAL}
+    with pytest.raises(OpenError, match="a VM for it: KVM_SET_DEVICE_ATTR failed: EINVAL"):
+        open_device(held)
+    kernel.refuse = {uapi.DEVICE_RESET: errno.EIO}
+    with pytest.raises(DeviceError, match="VFIO_DEVICE_RESET failed: EIO"):
+        open_device(held)
+    kernel.refuse = {uapi.GROUP_GET_DEVICE_FD: errno.ESRCH}
+    with pytest.raises(OpenError, match=r"ESRCH .*; its driver demands a process that has made a KVM VM"):
+        open_device(held)
     assert open_fds() == before
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from tools.gen_uapi import HEADERS, declarations, write_module, write_stub
 from vfio_mig import uapi
-from vfio_mig.uapi import IoctlError, Request, call, ffi, iommufd, vfio_request
+from vfio_mig.uapi import IoctlError, Request, call, ffi, iommufd, kvm, vfio_request
 from vfio_mig.uapi.profile import DEFAULT_PROFILE, GET_DIRTY, STATUS_SET
 
 ROOT: Final = Path(__file__).parents[2]
@@ -234,6 +234,32 @@ def test_iommufds_words_are_those_of_the_systems_header(tmp_path: Path) -> None:
     known = {**IOMMUFD_CONSTANTS, **IOMMUFD_REQUESTS}
     known |= {f"{name}.{field}": offset for name, (_, field, offset) in IOMMUFD_LAYOUTS.items()}
     assert said == {name: (number,) for name, number in known.items()}
+
+
+KVM_REQUESTS: Final = {
+    "KVM_CREATE_VM": 0xAE01,
+    "KVM_SET_USER_MEMORY_REGION": 0x4020AE46,
+    "KVM_CREATE_DEVICE": 0xC00CAEE0,
+    "KVM_SET_DEVICE_ATTR": 0x4018AEE1,
+}
+
+
+def test_kvms_requests_are_those_of_linux_6_12() -> None:
+    requests = [value for value in vars(kvm).values() if isinstance(value, Request)]
+    assert {one.name: one.number for one in requests} == KVM_REQUESTS
+
+
+@needs_compiler
+def test_kvms_words_are_those_of_the_systems_header(tmp_path: Path) -> None:
+    constants = constants_in("kvm.h")
+    lines = [print_constant(name) for name in (*constants, *KVM_REQUESTS)]
+    for name in structs_in("kvm.h"):
+        lines += print_layout(name)
+    said = run_c(tmp_path, ["#include <linux/kvm.h>", "int main(void) {", *lines])
+    assert {name: said[name] for name in constants} == {name: (RAW.integer_const(name),) for name in constants}
+    assert {name: said[name] for name in KVM_REQUESTS} == {name: (number,) for name, number in KVM_REQUESTS.items()}
+    for name in structs_in("kvm.h"):
+        assert said[name] == (RAW.sizeof(f"struct {name}"),)
 
 
 def test_a_requests_number_counts_from_vfios_base() -> None:

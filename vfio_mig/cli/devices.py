@@ -58,6 +58,8 @@ def _print_regions(info: DeviceInfo) -> None:
         parts += [f"mmap {area[0]:#x}+{area[1]:#x}" for area in region.sparse_areas]
         if region.type is not None:
             parts.append(f"type {region.type:#x} subtype {region.subtype}")
+        if region.purpose:
+            parts.append(region.purpose)
         put(f"region {region.number}  {', '.join(parts)}")
 
 

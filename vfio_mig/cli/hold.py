@@ -19,16 +19,20 @@ if TYPE_CHECKING:
 @click.command("hold", short_help="Keep DEVICE open for the other commands.")
 @click.argument("device", shell_complete=complete.device)
 @memory_option
+@click.option(
+    "--kvm", is_flag=True, help="Give the device a KVM VM in any case, not only where its driver asks for one."
+)
 @click.option("--ready-fd", type=click.IntRange(min=0), help="Write one line to this inherited fd when ready.")
 @click.option("--pidfile", metavar="FILE", help="Write the PID there when ready; removed at the end.")
 @click.pass_obj
 def hold_command(
-    options: Options, device: str, memory: tuple[str, ...], ready_fd: int | None, pidfile: str | None
+    options: Options, device: str, memory: tuple[str, ...], ready_fd: int | None, pidfile: str | None, *, kvm: bool
 ) -> None:
     """Keep DEVICE open until a signal ends this command; others borrow it meanwhile.
 
     Prints one line when the device is ready, and tells systemd (Type=notify). With --memory the files are mapped for
-    the device's DMA.
+    the device's DMA. A driver that opens a device only for a process with a KVM VM, as kvmgt does, gets one: without a
+    CPU, with a slot for each piece of memory.
 
     \b
     Examples:
@@ -52,4 +56,4 @@ def hold_command(
             elif not options.quiet:
                 put(text)
 
-        hold_device(device, settings_of(options), memory=parse_memory(memory), ready=ready)
+        hold_device(device, settings_of(options)._replace(kvm=kvm), memory=parse_memory(memory), ready=ready)

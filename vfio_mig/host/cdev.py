@@ -16,6 +16,8 @@ from vfio_mig.device import Device
 from vfio_mig.errors import DeviceBusyError, OpenError, errno_text
 from vfio_mig.host.dma import IommufdDma
 from vfio_mig.host.iommufd import NODE, Iommufd
+from vfio_mig.host.kvm import NO_KVM_HINT, NoKvmError, open_with_kvm, reset_for_vm
+from vfio_mig.host.kvm import attach as attach_vm
 from vfio_mig.uapi import IoctlError, ffi
 
 if TYPE_CHECKING:
@@ -83,19 +85,26 @@ def _require_same(device: HostDevice, path: str, fd: int) -> None:
         raise OpenError(f"{path} is the node of another device", device=device.name, hint="is udev running?")
 
 
-def bind(device: HostDevice, path: str, nodes: Nodes, memory: Sequence[GuestMemory]) -> Device:
+def bind(device: HostDevice, path: str, nodes: Nodes, memory: Sequence[GuestMemory], *, kvm: bool = False) -> Device:
     """Bind an open node to its iommufd and map guest memory; takes the two files over, also if it fails.
 
+    :param kvm: give it a VM in any case; by default where its driver demands one.
     :raises DeviceBusyError: another process has the device.
     :raises OpenError: the kernel refused.
     """
+    vm: list[int] = []
     try:
-        devid = _bind(device, path, nodes)
+        devid, vm = open_with_kvm(
+            lambda: _bind(device, path, nodes), lambda: attach_vm(device, nodes.device, memory), kvm=kvm
+        )
         dma = _map(device, nodes, devid, memory) if memory else None
     except BaseException:
         nodes.close()
+        for fd in vm:
+            os.close(fd)
         raise
-    return Device(device.name, nodes.device, how="cdev", node=path, dma=dma, owned=[nodes.iommufd])
+    opened = Device(device.name, nodes.device, how="cdev", node=path, dma=dma, owned=[nodes.iommufd, *vm])
+    return reset_for_vm(opened) if vm else opened
 
 
 def _bind(device: HostDevice, path: str, nodes: Nodes) -> int:
@@ -109,6 +118,8 @@ def _bind(device: HostDevice, path: str, nodes: Nodes) -> int:
         if error.errno in _BUSY:
             where = path if error.errno == errno.EINVAL else device.node
             raise DeviceBusyError(f"{where} is open in another process: {error}", device=device.name) from error
+        if error.errno == errno.ESRCH:
+            raise NoKvmError(str(error), device=device.name, hint=NO_KVM_HINT) from error
         raise OpenError(str(error), device=device.name, hint=_BIND_HINTS.get(error.errno or 0)) from error
     return request.out_devid
 

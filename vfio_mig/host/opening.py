@@ -20,6 +20,7 @@ from vfio_mig.errors import (
 from vfio_mig.host.dma import ContainerDma
 from vfio_mig.host.guest import address_of
 from vfio_mig.host.holders import duplicate_fd, look, mark_borrower, may_look_into, to_see_more
+from vfio_mig.host.kvm import NO_KVM_HINT, NoKvmError, attach, open_with_kvm, reset_for_vm
 from vfio_mig.uapi import IoctlError, ffi
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def open_device(
     pid: int | None = None,
     fd: int | None = None,
     via: str = AUTO,
+    kvm: bool = False,
     view: View | None = None,
 ) -> Device:
     """Open a device; when a process has it, borrow it there: another one, or this one.
@@ -69,6 +71,7 @@ def open_device(
     :param fd: a group's fd, or one of the device's own node, that this process has inherited; stays the caller's.
     :param via: for a device that is opened: ``group``, ``cdev``, or ``auto``, its own node where that and
         ``/dev/iommu`` can be opened, else its group.
+    :param kvm: give a device that is opened a VM in any case; by default where its driver demands one.
     :param view: who has it open, where that is known already.
     :raises DeviceBusyError: another process has it and it cannot be borrowed.
     :raises OpenError: it cannot be opened; the message has the errno and what to do.
@@ -90,7 +93,7 @@ def open_device(
     if pid is not None:
         raise _has_it_not(device, pid)
     try:
-        return _open(device, memory, via)
+        return _open(device, memory, via, kvm=kvm)
     except DeviceBusyError as error:
         error.hint = _why_busy(view.unseen)
         raise
@@ -117,7 +120,7 @@ def _why_busy(unseen: Unseen | None) -> str:
     return "no process shows it, so its fd is on its way in a socket, or only io_uring has it; end who opened it"
 
 
-def _open(device: HostDevice, memory: Sequence[GuestMemory], via: str) -> Device:
+def _open(device: HostDevice, memory: Sequence[GuestMemory], via: str, *, kvm: bool) -> Device:
     """Open a device that nobody has, by its node or by its group."""
     path = None if via == GROUP else device.cdev
     if path is not None:
@@ -129,12 +132,12 @@ def _open(device: HostDevice, memory: Sequence[GuestMemory], via: str) -> Device
             if via == CDEV or device.node is None:
                 raise
         else:
-            return bind(device, path, nodes, memory)
+            return bind(device, path, nodes, memory, kvm=kvm)
     if via == CDEV:
         raise OpenError("it has no node of its own", device=device.name, hint="that takes CONFIG_VFIO_DEVICE_CDEV")
     if device.node is None:
         raise OpenError("it has no group", device=device.name, hint="leave out --via group")
-    return _open_group(device, device.node, memory)
+    return _open_group(device, device.node, memory, kvm=kvm)
 
 
 def _open_inherited(device: HostDevice, fd: int) -> Device:
@@ -255,6 +258,8 @@ def _get_device_fd(device: HostDevice, group: int) -> int:
     try:
         return uapi.call(group, uapi.GROUP_GET_DEVICE_FD, bytearray(device.name.encode() + b"\0"))
     except IoctlError as error:
+        if error.errno == errno.ESRCH:
+            raise NoKvmError(str(error), device=device.name, hint=NO_KVM_HINT) from error
         if error.errno == errno.ENODEV:
             raise DeviceNotFoundError(f"group {device.group} does not have it: {error}", device=device.name) from error
         raise OpenError(str(error), device=device.name) from error
@@ -273,7 +278,7 @@ def _open_node(device: HostDevice, path: str, hints: dict[int, str]) -> int:
         ) from error
 
 
-def _open_group(device: HostDevice, node: str, memory: Sequence[GuestMemory]) -> Device:
+def _open_group(device: HostDevice, node: str, memory: Sequence[GuestMemory], *, kvm: bool) -> Device:
     if memory and device.is_noiommu:
         raise UnsupportedError(
             f"no IOMMU confines it ({node}), so guest memory cannot be mapped for it",
@@ -290,11 +295,14 @@ def _open_group(device: HostDevice, node: str, memory: Sequence[GuestMemory]) ->
         for piece in memory:
             _map(device, container, piece)
         dma = ContainerDma(container, tuple((piece.gpa, piece.size) for piece in memory)) if memory else None
-        return Device(device.name, _get_device_fd(device, group), how=GROUP, node=node, dma=dma, owned=owned)
+        fd, vm = open_with_kvm(lambda: _get_device_fd(device, group), lambda: attach(device, group, memory), kvm=kvm)
+        owned += vm
+        opened = Device(device.name, fd, how=GROUP, node=node, dma=dma, owned=owned)
     except BaseException:
-        for fd in owned:
-            os.close(fd)
+        for one in owned:
+            os.close(one)
         raise
+    return reset_for_vm(opened) if vm else opened
 
 
 def _join(device: HostDevice, group: int, container: int) -> None:

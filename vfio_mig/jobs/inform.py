@@ -153,7 +153,9 @@ def _ask(closed: DeviceInfo, seen: Snapshot, settings: Settings, profile: RfcPro
     from vfio_mig.protocols.detect import Check, detect, explain
 
     (found,) = seen.devices
-    with open_device(found, pid=settings.pid, fd=settings.fd, via=settings.via, view=seen.view) as device:
+    with open_device(
+        found, pid=settings.pid, fd=settings.fd, via=settings.via, kvm=settings.kvm, view=seen.view
+    ) as device:
         checks = explain(device, profile)
         protocol = state = None
         try:

@@ -29,6 +29,8 @@ RUNNING = "running"
 STOP = "stop"
 CLOSED = "closed"
 ERROR = "error"
+GVT_TYPES = "i915-GVTg_"
+"""Begin of the mdev types of Intel's kvmgt."""
 
 
 class Settings(NamedTuple):
@@ -43,6 +45,7 @@ class Settings(NamedTuple):
     :param warn: takes one sentence at a time that the user must read; without one they are VfioMigWarning, as
         ``warnings`` has them.
     :param on_step: called with job, step and device at each point of a job; an exception ends the job.
+    :param kvm: give a device that is opened a KVM VM in any case; by default where its driver demands one (kvmgt).
     """
 
     abi: str = "auto"
@@ -53,6 +56,7 @@ class Settings(NamedTuple):
     tell: Callable[[str], object] | None = None
     warn: Callable[[str], object] | None = None
     on_step: Callable[[str, str, str], object] | None = None
+    kvm: bool = False
 
     def warn_user(self, text: str) -> None:
         """Pass on a sentence that the user must read."""
@@ -302,12 +306,13 @@ def _open_found(  # noqa: PLR0917 -- each is one thing
     view: View | None,
 ) -> Session:
     from vfio_mig.host.opening import open_device
-    from vfio_mig.protocols.detect import detect
 
     pieces = [_DeviceMemory(piece) for piece in memory]
-    device = open_device(found, memory=pieces, pid=settings.pid, fd=settings.fd, via=settings.via, view=view)
+    device = open_device(
+        found, memory=pieces, pid=settings.pid, fd=settings.fd, via=settings.via, kvm=settings.kvm, view=view
+    )
     try:
-        session = Session(found, device, detect(device, profile), lock, settings)
+        session = Session(found, device, _detect(found, device, profile), lock, settings)
         _require_abi(session, settings)
         if settings.tell is not None:
             settings.tell(session.describe())
@@ -315,6 +320,19 @@ def _open_found(  # noqa: PLR0917 -- each is one thing
         device.close()
         raise
     return session
+
+
+def _detect(found: HostDevice, device: Device, profile: RfcProfile) -> MigrationProtocol:
+    """Choose the protocol; say so when it is kvmgt as distributions have it that speaks none."""
+    from vfio_mig.protocols.detect import detect
+
+    try:
+        return detect(device, profile)
+    except UnsupportedError as error:
+        if found.kind == "mdev" and found.type.startswith(GVT_TYPES):
+            error.problem = f"it is a GVT-g vGPU of a driver without migration, and {error.problem}"
+            error.hint = f"scripts/kvmgt builds a driver with it; {error.hint}"
+        raise
 
 
 def _require_abi(session: Session, settings: Settings) -> None:

@@ -3,7 +3,7 @@
 
 Requests are ``_IO`` numbers from ``<linux/vfio.h>``: VFIO_TYPE is ``;``, VFIO_BASE is 100. The 2017 RFC's own two are
 in :mod:`vfio_mig.uapi.profile`, because they differ between trees; those of ``<linux/iommufd.h>`` in
-:mod:`vfio_mig.uapi.iommufd`.
+:mod:`vfio_mig.uapi.iommufd`, those of ``<linux/kvm.h>`` in :mod:`vfio_mig.uapi.kvm`.
 """
 
 from __future__ import annotations

@@ -162,6 +162,24 @@ class iommu_hwpt_get_dirty_bitmap(CData):
     page_size: int
     data: int
 
+class kvm_userspace_memory_region(CData):
+    slot: int
+    flags: int
+    guest_phys_addr: int
+    memory_size: int
+    userspace_addr: int
+
+class kvm_create_device(CData):
+    type: int
+    fd: int
+    flags: int
+
+class kvm_device_attr(CData):
+    flags: int
+    group: int
+    attr: int
+    addr: int
+
 class vfio_pci_status_set(CData):
     argsz: int
     flags: int
@@ -319,6 +337,18 @@ class _FFI:
     ) -> iommu_hwpt_get_dirty_bitmap: ...
     @overload
     def new(
+        self, cdecl: Literal["struct kvm_userspace_memory_region *"], init: Mapping[str, Any] = ..., /
+    ) -> kvm_userspace_memory_region: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct kvm_create_device *"], init: Mapping[str, Any] = ..., /
+    ) -> kvm_create_device: ...
+    @overload
+    def new(
+        self, cdecl: Literal["struct kvm_device_attr *"], init: Mapping[str, Any] = ..., /
+    ) -> kvm_device_attr: ...
+    @overload
+    def new(
         self, cdecl: Literal["struct vfio_pci_status_set *"], init: Mapping[str, Any] = ..., /
     ) -> vfio_pci_status_set: ...
     @overload
@@ -373,6 +403,9 @@ class _FFI:
         "struct iommu_hw_info",
         "struct iommu_hwpt_set_dirty_tracking",
         "struct iommu_hwpt_get_dirty_bitmap",
+        "struct kvm_userspace_memory_region",
+        "struct kvm_create_device",
+        "struct kvm_device_attr",
         "struct vfio_pci_status_set",
         "struct vfio_pci_get_dirty_bitmap",
         "struct gvt_region",
@@ -407,6 +440,9 @@ class _FFI:
         "struct iommu_hw_info",
         "struct iommu_hwpt_set_dirty_tracking",
         "struct iommu_hwpt_get_dirty_bitmap",
+        "struct kvm_userspace_memory_region",
+        "struct kvm_create_device",
+        "struct kvm_device_attr",
         "struct vfio_pci_status_set",
         "struct vfio_pci_get_dirty_bitmap",
         "struct gvt_region",
@@ -474,6 +510,9 @@ class _FFI:
         "IOMMU_HWPT_ALLOC_DIRTY_TRACKING",
         "IOMMU_HW_CAP_DIRTY_TRACKING",
         "IOMMU_HWPT_DIRTY_TRACKING_ENABLE",
+        "KVM_DEV_TYPE_VFIO",
+        "KVM_DEV_VFIO_GROUP",
+        "KVM_DEV_VFIO_GROUP_ADD",
         "VFIO_DEVICE_FLAGS_MIGRATABLE",
         "VFIO_PCI_DEVICE_STATE_REGION_INDEX",
         "VFIO_PCI_RFC_NUM_REGIONS",
