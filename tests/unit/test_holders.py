@@ -220,7 +220,7 @@ def busy(*_: object) -> int:
 @pytest.mark.parametrize(
     ("unseen", "words"),
     [
-        (module.NAMESPACE, "processes outside this PID namespace cannot be seen; use the host's"),
+        (module.NAMESPACE, "processes outside this PID namespace cannot be seen; run it in the host's PID namespace"),
         (None, "its fd is on its way in a socket, or only io_uring has it"),
     ],
 )

@@ -58,7 +58,7 @@ def test_another_pid_namespace_knows_what_it_does_not_see() -> None:
             assert "processes outside this PID namespace" in inside(NAMESPACE, "info", vgpu.uuid, code=0)
             for words in (("save", vgpu.uuid, "/dev/shm/a.vfm"), ("stop", vgpu.uuid), ("hold", vgpu.uuid)):
                 text = inside(NAMESPACE, *words, code=3)
-                assert "processes outside this PID namespace cannot be seen; use the host's" in text
+                assert "processes outside this PID namespace cannot be seen; run it in the host's PID namespace" in text
                 assert "nobody has it open" not in text
             text = inside(NAMESPACE, "mdev", "remove", vgpu.uuid, code=3)
             assert "is open in a process that cannot be seen" in text

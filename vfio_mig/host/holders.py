@@ -51,11 +51,11 @@ NO_PROC: Final = Unseen(
 )
 NAMESPACE: Final = Unseen(
     "processes outside this PID namespace cannot be seen",
-    "use the host's, where every process can be seen; a container gets that with --pid=host",
+    "run it in the host's PID namespace; a container gets that with --pid=host",
 )
 USER_NAMESPACE: Final = Unseen(
     "processes outside this user namespace cannot be looked into",
-    "use the host's, where root may look into all of them",
+    "run it outside, where root may look into all of them",
 )
 UNSETTLED: Final = Unseen("processes begin faster than they can be looked into", "try again")
 NO_GROUP: Final = Unseen(
