@@ -373,6 +373,8 @@ def test_asking_is_allowed_during_a_job(gpu: Gpu, jobs: Jobs) -> None:
         jobs.run("dirty")
         status = device_status(NAME)
     assert (status.state, status.holder_pid, status.protocol, status.left) == ("unknown", os.getpid(), "fake", None)
+    assert status.job is not None
+    assert device_status(NAME).job is None
     assert gpu.calls == ["dirty"]
 
 

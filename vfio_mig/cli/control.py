@@ -13,7 +13,7 @@ from vfio_mig.cli.output import borrow_options, p2p_option, print_json, put, set
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
-    from vfio_mig.jobs.control import Done
+    from vfio_mig.jobs.control import Done, Status
 
 PAST = {"stop": "stopped", "start": "started", "reset": "reset"}
 
@@ -80,6 +80,19 @@ def reset_command(options: Options, device: str, *, force: bool) -> None:
     _report(options, [reset_device(device, settings_of(options), force=force)])
 
 
+def _job(status: Status) -> str:
+    """Tell whose job is at work, since when, and at which step."""
+    who = f"'vfio-mig {status.job}', PID {status.job_pid}" if status.job else "another vfio-mig"
+    since = "" if status.job_since is None else f", since {_time(status.job_since)}"
+    return f"{who}{since}" + ("" if status.job_step is None else f", at step {status.job_step}")
+
+
+def _time(seconds: float) -> str:
+    from datetime import datetime
+
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
+
+
 @click.command("status", short_help="Tell who has DEVICE open.")
 @click.argument("device", shell_complete=complete.device)
 @borrow_options
@@ -105,6 +118,8 @@ def status_command(options: Options, device: str) -> None:
         put("note: its driver does not answer, so it was not asked; what waits for it cannot be ended")
     elif status.driver_state not in (None, status.state):
         put(f"state in its driver: {status.driver_state}")
+    if status.job is not None:
+        put(f"job: {_job(status)}")
     if status.left is not None:
         put(f"note: {status.left}; {status.repair}")
     if status.protocol is not None:

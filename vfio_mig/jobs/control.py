@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig import interrupts
 from vfio_mig.errors import UnsupportedError, UsageError
-from vfio_mig.host.lock import STOPPED, left_behind
+from vfio_mig.host.lock import STOPPED, at_work, left_behind
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.points import point
 from vfio_mig.jobs.rollback import Rollback
@@ -51,6 +51,10 @@ class Status(NamedTuple):
     :param driver_state: its migration state by QEMU's name as the kernel shows it, open or not, where it does: None
         where not, ``?`` when its driver does not answer.
     :param unseen: why a process that has it open may have been missed, None when none can have been.
+    :param job: the job that is at work on it, None when none is, empty when it has not said which.
+    :param job_pid: its process, as that one's PID namespace has it.
+    :param job_since: seconds since 1970 at which it began, None when it has not said.
+    :param job_step: the step that it has come to last, None when it has not said.
     """
 
     device: str
@@ -65,6 +69,10 @@ class Status(NamedTuple):
     migratable: bool | None
     driver_state: str | None
     unseen: str | None = None
+    job: str | None = None
+    job_pid: int | None = None
+    job_since: float | None = None
+    job_step: str | None = None
 
 
 def _now(session: Session, action: str) -> Done:
@@ -226,7 +234,7 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
     (found,) = seen.devices
     holder = seen.holder_of(found)
     unseen = None if holder is not None else seen.unseen
-    left = left_behind(found, holder)
+    left, work = left_behind(found, holder), at_work(found)
     protocol, state = None, CLOSED if holder is None and unseen is None else UNKNOWN
     (known,) = look([found], seen.host)
     migratable = known.migratable
@@ -246,4 +254,8 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
         migratable,
         known.state,
         None if unseen is None else unseen.reason,
+        None if work is None else work.job,
+        None if work is None else work.pid,
+        None if work is None else work.since,
+        None if work is None else work.step,
     )

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: MIT
+"""What `status` says of a job that is at work."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from vfio_mig.cli.control import _job
+from vfio_mig.jobs.control import Status
+
+IDLE = Status("name", "mdev", "x", 1, "vfio-mig", None, "unknown", None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"job": "save", "job_pid": 42}, r"'vfio-mig save', PID 42"),
+        ({"job": "", "job_pid": 0}, r"another vfio-mig"),
+        (
+            {"job": "migrate", "job_pid": 7, "job_since": 1764400000.5, "job_step": "after-live"},
+            r"'vfio-mig migrate', PID 7, since 2025-11-\d\d \d\d:\d6:40[+-]\d\d:\d\d, at step after-live",
+        ),
+    ],
+)
+def test_a_job_is_named_with_its_start_and_step(changes: dict[str, object], expected: str) -> None:
+    assert re.fullmatch(expected, _job(Status(**{**IDLE._asdict(), **changes})))
