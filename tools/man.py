@@ -36,7 +36,6 @@ EXIT_STATUS: Final = (
 ENVIRONMENT: Final = (
     ("VFIO_MIG_UAPI_HEADER", "Path of a patched kernel's linux/vfio.h, as \\fB\\-\\-uapi\\-header\\fR."),
     ("VFIO_MIG_LOCK_DIR", "Directory of the locks and notes, one per device, instead of \\fI/run/vfio\\-mig\\fR."),
-    ("VFIO_MIG_FAULT", "Makes a job fail at a named point, for tests: \\fIJOB\\fR:\\fIPOINT\\fR=\\fIACTION\\fR."),
     ("NOTIFY_SOCKET", "Where \\fBhold\\fR tells systemd that it is ready."),
 )
 FILES: Final = (

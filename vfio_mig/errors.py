@@ -72,9 +72,13 @@ class VfioMigError(Exception):
         self.hint = hint
         self.undo_errors: list[BaseException] = []
         """What failed in addition while the job rolled back; the first error is the one reported."""
+        self.consequences: list[str] = []
+        """What the failure has left behind that could not be undone, a clause each."""
 
     def __str__(self) -> str:
         text = self.problem if self.device is None else f"{self.device}: {self.problem}"
+        for consequence in self.consequences:
+            text += f"; {consequence}"
         for error in self.undo_errors:
             text += f"; while rolling back: {error}"
         if self.hint is not None:

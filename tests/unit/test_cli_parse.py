@@ -21,7 +21,7 @@ from vfio_mig.device import Device
 from vfio_mig.errors import DeviceNotFoundError, UsageError, VfioMigError
 from vfio_mig.host.discover import HostDevice
 from vfio_mig.image.writer import ArchiveWriter
-from vfio_mig.jobs import save as save_job
+from vfio_mig.jobs.engine import job as job_engine
 from vfio_mig.jobs.session import Session
 from vfio_mig.protocols.base import MigrationProtocol
 
@@ -222,7 +222,7 @@ def test_save_does_not_replace_a_file_and_leaves_the_device_alone(
         target.symlink_to("guest")
     device = Device(MISSING, -1)
     found = HostDevice(MISSING, "/sys/x", "mdev", "i915-GVTg_V4_8", "gpu", "vfio_mdev", 7)
-    monkeypatch.setattr(save_job, "open_session", lambda *_, **__: Session(found, device, Untouched(device)))
+    monkeypatch.setattr(job_engine, "open_session", lambda *_, **__: Session(found, device, Untouched(device)))
     error = refused("save", MISSING, "image", *options)
     assert isinstance(error, UsageError)
     assert str(error).startswith("image ")

@@ -6,7 +6,7 @@ import fcntl
 import io
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -20,12 +20,32 @@ from hypothesis import strategies as st
 from vfio_mig.dirty.bitmap import Dirty
 from vfio_mig.dirty.memory import CHUNK, Memory, MemoryMap
 from vfio_mig.dirty.ranges import PageRange
-from vfio_mig.dirty.sync import Copy, Round, SparseFile, sync, zero_runs
+from vfio_mig.dirty.sync import Copy, LiveCopy, Round, Sink, SparseFile, zero_runs
 from vfio_mig.errors import HostError, UsageError
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.writer import ArchiveWriter
+from vfio_mig.jobs.live import Live, copy_live
 
 PAGE = 4096
+
+
+def sync(
+    memory: Memory,
+    fetch: Callable[[], list[Dirty]],
+    sink: Sink,
+    stop: Callable[[], object],
+    *,
+    rounds: int = 3,
+    max_downtime: float | None = None,
+    progress: Callable[[Round], object] = lambda _: None,
+) -> list[Round]:
+    """Copy in rounds, stop, and copy once more, as the jobs do."""
+    copy = LiveCopy(memory, fetch, sink, remember=rounds > 0)
+    done = copy_live(Live(rounds, max_downtime, on_round=progress), copy, [])
+    stop()
+    done.append(copy.last_round())
+    progress(done[-1])
+    return done
 
 
 @contextmanager

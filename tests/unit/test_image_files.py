@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
+import contextlib
 import errno
+import io
 import os
 import signal
 import socket
@@ -250,9 +252,81 @@ def test_only_a_directory_that_cannot_be_synced_at_all_is_ignored(
     if fails:
         with pytest.raises(HostError, match="cannot sync the directory: EIO"):
             write(tmp_path / "image")
+        assert list(tmp_path.iterdir()) == []  # the source goes on, so there must be no second whole image
     else:
         write(tmp_path / "image")
-    assert (tmp_path / "image").read_bytes() == b"new"
+        assert (tmp_path / "image").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("fails", ["directory", "close"])
+def test_a_file_that_fails_at_its_last_step_is_taken_back_and_what_it_replaced_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(b"old")
+    real_sync, real_close = os.fsync, io.FileIO.close
+
+    def fsync(fd: int) -> None:
+        if fails == "directory" and stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real_sync(fd)
+
+    def close(self: io.FileIO) -> None:
+        was_open = not self.closed
+        real_close(self)
+        if fails == "close" and was_open:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(files._File, "close", close, raising=False)
+    with pytest.raises(HostError, match="EIO" if fails == "directory" else "EDQUOT"):
+        write(path, force=True)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_of_several_outputs_all_are_committed_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "old"
+    old.write_bytes(b"old")
+    outputs = [committed(old, force=True), committed(tmp_path / "new"), committed(tmp_path / "last")]
+    real = os.link
+
+    def link(source: str, target: str, **options: Any) -> None:
+        if target == "last":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        real(source, target, **options)
+
+    with contextlib.ExitStack() as stack:
+        for output in outputs:
+            stack.enter_context(output).write(b"new")
+        monkeypatch.setattr(os, "link", link)
+        with pytest.raises(HostError, match="EDQUOT") as caught:
+            files.commit_outputs(outputs)
+        assert caught.value.undo_errors == []
+        assert old.read_bytes() == b"old"
+        assert sorted(one.name for one in tmp_path.iterdir() if not one.name.startswith(".")) == ["old"]
+        stack.pop_all()
+    monkeypatch.undo()
+    for output in outputs:
+        output.__exit__(HostError, caught.value, None)
+    assert [one.name for one in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_cannot_be_taken_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    def unlink(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(HostError, match="image is there, and cannot be removed: do not use it"):
+        write(tmp_path / "image")
 
 
 def test_file_and_directory_are_synced_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,15 +380,19 @@ def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert open_descriptors() == before
 
 
-def test_what_was_committed_can_be_withdrawn_unless_it_replaced_something(tmp_path: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("was_there", [False, True])
+def test_what_was_committed_can_be_withdrawn(tmp_path: Path, *, force: bool, was_there: bool) -> None:
     path = tmp_path / "image"
-    for force in (False, True):
-        with committed(path, force=force) as file:
-            file.write(b"new")
-        output = committed(path.with_name(f"other{force}"), force=force)
-        with output as file:
-            file.write(b"new")
-            output.commit()
-            output.withdraw()
-            output.withdraw()
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["image", "otherTrue"]
+    if was_there:
+        path.write_bytes(b"old")
+        if not force:
+            return
+    output = committed(path, force=force)
+    with output as file:
+        file.write(b"new")
+        output.commit()
+        assert path.read_bytes() == b"new"
+        assert output.withdraw()
+        assert output.withdraw()
+    assert [one.read_bytes() for one in tmp_path.iterdir()] == ([b"old"] if was_there else [])

@@ -79,7 +79,7 @@ def discard(chunks: Iterable[bytes | memoryview]) -> int:
 
 def run(live: Live, *pending: Pending) -> StateCopy:
     state = StateCopy(Played(*pending), discard)
-    assert copy_live(live, None, state) == []
+    assert copy_live(live, None, [state]) == []
     return state
 
 
@@ -106,11 +106,11 @@ def test_a_downtime_that_fits_ends_the_rounds_and_one_that_cannot_be_kept_is_tol
     live = Live(9, max_downtime=1e9)
     state = run(live, *pending)
     assert len(state.rounds) == 1
-    assert falls_short(live, [], state) is None
+    assert falls_short(live, [], [state]) is None
     live = Live(9, max_downtime=0)
     state = run(live, *pending)
     assert len(state.rounds) == 3
-    text = falls_short(live, [], state)
+    text = falls_short(live, [], [state])
     assert text is not None
     assert "further rounds bring nothing" in text
 
@@ -124,15 +124,17 @@ def session(protocol: Played, warned: list[str]) -> Session:
     return Session(FOUND, protocol.device, protocol, None, Settings(warn=warned.append))
 
 
-def test_the_first_bitmap_of_a_log_has_every_page_and_so_has_the_one_after_it_was_lost(warned: list[str]) -> None:
+def test_a_log_tells_what_was_written_since_it_began_and_every_page_after_it_was_lost(warned: list[str]) -> None:
     protocol = Played()
     log = DirtyLog(session(protocol, warned), [PageRange(16, 100), PageRange(1 << 20, 3)])
     log.begin()
     assert protocol.log == [[(16 * 4096, 100 * 4096), (1 << 32, 3 * 4096)]]
-    assert sum(chunk.total() for chunk in log.fetch()) == 103
+    assert sum(chunk.total() for chunk in log.every_page()) == 103
     assert sum(chunk.total() for chunk in log.fetch()) == 0
+    lost = [log.was_lost]
     protocol.broken = True
     assert sum(chunk.total() for chunk in log.fetch()) == 103
+    assert [*lost, log.was_lost] == [False, True]
     assert warned == ["fake: REPORT failed: EIO; every page is taken as dirty"]
     log.end()
     log.end()
@@ -196,7 +198,6 @@ def test_where_the_device_has_no_log_what_else_knows_is_asked(
     log = DirtyLog(session(Played(), warned), [PageRange(16, 8)])
     log.require()
     log.begin()
-    assert sum(chunk.total() for chunk in log.fetch()) == 8
     assert sum(chunk.total() for chunk in log.fetch()) == 0
     log.end()
     assert tracker.did == [("start", [(16 * 4096, 8 * 4096)]), ("fetch", 16, 8), "stop"]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -155,7 +156,7 @@ def test_a_refused_process_leaves_the_lock_and_no_open_file() -> None:
         (STOPPED, "was left stopped", f"'vfio-mig start {NAME}' lets it go on"),
         (
             LOADING,
-            "may hold a part of an image",
+            "and its guest's memory may hold a part of an image",
             f"restore it again, or make it defined with 'vfio-mig reset {NAME}'",
         ),
     ],
@@ -463,7 +464,11 @@ def test_who_asks_keeps_no_job_from_starting() -> None:
 def test_a_job_at_work_is_told(directory: Path) -> None:
     assert at_work(FOUND) is None
     with process("save", STOPPED) as child:
-        assert at_work(FOUND) == Work("save", child.pid, None, None)
+        work = at_work(FOUND)
+        assert work is not None
+        assert work == Work("save", child.pid, work.since, None)
+        assert work.since is not None
+        assert 0 <= time.time() - work.since < 60
         assert left_behind(FOUND, ME) is None
         path = directory / f"{NAME}.lock"
         path.write_text(json.dumps(note(since=1764400000.5, step="after-stop")))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ast
 import errno
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,10 +15,12 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tools.faults.injection import VARIABLE, install
 from vfio_mig import interrupts
 from vfio_mig.errors import DeviceError, HostError, UsageError, VfioMigError
-from vfio_mig.interrupts import ENDING, protected
-from vfio_mig.jobs.points import POINTS, VARIABLE, point
+from vfio_mig.interrupts import ENDING
+from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.points import LISTENERS, POINTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,13 +32,31 @@ FAULT: Final = "save:after-stop"
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(VARIABLE, raising=False)
-    for name in ("_noted", "_finished"):
-        monkeypatch.setattr(interrupts, name, [])
+    install()
+    install()
+    assert len(LISTENERS) == 1
     before = {number: signal.getsignal(number) for number in ENDING}
     interrupts.install()
     yield
+    LISTENERS.clear()
+    interrupts.install()
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def point(name: str, step: str) -> None:
+    """Come to a step of a job."""
+    interrupts.install()
+    with Job(name) as job:
+        job.step(step)
+
+
+def test_an_installed_program_does_not_obey_the_variable() -> None:
+    code = "from vfio_mig.jobs.engine.job import Job\nwith Job('save') as job: job.step('after-stop')"
+    environment = {**os.environ, VARIABLE: f"{FAULT}=kill"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    for path in (ROOT / "vfio_mig").rglob("*.py"):
+        assert VARIABLE not in path.read_text(), path
 
 
 # --- actions
@@ -74,7 +93,8 @@ def test_a_signal_comes_to_this_process(monkeypatch: pytest.MonkeyPatch, action:
     came: list[int] = []
     signal.signal(number, lambda which, _: came.append(which))
     monkeypatch.setenv(VARIABLE, f"{FAULT}={action}")
-    point("save", "after-stop")
+    with Job("save") as job:
+        job.step("after-stop")
     assert came == [number]
 
 
@@ -86,18 +106,14 @@ def test_a_signal_by_order_is_an_interrupt(monkeypatch: pytest.MonkeyPatch, acti
     point("save", "after-state")
 
 
-def test_a_point_inside_of_a_protected_function_interrupts_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, f"{FAULT}=sigterm")
-    with pytest.raises(KeyboardInterrupt):
-        protected(point)("save", "after-stop")
-    assert interrupts._noted == []
-
-
 def test_a_kill_leaves_no_time_for_anything() -> None:
     code = """
-from vfio_mig.jobs.points import point
+from tools.faults.injection import install
+from vfio_mig.jobs.engine.job import Job
+install()
 try:
-    point("save", "after-stop")
+    with Job("save") as job:
+        job.step("after-stop")
 finally:
     print("undone", flush=True)
 """
@@ -191,87 +207,21 @@ def test_an_order_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch, 
     assert (caught.value.hint is not None) == words.startswith("unknown action")
 
 
-@pytest.mark.parametrize("orders", ["", f"{FAULT}=EIO"], ids=["no order", "an order"])
-def test_a_signal_that_came_at_a_bad_time_ends_the_job_here(monkeypatch: pytest.MonkeyPatch, orders: str) -> None:
-    monkeypatch.setenv(VARIABLE, orders)
-    protected(signal.raise_signal)(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        point("save", "after-stop")
-    point("save", "after-state")
-
-
 # --- the table
 
 
-def _constants(tree: ast.Module) -> dict[str, str]:
-    return {
-        node.targets[0].id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    }
-
-
-def _calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:
+def literal_steps(tree: ast.AST) -> Iterator[str]:
+    """Yield every name that a module's ``….step("name")`` has."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
-            yield node
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "step":
+            name = node.args[0]
+            if isinstance(name, ast.Constant):
+                yield str(name.value)
 
 
-def _values(tree: ast.Module, function: ast.FunctionDef, node: ast.expr) -> set[str]:
-    """All that an argument may be: a text, a constant of the module, or a parameter that its callers know."""
-    if isinstance(node, ast.Constant):
-        return {str(node.value)}
-    assert isinstance(node, ast.Name), ast.dump(node)
-    if node.id in _constants(tree):
-        return {_constants(tree)[node.id]}
-    place = [arg.arg for arg in function.args.args].index(node.id)
-    return {
-        value
-        for caller in _functions(tree)
-        for call in _calls(caller, function.name)
-        for value in _values(tree, caller, call.args[place])
-    }
-
-
-def _functions(tree: ast.AST) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-
-
-def points_of(text: str) -> set[tuple[str, str]]:
-    """Every (job, point) that a module calls."""
-    tree = ast.parse(text)
-    return {
-        (job, name)
-        for function in _functions(tree)
-        for call in _calls(function, "point")
-        for job in _values(tree, function, call.args[0])
-        for name in _values(tree, function, call.args[1])
-    }
-
-
-def test_the_table_names_the_points_that_the_jobs_have_and_no_other() -> None:
-    jobs = ROOT / "vfio_mig/jobs"
-    called = set.union(*(points_of(path.read_text()) for path in sorted(jobs.glob("*.py")) if path.stem != "window"))
-    called |= points_of((ROOT / "vfio_mig/conform/runner.py").read_text())
-    # The window of a job that stops one device: in a migration the source is not started again
-    names = set(re.findall(r'self\._point\("([a-z-]+)"\)', (jobs / "window.py").read_text()))
-    called |= {(job, name) for job in ("save", "migrate") for name in names} - {("migrate", "after-start")}
-    assert called == {(job, name) for job, names in POINTS.items() for name in names}
+def test_the_table_names_the_steps_that_the_jobs_have_and_no_other() -> None:
+    """Which job has which: tests/unit/test_jobs.py, and for migrate and conform tests/vm."""
+    paths = [*(ROOT / "vfio_mig/jobs").rglob("*.py"), ROOT / "vfio_mig/conform/runner.py"]
+    named = {name for path in paths for name in literal_steps(ast.parse(path.read_text()))}
+    assert named == {name for names in POINTS.values() for name in names}
     assert [len(set(names)) for names in POINTS.values()] == [len(names) for names in POINTS.values()]
-
-
-def test_points_are_found_however_they_are_written() -> None:
-    code = """
-JOB = "save"
-def one(action):
-    point(action, "opened")
-def two():
-    one("stop"), one("start")
-    def three():
-        point(JOB, "inner")
-    point("dirty", "outer")
-"""
-    assert points_of(code) == {("stop", "opened"), ("start", "opened"), ("save", "inner"), ("dirty", "outer")}

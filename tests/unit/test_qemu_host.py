@@ -206,11 +206,14 @@ class Played:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.fails: BaseException | None = None
+        self.commits = False
         self.checks: list[Finding] = []
         self.holder_pid: int | None = FakeQmp.pid
 
     def save(self, name: str, file: str, settings: Any, *, memory: Any, leave_running: bool, force: bool) -> Report:
         self.calls.append(("save", name, file, settings.pid, [str(one) for one in memory], leave_running, force))
+        if self.commits:
+            settings.on_commit()
         return self._end(running=leave_running)
 
     def restore(self, name: str, file: str, settings: Any, *, memory: Any, start: bool, force: bool) -> Report:
@@ -282,11 +285,9 @@ def test_a_failed_save_leaves_the_vm_as_it_was(played: Played, error: BaseExcept
         assert (qmp.changes, qmp.status) == (changes, status)
 
 
-def test_a_signal_after_the_save_lets_no_vm_run_on_a_stopped_device(
-    played: Played, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_after_the_save_lets_no_vm_run_on_a_stopped_device(played: Played) -> None:
     played.fails = KeyboardInterrupt()
-    monkeypatch.setattr("vfio_mig.interrupts._finished", [True])
+    played.commits = True
     for cont, changes in ((False, ["stop"]), (True, ["stop", "cont"])):
         qmp: Any = FakeQmp()
         with pytest.raises(KeyboardInterrupt):

@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Final, NoReturn
 
 import vfio_mig
 from tools.demo import report
+from tools.faults import injection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -67,6 +68,8 @@ def run(
     if warm:
         assert stdin is None
         done = _forked(words, user, env, stdout)
+    elif injection.VARIABLE in {**os.environ, **(env or {})}:
+        done = _started([sys.executable, "-m", "tools.faults.faulty", *words[1:]], user, env, stdin, stdout)
     else:
         done = _started(words, user, env, stdin, stdout)
     if rc is not None and done.returncode != rc:
@@ -211,6 +214,8 @@ def _be_the_program(
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
         sys.argv = words
+        if os.environ.get(injection.VARIABLE):  # the program itself knows nothing of it
+            injection.install()
         try:
             runpy.run_path(words[0], run_name="__main__")
         except SystemExit as end:

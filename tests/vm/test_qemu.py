@@ -17,8 +17,8 @@ from tests.vm import cli, gpu, host
 from tests.vm.held import guest_view, queue_one, run_some_work
 from tests.vm.qemu_vm import COMMAND, MEGABYTES, PRIVATE, Qemu
 from tests.vm.raw import PAGE
+from tools.faults.injection import VARIABLE
 from tools.qemu_host.memory import find_memory
-from vfio_mig.jobs.points import VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,9 +16,10 @@ from vfio_mig.device import Device, Region
 from vfio_mig.dirty.memory import Memory
 from vfio_mig.dirty.ranges import PageRange
 from vfio_mig.image.writer import ArchiveWriter
-from vfio_mig.jobs.live import Live
-from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.window import Window
+from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.memory import MemoryCopy, Wanted, last_round
+from vfio_mig.jobs.engine.pause import Pause, stop_all
+from vfio_mig.jobs.engine.state import StateReader
 from vfio_mig.protocols.gvt_rfc import GvtRfc
 from vfio_mig.uapi.profile import DEFAULT_PROFILE
 
@@ -55,6 +56,9 @@ class _Session:
     def step(self, job: str, name: str) -> None:
         """Tell nobody."""
 
+    def journal_step(self, name: str) -> None:
+        """Write nothing down."""
+
     def go_on(self) -> None:
         """Start the device."""
         self.protocol.start()
@@ -63,19 +67,21 @@ class _Session:
 def _ours(path: Path, size: int) -> Callable[[], float]:
     def run() -> float:
         fd = os.open(path, os.O_RDONLY)
-        with _Kernel("bench", fd) as device, Memory([]) as guest, Rollback() as rollback:
+        with _Kernel("bench", fd) as device, Job("save") as job:
+            guest = job.enter(Memory([]))
             protocol = GvtRfc(device, DEFAULT_PROFILE, Region(0, 3, size, 0, None, None, (), ()))
-            window = Window(
-                "save", cast("Session", _Session(protocol)), rollback, [PageRange(0, _PAGES)], guest,
-                writer=ArchiveWriter(io.BytesIO(), {}), live=Live(),
-            )  # fmt: skip
-            window.begin()
-            window.stop()
-            window.copy_memory()
-            window.read_state()
-            window.start()
-            rollback.forget()
-            return window.times["stopped_time"]
+            pause = Pause(job, cast("Session", _Session(protocol)))
+            wanted = Wanted([PageRange(0, _PAGES)])
+            copy = MemoryCopy(job, [pause], guest, None, wanted, remember=False)
+            reader = StateReader(pause, ArchiveWriter(io.BytesIO(), {}))
+            protocol.prepare()
+            copy.begin()
+            stop_all([pause])
+            last_round(job, copy, [pause])
+            reader.read()
+            pause.go_on()
+            job.commit()
+            return pause.times["stopped_time"]
 
     return run
 

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The table of jobs, faults and outcomes, for people to read."""
+"""Faults at the steps of jobs: ``injection`` plays them, ``faulty`` is the program with them.
+
+The package itself prints the table of jobs, faults and outcomes, for people to read.
+"""

@@ -117,8 +117,6 @@ def main(arguments: list[str]) -> NoReturn:
     except click.UsageError as error:
         _fail(program, UsageError(error.format_message().rstrip("."), hint=f"see '{program} --help'"))
     except KeyboardInterrupt:
-        if interrupts.finished():
-            sys.exit(0)
         _fail(program, InterruptedJobError("interrupted; what was begun has been undone"))
     except MemoryError:
         _fail(program, HostError("out of memory"))

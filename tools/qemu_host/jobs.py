@@ -97,15 +97,17 @@ def save_vgpu(
     memory_maps(qmp, pid, memory)  # what cannot be, need not interrupt the VM
     preload()
     state = _state_of(qmp, (RUNNING, *PAUSED), "only a running or paused VM can be saved")
+    saved: list[str] = []
+    settings = Settings(pid=pid, on_commit=lambda: saved.append(file))
     with Rollback() as rollback:
         if state == RUNNING:
             # once the image is there, nothing is undone: the device is stopped, and the VM must not run without it
-            rollback.push(lambda: _go_on(qmp) if cont or not interrupts.finished() else None)
+            rollback.push(lambda: _go_on(qmp) if cont or not saved else None)
             tell(f"pausing the VM of PID {pid}")
             qmp.execute("stop")
         maps = memory_maps(qmp, pid, memory)  # again, as a guest's firmware may have moved it
         tell(_command("save", device, file, pid, maps))
-        report = save(device, file, Settings(pid=pid), memory=maps, leave_running=cont, force=force)
+        report = save(device, file, settings, memory=maps, leave_running=cont, force=force)
         rollback.forget()
         vm = _finish(qmp, cont=cont, done=f"{file} is whole")
     return _summary(report._asdict(), pid, vm, maps)

@@ -50,9 +50,10 @@ def stop_command(options: Options, devices: tuple[str, ...], *, without_p2p: boo
 @click.command("start")
 @click.argument("devices", nargs=-1, required=True, metavar="DEVICE...", shell_complete=complete.device)
 @p2p_option
+@click.option("--force", is_flag=True, help="Also if its state was moved to another device, which may run, too.")
 @borrow_options
 @click.pass_obj
-def start_command(options: Options, devices: tuple[str, ...], *, without_p2p: bool) -> None:
+def start_command(options: Options, devices: tuple[str, ...], *, without_p2p: bool, force: bool) -> None:
     """Let a stopped DEVICE go on; its queued work runs.
 
     \b
@@ -61,7 +62,7 @@ def start_command(options: Options, devices: tuple[str, ...], *, without_p2p: bo
     from vfio_mig.jobs.control import start_devices
 
     require_once(devices)
-    _report(options, start_devices(devices, settings_of(options), without_p2p=without_p2p))
+    _report(options, start_devices(devices, settings_of(options), without_p2p=without_p2p, force=force))
 
 
 @click.command("reset")

@@ -254,7 +254,8 @@ def _error_of(caught: BaseException) -> VfioMigError:
         command = PROGRAM if context is None else context.command_path
         return UsageError(caught.format_message().rstrip("."), hint=f"see '{command} --help'")
     if isinstance(caught, KeyboardInterrupt):
-        return InterruptedJobError("interrupted; what was begun has been undone")
+        notes = getattr(caught, "__notes__", ())  # of a job that could not undo everything
+        return InterruptedJobError(f"interrupted; {'; '.join(notes) or 'what was begun has been undone'}")
     if isinstance(caught, OSError):  # jobs have errors of their own
         where = "" if caught.filename is None else f"{caught.filename}: "
         return HostError(f"{where}{errno_text(caught.errno or 0)}")
@@ -269,7 +270,7 @@ def _end(options: Options, code: int, error: VfioMigError | None) -> int:
     for number in interrupts.ENDING:  # there is nothing left to interrupt
         signal.signal(number, signal.SIG_IGN)
     is_signal = isinstance(error, InterruptedJobError)
-    if error is not None and (options.is_done or (is_signal and interrupts.finished())):
+    if error is not None and options.is_done:
         if not is_signal:
             warn(f"what was asked for is done, but then: {error}")
         code, error = 0, None

@@ -19,7 +19,16 @@ from vfio_mig.cli.output import (
     say,
     settings_of,
 )
-from vfio_mig.cli.transfer import live_of, live_option, max_downtime_option, rounds_option
+from vfio_mig.cli.transfer import (
+    all_memory_option,
+    live_of,
+    live_option,
+    max_downtime_option,
+    no_memory_option,
+    open_option,
+    rounds_option,
+    strict_option,
+)
 
 if TYPE_CHECKING:
     from vfio_mig.cli.main import Options
@@ -48,7 +57,12 @@ def _words(command: str) -> list[str]:
 @live_option
 @rounds_option
 @max_downtime_option
+@all_memory_option
+@strict_option
+@no_memory_option
 @click.option("--no-start", is_flag=True, help="Leave the target stopped.")
+@click.option("--force", is_flag=True, help="Also if DEVICE's state was moved before, and may go on elsewhere.")
+@open_option("migration")
 @click.option(
     "--rsh",
     default="ssh",
@@ -69,14 +83,20 @@ def migrate_command(
     live: bool,
     rounds: int | None,
     max_downtime: float | None,
+    all_memory: bool,
+    strict: bool,
+    no_memory: bool,
     no_start: bool,
+    force: bool,
+    open_closed: bool,
     rsh: str,
 ) -> None:
     """Move DEVICE's state, with --memory its dirty pages too, to a device of the same type, and start that.
 
-    Some process must hold the target open (`vfio-mig hold`). DEVICE is left stopped; it runs on if anything fails
-    before the target has the whole, verified state. Never do both run. On another host it is
-    ssh://[USER@]HOST[:PORT]/DEVICE, an IPv6 address in brackets.
+    Some process must hold the target open (`vfio-mig hold`). DEVICE is left stopped, and start, save and migrate refuse
+    it from then on without --force, as its state goes on elsewhere. It runs on if anything fails before the target has
+    the whole, verified state. Never do both run. The pages of --memory go to --target-memory. On another host the
+    target is ssh://[USER@]HOST[:PORT]/DEVICE, an IPv6 address in brackets.
 
     \b
     Examples:
@@ -96,6 +116,11 @@ def migrate_command(
             start=not no_start,
             live=live_of(options, rounds, max_downtime, meter, precopy=live),
             rsh=_words(rsh),
+            force=force,
+            no_memory=no_memory,
+            all_memory=all_memory,
+            strict=strict,
+            open_closed=open_closed,
         )
     options.done()
     if options.as_json:

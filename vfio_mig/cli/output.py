@@ -36,6 +36,7 @@ def settings_of(options: Options) -> Settings:
         tell=tell,
         warn=warn,
         on_step=_listener(options),
+        on_commit=options.done,
     )
 
 

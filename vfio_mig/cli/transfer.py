@@ -49,6 +49,23 @@ max_downtime_option = click.option(
 live_option = click.option(
     "--live", is_flag=True, help="Read the state while DEVICE runs (PRE_COPY), and copy pages in rounds; stop it late."
 )
+all_memory_option = click.option(
+    "--all-memory",
+    is_flag=True,
+    help="Copy every page of --memory once, also what the guest's CPUs write: right only while the VM is paused.",
+)
+strict_option = click.option(
+    "--strict", is_flag=True, help="End with 4 if pages that DEVICE may have written are not in --memory."
+)
+no_memory_option = click.option("--no-memory", is_flag=True, help="Leave guest memory out: the state alone.")
+
+
+def open_option(what: str) -> Callable[..., Any]:
+    """Add the option that allows a device which nobody holds."""
+    text = f"Also if nobody has DEVICE open: it is opened for this {what} alone, and closed, which loses its state."
+    return click.option("--open", "open_closed", is_flag=True, help=text)
+
+
 NOW: Final = {"running": "it runs", "stop": "left stopped", "closed": "closed, as nobody else has it open"}
 
 
@@ -116,9 +133,16 @@ def print_reports(targets: Sequence[str], reports: list[dict[str, Any]]) -> None
 @rounds_option
 @max_downtime_option
 @p2p_option
-@click.option("--leave-running", is_flag=True, help="Start the device again once everything is read.")
+@all_memory_option
+@strict_option
+@click.option("--leave-running", is_flag=True, help="Let the device go on as it was found once everything is read.")
 @click.option("--raw", is_flag=True, help="Write the bare device state: no bitmap, no pages, no integrity.")
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace FILE if it exists, and save a state that `migrate` has moved to another device.",
+)
+@open_option("save")
 @borrow_options
 @click.pass_obj
 def save_command(
@@ -131,15 +155,22 @@ def save_command(
     rounds: int | None,
     max_downtime: float | None,
     without_p2p: bool,
+    all_memory: bool,
+    strict: bool,
     leave_running: bool,
     raw: bool,
     force: bool,
+    open_closed: bool,
 ) -> None:
     """Stop DEVICE and save dirty bitmap, with --memory the dirty pages, and state to FILE (- is stdout).
 
     DEVICE is left stopped unless --leave-running. After a failure it runs and there is no FILE. With --rounds or
     --max-downtime pages are copied while it still runs, with --live what v2 devices have of their state, too.
-    Several DEVICE=FILE are one job: all stop before any is read.
+    Several DEVICE=FILE are one job: all stop before any is read, and the first FILE has the memory of all.
+
+    A v2 device tells only the pages that it writes from now on, so FILE has no others; --all-memory copies every page.
+    A GVT-g vGPU of the 2017 RFC tells the pages that are mapped when it is asked: without --rounds a page that it wrote
+    and the guest unmapped before the stop cannot be known.
 
     \b
     Examples:
@@ -163,6 +194,9 @@ def save_command(
             force=force,
             live=live_of(options, rounds, max_downtime, meter, precopy=live),
             without_p2p=without_p2p,
+            all_memory=all_memory,
+            strict=strict,
+            open_closed=open_closed,
         )
     options.done()
     if options.as_json and all(file != "-" for _, file in pairs):
@@ -183,8 +217,10 @@ def save_command(
     "targets", nargs=-1, required=True, metavar="DEVICE FILE | DEVICE=FILE...", shell_complete=complete.target
 )
 @memory_option
+@no_memory_option
 @click.option("--start", is_flag=True, help="Start the device once the state is loaded.")
 @p2p_option
+@open_option("restore")
 @click.option("--raw", is_flag=True, help="FILE is a bare device state.")
 @click.option("--force", is_flag=True, help="Go on over mismatches that `vfio-mig check` calls forcible.")
 @click.option(
@@ -204,8 +240,10 @@ def restore_command(
     targets: tuple[str, ...],
     memory: tuple[str, ...],
     *,
+    no_memory: bool,
     start: bool,
     without_p2p: bool,
+    open_closed: bool,
     raw: bool,
     force: bool,
     no_verify_state: bool,
@@ -213,8 +251,9 @@ def restore_command(
 ) -> None:
     """Load FILE (- is stdin) into DEVICE, a fresh one of the same type; left stopped unless --start.
 
-    All of FILE is verified before the first byte reaches DEVICE. With --memory the saved pages are written there.
-    Several DEVICE=FILE are one job: all are loaded before any is started.
+    All of FILE is verified before the first byte reaches DEVICE. The saved pages are written to --memory; a FILE that
+    has some is refused without it, unless --no-memory says that they may be left out. Several DEVICE=FILE are one job:
+    all are loaded before any is started, and each page is written once, the newest.
 
     \b
     Examples:
@@ -234,6 +273,8 @@ def restore_command(
             verify_state=not no_verify_state,
             await_word=await_word,
             without_p2p=without_p2p,
+            no_memory=no_memory,
+            open_closed=open_closed,
             progress=meter,
         )
     options.done()
@@ -329,7 +370,10 @@ def dirty_command(
 @range_option
 @rounds_option
 @max_downtime_option
-@click.option("--leave-running", is_flag=True, help="Start the device again after the last round.")
+@all_memory_option
+@strict_option
+@click.option("--leave-running", is_flag=True, help="Let the device go on as it was found after the last round.")
+@open_option("sync")
 @rounds_plot_option
 @borrow_options
 @click.pass_obj
@@ -342,7 +386,10 @@ def sync_command(
     *,
     rounds: int | None,
     max_downtime: float | None,
+    all_memory: bool,
+    strict: bool,
     leave_running: bool,
+    open_closed: bool,
     plot: str | None,
 ) -> None:
     """Copy the pages that DEVICE may have written from guest memory to FILE, a sparse file.
@@ -369,6 +416,9 @@ def sync_command(
         rounds=rounds,
         max_downtime=None if max_downtime is None else max_downtime / 1e3,
         leave_running=leave_running,
+        all_memory=all_memory,
+        strict=strict,
+        open_closed=open_closed,
         progress=tell_round(options),
     )
     options.done()

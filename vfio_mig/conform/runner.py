@@ -17,8 +17,8 @@ from vfio_mig.conform.registry import select
 from vfio_mig.conform.rfc_raw import Rfc
 from vfio_mig.errors import DeviceBusyError, DeviceError, UsageError, VfioMigError, printable
 from vfio_mig.host.lock import LOADING
-from vfio_mig.interrupts import protected
-from vfio_mig.jobs.points import point
+from vfio_mig.interrupts import protected, waiting
+from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.session import Settings, find, holder_of, open_session
 from vfio_mig.protocols.gvt_rfc import GvtRfc
 from vfio_mig.protocols.mainline_v2 import MainlineV2
@@ -92,6 +92,12 @@ class Watchdog:
             self._timer.cancel()
 
 
+@waiting
+def _played(check: Check, bench: Bench) -> str:
+    """Run a check; a driver may keep it waiting, and the bench copes with whatever state that leaves."""
+    return check.run(bench)
+
+
 def run_check(check: Check, bench: Bench, *, dangerous: bool = False) -> Result:
     """Run one check; whatever it raises becomes its result."""
     began = time.perf_counter()
@@ -100,7 +106,7 @@ def run_check(check: Check, bench: Bench, *, dangerous: bool = False) -> Result:
         return _result(check, SKIP, NOT_ASKED + check.danger, "", 0.0)
     try:
         bench.begin()
-        seen = check.run(bench)
+        seen = _played(check, bench)
     except NotApplicable as reason:
         outcome, seen = SKIP, str(reason)
     except Weakness as found:
@@ -143,15 +149,15 @@ def conform_device(
     """
     settings = settings or Settings()
     select(checks)
-    with ExitStack() as stack:
-        session = stack.enter_context(_open(name, settings, force=force))
+    with Job("conform", settings) as job:
+        session = job.enter(_open(name, settings, force=force))
         other = None
         if second is not None:
             if find(second).name == session.found.name:
                 raise UsageError("--second is the device itself", device=session.found.name)
-            other = stack.enter_context(_open(second, settings, force=force))
-        point("conform", "opened", session)
-        return _run(session, other, settings, select(checks, _family(session)), dangerous=dangerous)
+            other = job.enter(_open(second, settings, force=force))
+        job.step("opened", session)
+        return _run(job, session, other, select(checks, _family(session)), dangerous=dangerous)
 
 
 def _open(name: str, settings: Settings, *, force: bool) -> Session:
@@ -222,7 +228,7 @@ class _Bench:
         self.left = self._session.state_after(started=True) if problem is None else UNDEFINED
         self.bench.device.close()
         if problem is None:
-            self._session.note("")
+            self._session.clear_note()
         elif isinstance(error, VfioMigError):
             error.undo_errors.append(problem)
         else:
@@ -240,9 +246,8 @@ class _Bench:
         return None
 
 
-def _run(
-    session: Session, other: Session | None, settings: Settings, checks: list[Check], *, dangerous: bool
-) -> Report:
+def _run(job: Job, session: Session, other: Session | None, checks: list[Check], *, dangerous: bool) -> Report:
+    settings = job.settings
     found, protocol = session.protocol.state(), session.protocol.describe()
     began = time.perf_counter()
     same_type = other is not None and (other.found.type, _family(other)) == (session.found.type, _family(session))
@@ -252,7 +257,7 @@ def _run(
             second = stack.enter_context(_Bench(other, settings, second=None, same_type=False, dangerous=dangerous))
         one = _Bench(session, settings, second=second, same_type=same_type, dangerous=dangerous)
         bench = stack.enter_context(one)
-        results = list(_results(session, bench, settings, checks, dangerous=dangerous))
+        results = list(_results(job, session, bench, checks, dangerous=dangerous))
         seconds = time.perf_counter() - began
     return Report(
         device=session.device.name,
@@ -267,11 +272,10 @@ def _run(
     )
 
 
-def _results(
-    session: Session, bench: Bench, settings: Settings, checks: list[Check], *, dangerous: bool
-) -> Iterator[Result]:
+def _results(job: Job, session: Session, bench: Bench, checks: list[Check], *, dangerous: bool) -> Iterator[Result]:
+    settings = job.settings
     for check in checks:
-        point("conform", "checking", session)
+        job.step("checking", session)
         with Watchdog(settings.warn_user, check.id):
             result = run_check(check, bench, dangerous=dangerous)
         interrupts.check()

@@ -6,7 +6,7 @@ Counting needs no numpy, because every save counts; the rest loads it.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig.dirty.ranges import PageRange
@@ -94,6 +94,38 @@ def ranges(bitmap: Buffer, start_page: int, nr_pages: int) -> Iterator[PageRange
         ends = pages[np.append(last, len(pages) - 1)] + 1
     for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
         yield PageRange(start_page + first, end - first)
+
+
+def union(bitmaps: Sequence[Sequence[Dirty]]) -> list[Dirty]:
+    """Return the pages that are dirty in any of several bitmaps, in order of address.
+
+    :param bitmaps: each with its pieces in order and without overlap; the pieces of two may be cut differently.
+    """
+    with_pieces = [list(one) for one in bitmaps if one]
+    if len(with_pieces) < 2:  # noqa: PLR2004 -- nothing to join
+        return with_pieces[0] if with_pieces else []
+    joined: list[tuple[int, bytearray, int]] = []
+    for piece in sorted(
+        (piece for one in with_pieces for piece in one), key=lambda one: (one.start_page, one.nr_pages)
+    ):
+        end = piece.start_page + piece.nr_pages
+        if joined and piece.start_page < joined[-1][2]:
+            start, bits, last = joined.pop()
+            last = max(last, end)
+            bits.extend(bytes(size(last - start) - len(bits)))
+        else:
+            start, bits, last = piece.start_page, bytearray(size(piece.nr_pages)), end
+        _or_into(bits, piece.start_page - start, piece.bitmap)
+        joined.append((start, bits, last))
+    return [Dirty(start, last - start, trim(bits, last - start)) for start, bits, last in joined]
+
+
+def _or_into(bits: bytearray, at: int, bitmap: Buffer) -> None:
+    """Set the bits of a bitmap from bit *at* on."""
+    value = int.from_bytes(bitmap, "little") << at % 8
+    place = slice(at // 8, at // 8 + (value.bit_length() + 7) // 8)
+    there = bits[place]
+    bits[place] = (int.from_bytes(there, "little") | value).to_bytes(len(there), "little")
 
 
 def _edges(bits: "NDArray[np.uint8]") -> "NDArray[np.int64]":

@@ -77,6 +77,21 @@ def merge(ranges: Iterable[PageRange]) -> list[PageRange]:
     return merged
 
 
+def complement(ranges: Iterable[PageRange], end: int) -> list[PageRange]:
+    """Return the pages below page number *end* that are in none of the ranges."""
+    gaps: list[PageRange] = []
+    at = 0
+    for range_ in merge(ranges):
+        if range_.start >= end:
+            break
+        if at < range_.start:
+            gaps.append(PageRange(at, range_.start - at))
+        at = range_.end
+    if at < end:
+        gaps.append(PageRange(at, end - at))
+    return gaps
+
+
 def total(ranges: Sequence[PageRange]) -> int:
     """Return how many pages the ranges have together, a page in two ranges counted twice."""
     return sum(range_.nr_pages for range_ in ranges)

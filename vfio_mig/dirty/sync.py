@@ -8,6 +8,7 @@ from errno import EFBIG, EINVAL
 from itertools import pairwise
 from typing import Any, Final, NamedTuple, Protocol
 
+from vfio_mig import interrupts
 from vfio_mig.dirty.bitmap import Dirty
 from vfio_mig.dirty.changed import Fingerprints
 from vfio_mig.dirty.memory import Memory, data_extents, has_write
@@ -197,6 +198,7 @@ class Copy:
     def run(self, dirty: Iterable[Dirty]) -> None:
         """Write the dirty pages that have changed."""
         for gpa, view in self._memory.read(self._ranges(dirty)):
+            interrupts.check()
             pages = len(view) // PAGE
             self.inside += pages
             if self._known is None:
@@ -215,13 +217,6 @@ class Copy:
         for start, count in known.changed(gpa, view):
             self.changed += count
             self.written += self._sink.write(gpa + start * PAGE, view[start * PAGE : (start + count) * PAGE])
-
-
-def _is_enough(done: list[Round], max_downtime: float | None) -> bool:
-    """Tell whether the last round is expected to fit, or another one with the device running would bring nothing."""
-    if max_downtime is not None and done[-1].estimated_downtime <= max_downtime:
-        return True
-    return brings_nothing(done)
 
 
 def brings_nothing(done: list[Round]) -> bool:
@@ -243,16 +238,6 @@ class LiveCopy:
         self._fetch = fetch
         self._sink = sink
         self._known = Fingerprints() if remember else None
-
-    def run(self, rounds: int, max_downtime: float | None, progress: Callable[[Round], object]) -> list[Round]:
-        """Copy until a round brings nothing, the last one is expected to fit, or *rounds* are done."""
-        done: list[Round] = []
-        while len(done) < rounds:
-            done.append(self.round())
-            progress(done[-1])
-            if _is_enough(done, max_downtime):
-                break
-        return done
 
     def round(self) -> Round:
         """Copy once while the device runs."""
@@ -285,31 +270,3 @@ class LiveCopy:
             bitmap_time=middle - began,
             copy_time=done - middle,
         )
-
-
-def sync(
-    memory: Memory,
-    fetch: Callable[[], Iterable[Dirty]],
-    sink: Sink,
-    stop: Callable[[], object],
-    *,
-    rounds: int = ROUNDS,
-    max_downtime: float | None = None,
-    progress: Callable[[Round], object] = lambda _: None,
-) -> list[Round]:
-    """Copy in rounds until they bring nothing or *rounds* are done, then stop the device and copy once more.
-
-    A page is written again only if its content has changed. With ``rounds=0`` the device is stopped at once.
-
-    :param fetch: the dirty bits of now, all of them.
-    :param stop: stops the device.
-    :param max_downtime: seconds; rounds end as soon as the last one is expected to take no longer.
-    :param progress: called after each round.
-    :returns: the rounds; the last one ran with the device stopped.
-    """
-    copy = LiveCopy(memory, fetch, sink, remember=rounds > 0)
-    done = copy.run(rounds, max_downtime, progress)
-    stop()
-    done.append(copy.last_round())
-    progress(done[-1])
-    return done

@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import struct
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -33,6 +34,8 @@ VARIABLE: Final = "VFIO_MIG_LOCK_DIR"
 STOPPED: Final = "stopped"
 LOADING: Final = "loading"
 LIVE: Final = "live"
+MOVED: Final = "moved"
+_EFFECTS: Final = (STOPPED, LIVE, LOADING, MOVED)
 _NOTE_MAX: Final = 4096
 _FLOCK: Final = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, length, pid
 _TIME_MAX: Final = 1e11
@@ -60,24 +63,40 @@ class Work(NamedTuple):
 class Left(NamedTuple):
     """What a job has left behind that could not undo it.
 
-    :param effect: ``stopped``, ``live`` when its state was being read while it ran, or ``loading`` when a part of an
-        image may be in the device.
+    :param effect: ``stopped``, ``live`` when its state was being read while it ran, ``loading`` when a part of an
+        image may be in the device or in guest memory, or ``moved`` when another device has its state now, so that this
+        one must not go on.
     """
 
     job: str
     pid: int
     effect: str
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether the device, or its guest's memory, may hold a part of an image."""
+        return self.effect == LOADING
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether another device has its state now."""
+        return self.effect == MOVED
+
     def repair(self, name: str) -> str:
         """Say what to do about it."""
-        if self.effect == LOADING:
+        if self.is_loading:
             return f"restore it again, or make it defined with 'vfio-mig reset {name}'"
+        if self.is_moved:
+            return f"'vfio-mig reset {name}' makes it a fresh device; to go on with the old state here use --force"
         return f"'vfio-mig start {name}' lets it go on"
 
     def __str__(self) -> str:
-        what = {LOADING: "may hold a part of an image", LIVE: "runs, and was left in the middle of a live save"}.get(
-            self.effect, "was left stopped"
-        )
+        if self.is_moved:
+            return f"its state was moved to another device by 'vfio-mig {self.job}' (PID {self.pid})"
+        what = {
+            LOADING: "and its guest's memory may hold a part of an image",
+            LIVE: "runs, and was left in the middle of a live save",
+        }.get(self.effect, "was left stopped")
         return f"an earlier 'vfio-mig {self.job}' (PID {self.pid}) did not come to its end; the device {what}"
 
 
@@ -169,6 +188,10 @@ class DeviceLock:
             raise HostError(f"{path}: cannot lock: {errno_text(error.errno or 0)}", hint=_HINT) from error
         self._before = _read_note(self._fd)
         self._effect: Left | None = None
+        self._since = time.time()
+        self._step = ""
+        self._is_taken = False
+        self._length = min(os.fstat(self._fd).st_size, _NOTE_MAX)
 
     def __enter__(self) -> Self:
         return self
@@ -186,11 +209,18 @@ class DeviceLock:
         self._holder = holder
         self._effect = _left(self._before, holder)
         self._before = {}
+        self._is_taken = True
         self._write()
         return self._effect
 
+    def step(self, name: str) -> None:
+        """Write down how far the job has come, for who looks at the device meanwhile."""
+        self._step = name
+        if self._is_taken:  # before, the file has what an earlier job has left
+            self._write()
+
     def note(self, effect: str) -> None:
-        """Write down what is about to be done to the device: ``stopped`` or ``loading``; empty: all is well again."""
+        """Write down what is about to be done to the device, by :class:`Left`'s words; empty: all is well again."""
         kept = effect and self._holder is not None
         self._effect = Left(self._job, os.getpid(), effect) if kept else None
         self._write()
@@ -208,12 +238,15 @@ class DeviceLock:
         note = {
             "job": self._job,
             "pid": os.getpid(),
+            "since": self._since,
+            "step": self._step,
             "left": self._effect,
             "holder": None if holder is None else [holder.pid, _started(holder.pid)],
         }
-        text = json.dumps(note).encode()
+        # In one write and never shorter than before, so that who reads meanwhile finds a whole note
+        text = json.dumps(note).encode().ljust(self._length)
+        self._length = len(text)
         try:
-            os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, text, 0)
         except OSError as error:
             raise HostError(f"cannot write the lock: {errno_text(error.errno or 0)}") from error
@@ -240,7 +273,7 @@ def _left(note: dict[str, Any], holder: Holder | None) -> Left | None:
     if not isinstance(left, list) or len(left) != len(Left._fields):
         return None
     job, pid, effect = left
-    return Left(job, pid, effect) if _is_job(job, pid) and effect in (STOPPED, LIVE, LOADING) else None
+    return Left(job, pid, effect) if _is_job(job, pid) and effect in _EFFECTS else None
 
 
 def _is_locked(fd: int) -> bool:

@@ -82,6 +82,11 @@ class Archive:
         """Bytes of device state."""
         return sum(member.size for member in self._of("state"))
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether it has guest memory."""
+        return any(member.kind in ("pages", "zero") for member in self.members)
+
     def state_chunks(self) -> Iterator[bytes]:
         """Yield the device state, at most MEMBER_MAX bytes at a time."""
         return map(self._content, self._of("state"))
@@ -104,12 +109,38 @@ class Archive:
     def memory(self) -> Iterator[tuple[int, int, memoryview | None]]:
         """Yield guest memory: (guest-physical address, bytes, content, or None for zeros); the later one counts."""
         for member in self.members:
-            if member.kind == "pages":
-                for gpa, content in _split_pages(member.name, memoryview(self._content(member))):
-                    yield gpa, len(content), content
-            elif member.kind == "zero":
-                for gpa, size in _split_index(member.name, memoryview(self._content(member)))[0]:
-                    yield gpa, size, None
+            yield from self.memory_of(member)
+
+    def memory_of(self, member: Member) -> Iterator[tuple[int, int, memoryview | None]]:
+        """Yield the guest memory of one member, as :meth:`memory` does; nothing of another kind of member."""
+        if member.kind == "pages":
+            for gpa, content in _split_pages(member.name, memoryview(self._content(member))):
+                yield gpa, len(content), content
+        elif member.kind == "zero":
+            for gpa, size in _split_index(member.name, memoryview(self._content(member)))[0]:
+                yield gpa, size, None
+
+    def index(self, member: Member) -> list[tuple[int, int]]:
+        """Return the ranges of a member with guest memory, (guest-physical address, bytes), without their content.
+
+        Its content is not verified again, so it is for planning only.
+
+        :raises ImageError: the file has changed meanwhile, and this is no index any more.
+        """
+        head = self._peek(member, min(member.size, COUNT.size))
+        if len(head) == COUNT.size:
+            (count,) = COUNT.unpack(head)
+            head = self._peek(member, min(member.size, COUNT.size + count * PAIR.size))
+        return _split_index(member.name, memoryview(head))[0]
+
+    def _peek(self, member: Member, size: int) -> bytes:
+        """Read the beginning of a member as it is now."""
+        with self._position:
+            try:
+                self._source.seek(member.offset)
+            except OSError as error:
+                raise host_error("cannot read", _name_of(self._source), error) from error
+            return _read(self._source, size)
 
     def content(self, member: Member) -> bytes:
         """Return a member as it is, at most what the reader takes for one.

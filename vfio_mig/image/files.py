@@ -10,12 +10,12 @@ import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
-from vfio_mig.errors import HostError, UsageError, errno_text
+from vfio_mig.errors import HostError, UsageError, VfioMigError, errno_text
 from vfio_mig.image.places import identity, open_parent
 from vfio_mig.interrupts import protected
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
 
     from _typeshed import ReadableBuffer
@@ -87,8 +87,31 @@ class Output(Protocol):
     def commit(self) -> None:
         """Make sure of it that everything has arrived; what fails from now on undoes nothing of it."""
 
-    def withdraw(self) -> None:
-        """Take back what has been committed, where that is possible: another part of the same job has failed."""
+    def withdraw(self) -> bool:
+        """Take back what has been committed: another part of the same job has failed.
+
+        :returns: whether nothing of it is left.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Give up what :meth:`withdraw` would need: the job is done."""
+
+
+@protected
+def commit_outputs(outputs: Sequence[Output]) -> None:
+    """Commit all, or after a failure none of them: what was committed is withdrawn.
+
+    :raises HostError: the first failure. What could not be withdrawn is named, as it is whole, and must not be used.
+    """
+    for number, output in enumerate(outputs):
+        try:
+            output.commit()
+        except VfioMigError as error:
+            for done in reversed(outputs[:number]):
+                if not done.withdraw():
+                    error.undo_errors.append(HostError(f"{done} is there, and cannot be removed: do not use it"))
+            raise
 
 
 class NewFile:
@@ -102,8 +125,10 @@ class NewFile:
         self._place: _Place | None = None
         self._temporary: str | None = None
         self._file: BinaryIO | None = None
+        self._fd = -1
         self._named: tuple[int, int, int] | None = None
-        self._is_durable = False
+        """What has the target's name since the commit."""
+        self._replaced: str | None = None
 
     @protected
     def __enter__(self) -> BinaryIO:
@@ -126,10 +151,15 @@ class NewFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if self._file is not None and error is None:
+            if error is None and (self._file is not None or self._fd >= 0):
                 self.commit()
+            if self._named is not None:
+                self.settle()
         finally:
             self._discard()
+
+    def __str__(self) -> str:
+        return self._target
 
     @protected
     def prepare(self) -> None:
@@ -137,46 +167,67 @@ class NewFile:
 
         :raises HostError: the disk is full, as a rule.
         """
-        if self._file is None or self._is_durable:
+        if self._file is None:
             return
         try:
             self._file.flush()
             os.fsync(self._file.fileno())  # ENOSPC may come as late as here
+            # Network file systems say at the close what they could not write. What has a name by then cannot be undone
+            # so easily, so it is closed before, and only an fd to name it by is kept.
+            self._fd = os.dup(self._file.fileno())
+            file, self._file = self._file, None
+            file.close()
         except OSError as error:
             raise host_error("cannot commit it", self._target, error) from error
-        self._is_durable = True
 
     @protected
     def commit(self) -> None:
-        """Make it durable and give it its name, before the end of the block; after this nothing can be undone.
+        """Make it durable and give it its name, before the end of the block.
 
-        :raises HostError: nothing of it is left at the end of the block.
+        :raises HostError: nothing of it is left at the end of the block; what it was to replace is there.
         """
-        if self._file is None or self._place is None:
+        if self._named is not None or self._place is None:
             return
         self.prepare()
         try:
-            self._name(self._place, self._file.fileno())
-            self._named = identity(os.fstat(self._file.fileno()))
+            self._name(self._place, self._fd)
+            self._named = identity(os.fstat(self._fd))
+            self._place.sync()
         except OSError as error:
-            raise host_error("cannot commit it", self._target, error) from error
-        file, self._file = self._file, None
-        file.close()
-        self._place.sync()
+            problem: VfioMigError = host_error("cannot commit it", self._target, error)
+        except VfioMigError as error:
+            problem = error
+        else:
+            return
+        if not self.withdraw():
+            problem.undo_errors.append(HostError(f"{self._target} is there, and cannot be removed: do not use it"))
+        raise problem
 
-    def withdraw(self) -> None:
-        """Remove the file again, unless it has replaced another, which cannot be brought back."""
-        named, self._named = self._named, None
-        if named is None or self._force:
-            return
+    @protected
+    def withdraw(self) -> bool:
+        """Remove the file again, and bring back what it has replaced."""
+        if self._named is None or self._place is None:
+            return True
         try:
-            place = _Place(self._target)
-        except HostError:  # its directory has gone, and it with that
-            return
-        try:
-            place.remove(named)
-        finally:
-            place.close()
+            if self._replaced is not None:
+                self._place.replace(self._replaced)
+                self._replaced = None
+            else:
+                self._place.remove(self._named)
+        except OSError:
+            return False
+        self._named = None
+        fd, self._fd = self._fd, -1  # else the end of the block would commit it once more
+        os.close(fd)
+        return True
+
+    @protected
+    def settle(self) -> None:
+        """Remove what it has replaced for good."""
+        replaced, self._replaced = self._replaced, None
+        if replaced is not None and self._place is not None:
+            with suppress(OSError):  # a hidden file more; the new one is there
+                os.unlink(replaced, dir_fd=self._place.fd)
 
     def _name(self, place: _Place, fd: int) -> None:
         if self._temporary is None:
@@ -186,6 +237,7 @@ class NewFile:
             self._temporary = place.link_temporary(fd)
         if self._force:
             place.check(force=True)
+            self._replaced = place.keep()
             place.replace(self._temporary)
         else:
             place.rename_new(self._temporary)
@@ -196,13 +248,19 @@ class NewFile:
         file, self._file = self._file, None
         temporary, self._temporary = self._temporary, None
         place, self._place = self._place, None
+        fd, self._fd = self._fd, -1
         if file is not None:
             with suppress(OSError, HostError):  # what cannot be flushed is not wanted any more
                 file.close()
+        if fd >= 0:
+            with suppress(OSError):  # nothing was written through it
+                os.close(fd)
         if place is not None:
-            if temporary is not None:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary, dir_fd=place.fd)
+            replaced = None if self._named is not None else self._replaced
+            for hidden in (temporary, replaced):
+                if hidden is not None:
+                    with suppress(OSError):  # the file system is at its end; the first error is the one to be told
+                        os.unlink(hidden, dir_fd=place.fd)
             place.close()
 
 
@@ -266,6 +324,18 @@ class _Place:
         except FileExistsError:
             raise _appeared(self.target) from None
 
+    def keep(self) -> str | None:
+        """Give a file that is about to be replaced a second, hidden name; None where there can be no two."""
+        for temporary in self._temporary_names():
+            try:
+                os.link(self.name, temporary, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+            except FileExistsError:
+                continue
+            except OSError:
+                return None
+            return temporary
+        raise AssertionError  # the names end with an error
+
     def replace(self, temporary: str) -> None:
         """Give a file its name, which another may have."""
         os.replace(temporary, self.name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -282,7 +352,8 @@ class _Place:
             self.check(force=False)
             self.replace(temporary)
         else:
-            os.unlink(temporary, dir_fd=self.fd)
+            with suppress(OSError):  # it has its name; what is left is a hidden file more
+                os.unlink(temporary, dir_fd=self.fd)
 
     def remove(self, ours: tuple[int, int, int]) -> None:
         """Remove a file, unless another has its name by now."""
@@ -335,15 +406,23 @@ class Stream:
         """Write what is still in the buffer."""
         self._file.flush()
 
-    def withdraw(self) -> None:
-        """Nothing that has been written to a stream comes back."""
+    def withdraw(self) -> bool:
+        """Nothing that has been written to a stream comes back; who reads it sees that the job failed."""
+        return True
+
+    def settle(self) -> None:
+        """Nothing was replaced."""
+
+    def close(self) -> None:
+        """Write what is still in the buffer and close it: who reads it comes to its end. A second call does nothing."""
+        self._file.close()
 
     @protected
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None:
+            if error is None and not self._file.closed:
                 self.commit()
         finally:
             with suppress(OSError, HostError):  # it has failed before, or else there is nothing left to write

@@ -4,8 +4,8 @@
 - On a device: ``control`` (stop, start, reset, state, status), ``dirty`` (bitmap, sync), ``save``, ``restore``,
   ``migrate`` (with ``peer``, its other end), ``hold``, ``check`` (does an image fit?).
 - Without one: ``inform`` (list, info), ``doctor``, ``inspect``, ``diff``, ``parts`` (extract, pack), ``pages``.
-- What they are made of: ``session`` (from a name to an open device and its protocol), ``window`` (from the first
-  live round to the start), ``live`` (rounds), ``dirtylog`` (where dirty pages come from), ``together`` (several
-  devices), ``source`` and ``saved`` (images to load, and to look into), ``rollback``, ``steps`` (events and hooks),
-  ``points`` (where tests make a job fail).
+- What they are made of: ``engine`` (the job itself, the pause, the copy of guest memory), ``session`` (from a name to
+  an open device and its protocol), ``live`` (rounds), ``dirtylog`` (where dirty pages come from), ``source`` and
+  ``saved`` (images to load, and to look into), ``rollback``, ``steps`` (events and hooks), ``points`` (each job's steps
+  by name).
 """

@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
-from vfio_mig import interrupts
-from vfio_mig.errors import UnsupportedError, UsageError
+from vfio_mig.errors import UnsupportedError, UsageError, VfioMigError
 from vfio_mig.host.lock import STOPPED, at_work, left_behind
 from vfio_mig.interrupts import protected
-from vfio_mig.jobs.points import point
-from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.session import CLOSED, Settings, find, holder_of, open_session, require_holder, survey
-from vfio_mig.jobs.together import quiet, require_p2p, wake
+from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.pause import Pause, require_p2p, stop_all, wake
+from vfio_mig.jobs.session import CLOSED, Settings, find, open_session, require_holder, survey
 from vfio_mig.protocols.mainline_v2 import MainlineV2
 
 if TYPE_CHECKING:
@@ -75,51 +72,6 @@ class Status(NamedTuple):
     job_step: str | None = None
 
 
-def _now(session: Session, action: str) -> Done:
-    """Start or reset one device."""
-    began = time.perf_counter()
-    _do_at_once(session, action)
-    return Done(session.device.name, action, time.perf_counter() - began)
-
-
-def _may_stop(session: Session, rollback: Rollback) -> None:
-    if not session.is_half_loaded:
-        session.note(STOPPED)
-        rollback.push(session.go_on)
-
-
-def _stop(session: Session) -> Done:
-    began = time.perf_counter()
-    session.protocol.stop()
-    seconds = time.perf_counter() - began
-    point("stop", "after-stop", session)
-    return Done(session.device.name, "stop", seconds)
-
-
-@protected
-def _commit_stop(sessions: list[Session], rollback: Rollback) -> None:
-    for session in sessions:
-        session.require_holder_alive()
-    rollback.forget()
-    for session in sessions:
-        if not session.is_half_loaded:
-            session.note("")
-    interrupts.finish()
-
-
-@protected
-def _do_at_once(session: Session, action: str) -> None:
-    """Start or reset: what cannot be undone is not to be interrupted either."""
-    if action == "reset":
-        session.protocol.reset()
-        if session.was_left:  # with its note goes the stop
-            session.note(STOPPED)
-    if action == "start" or session.was_left:
-        session.protocol.start()
-    session.note("")
-    interrupts.finish()
-
-
 def stop_device(name: str, settings: Settings | None = None) -> Done:
     """Stop a device that some process keeps open; its running work finishes, queued work stays queued.
 
@@ -132,50 +84,107 @@ def stop_device(name: str, settings: Settings | None = None) -> Done:
 def stop_devices(names: Sequence[str], settings: Settings | None = None, *, without_p2p: bool = False) -> list[Done]:
     """Stop several devices as one job: after a failure all of them run.
 
-    :param without_p2p: also if one of them has no P2P states, and may so write to another one that is stopped already.
-    :raises UnsupportedError: one of them lacks the P2P states.
-    :raises DeviceBusyError, DeviceError: as :func:`stop_device`.
+    :param without_p2p: also if one of them has no P2P states.
+    :raises UnsupportedError: one of them lacks the P2P states; none is stopped.
+    :raises DeviceBusyError: as :func:`stop_device`, before any is stopped.
     """
+    seen = survey(*names)
     for name in names:
-        require_holder(find(name), "stop")
-    with ExitStack() as stack:
-        sessions = [stack.enter_context(open_session(name, settings, job="stop")) for name in names]
+        require_holder(seen.find(name), "stop", seen)
+    with Job("stop", settings) as job:
+        sessions = [job.open(name, seen=seen) for name in names]
         require_p2p(sessions, waived=without_p2p)
         for session in sessions:
-            point("stop", "opened", session)
-        rollback = stack.enter_context(Rollback())
-        for session in sessions:
-            _may_stop(session, rollback)
-        quiet(sessions)
-        done = [_stop(session) for session in sessions]
-        _commit_stop(sessions, rollback)
-    return done
+            job.step("opened", session)
+        pauses = [Pause(job, session) for session in sessions]
+        stop_all(pauses)
+        job.commit(
+            *[session.require_holder_alive for session in sessions],
+            *[lambda session=session: session.note("") for session in sessions],
+        )
+        return [Done(pause.session.device.name, "stop", pause.times["stop_time"]) for pause in pauses]
 
 
-def start_device(name: str, settings: Settings | None = None) -> Done:
+def start_device(name: str, settings: Settings | None = None, *, force: bool = False) -> Done:
     """Let a stopped device go on.
 
+    :param force: also if its state was moved to another device.
     :raises DeviceBusyError: nobody has it open; a device starts by itself when it is opened.
     """
-    return start_devices([name], settings)[0]
+    return start_devices([name], settings, force=force)[0]
 
 
-def start_devices(names: Sequence[str], settings: Settings | None = None, *, without_p2p: bool = False) -> list[Done]:
-    """Let several devices go on, all by way of the P2P states; a failure leaves those before it running.
+def start_devices(
+    names: Sequence[str], settings: Settings | None = None, *, without_p2p: bool = False, force: bool = False
+) -> list[Done]:
+    """Let several devices go on, all by way of the P2P states. What has been started stays so; after a failure the
+    others are as they were found, and the error says which is which.
 
     :param without_p2p: also if one of them has no P2P states.
+    :param force: also if an earlier job has moved the state of one to another device.
     :raises UnsupportedError: one of them lacks the P2P states; none is started.
     :raises DeviceBusyError: as :func:`start_device`, before any is started.
     """
+    seen = survey(*names)
     for name in names:
-        require_holder(find(name), "start")
-    with ExitStack() as stack:
-        sessions = [stack.enter_context(open_session(name, settings, job="start")) for name in names]
+        require_holder(seen.find(name), "start", seen)
+    done: list[Done] = []
+    with Job("start", settings) as job:
+        sessions = [job.open(name, force=force, seen=seen) for name in names]
         require_p2p(sessions, waived=without_p2p)
         for session in sessions:
-            point("start", "opened", session)
-        wake(sessions)
-        return [_now(session, "start") for session in sessions]
+            job.step("opened", session)
+        try:
+            _wake(job, sessions)
+            for session in sessions:
+                done.append(_now(session, "start"))
+                if len(done) == len(sessions):
+                    job.commit()
+                job.step("after-start", session)
+        except BaseException as error:
+            _say_which(error, sessions, done)
+            raise
+    return done
+
+
+def _wake(job: Job, sessions: Sequence[Session]) -> None:
+    """Let the devices answer each other; one that does not get to run goes back to where it was."""
+    if len(sessions) > 1:
+        for session in sessions:
+            job.undo_with(session.protocol.undo_wake)
+    wake(sessions)
+
+
+def _say_which(error: BaseException, sessions: Sequence[Session], done: Sequence[Done]) -> None:
+    if len(sessions) < 2:  # noqa: PLR2004 -- the error names the one
+        return
+    names = [session.device.name for session in sessions]
+    text = f"started: {', '.join(names[: len(done)]) or 'none'}; not started: {', '.join(names[len(done) :]) or 'none'}"
+    if isinstance(error, VfioMigError):
+        error.consequences.append(text)
+    else:
+        error.add_note(text)
+
+
+def _now(session: Session, action: str) -> Done:
+    """Start or reset one device."""
+    began = time.perf_counter()
+    _do_at_once(session, action)
+    return Done(session.device.name, action, time.perf_counter() - began)
+
+
+@protected
+def _do_at_once(session: Session, action: str) -> None:
+    """Start or reset: what cannot be undone is not to be interrupted either."""
+    was_left = session.left is not None
+    if action == "reset":
+        session.protocol.reset()
+        session.left = None
+        if was_left:  # what was left is gone, but for the stop
+            session.note(STOPPED)
+    if action == "start" or was_left:
+        session.protocol.start()
+    session.clear_note()
 
 
 def reset_device(name: str, settings: Settings | None = None, *, force: bool = False) -> Done:
@@ -184,17 +193,21 @@ def reset_device(name: str, settings: Settings | None = None, *, force: bool = F
     :param force: also when it is borrowed from a process that is not our own holder.
     :raises UsageError: it belongs to somebody else, and *force* is not set.
     """
-    found = find(name)
-    holder = holder_of(found)
+    seen = survey(name)
+    found = seen.find(name)
+    holder = seen.holder_of(found)
     if holder is not None and not holder.is_hold and not force:
         raise UsageError(
             f"a reset would take the device's interrupts and registers away from {holder}",
             device=found.name,
             hint="use --force if that is what you want",
         )
-    with open_session(name, settings, job="reset") as session:
-        point("reset", "opened", session)
-        return _now(session, "reset")
+    with Job("reset", settings) as job:
+        session = job.open(name, seen=seen)
+        job.step("opened", session)
+        done = _now(session, "reset")
+        job.commit()
+        return done
 
 
 class State(NamedTuple):

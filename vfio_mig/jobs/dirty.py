@@ -7,18 +7,17 @@ import os
 import stat
 import sys
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vfio_mig import interrupts
 from vfio_mig.errors import HostError, UsageError, errno_text
-from vfio_mig.host.lock import STOPPED
 from vfio_mig.image.places import open_file
-from vfio_mig.interrupts import protected
+from vfio_mig.interrupts import protected, waiting
 from vfio_mig.jobs.dirtylog import DirtyLog
-from vfio_mig.jobs.points import point
-from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.save import STDOUT, default_ranges, describe_device
-from vfio_mig.jobs.session import Settings, open_session
+from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.memory import Content, MemoryCopy, Wanted, default_ranges, memory_header, new_job_id
+from vfio_mig.jobs.engine.pause import Pause
+from vfio_mig.jobs.live import ROUNDS_LIVE, Live, copy_live
+from vfio_mig.jobs.save import STDOUT, describe_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.dirty.sync import Round, Sink
     from vfio_mig.image.files import NewFile
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.session import Session, Settings
 
 PAGE = 4096
 SYNC = "sync"
@@ -57,6 +56,9 @@ class SyncReport(NamedTuple):
     :param stop_time: from the STOP request to its answer, seconds.
     :param stopped_time: from the STOP request to the end of the last round.
     :param state: what the device is now: ``stop``, ``running``, or ``closed`` when nobody else has it open.
+    :param memory: ``dirty``: pages that the device may have written; ``all``: every page.
+    :param guest_paused: whether the caller knows that the guest's CPUs did not run meanwhile; else a page of ``all``
+        may be old.
     """
 
     device: str
@@ -68,6 +70,8 @@ class SyncReport(NamedTuple):
     pages_written: int
     bytes_written: int
     rounds: list[Round]
+    memory: str
+    guest_paused: bool
 
 
 def fetch_dirty(
@@ -92,27 +96,24 @@ def fetch_dirty(
     """
     from vfio_mig.dirty.memory import Memory
 
-    with (
-        Memory(memory) as guest,
-        open_session(name, settings, memory=guest.maps) as session,
-        Rollback() as rollback,
-    ):
+    with Job("dirty", settings) as job:
+        guest = job.enter(Memory(memory))
+        session = job.open(name, memory=guest.maps, alone=False)
         log = DirtyLog(session, default_ranges(guest, ranges))
         log.require()
-        point("dirty", "opened", session)
-        if session.protocol.logs:
-            rollback.push(log.end)
+        job.step("opened", session)
+        if log.is_log:
+            job.undo_with(log.end)
             log.begin()
-            log.skip_old()
-            time.sleep(LOG_TIME if log_time is None else log_time)
+            _sleep(LOG_TIME if log_time is None else log_time)
         elif log_time is not None:
             raise UsageError(f"a {session.protocol.name} device keeps no log", hint="leave out --for")
         began = time.perf_counter()
         chunks = log.fetch()
         seconds = time.perf_counter() - began
         log.end()
-        point("dirty", "fetched", session)
-        device = session.device.name
+        job.step("fetched", session)
+        device = session.device.name  # nothing to commit: the report is all that this job makes
     look(chunks)
     return DirtyReport(
         device,
@@ -121,6 +122,9 @@ def fetch_dirty(
         seconds,
         _runs(chunks) if list_ranges else [],
     )
+
+
+_sleep = waiting(time.sleep)
 
 
 def _runs(chunks: list[Dirty]) -> list[tuple[int, int]]:
@@ -157,7 +161,12 @@ class _Destination:
             raise UsageError(f"{self._path} is no regular file", hint="the destination must be one")
         return self
 
-    def open_sink(self, session: Session, guest: Memory) -> Sink:  # noqa: ARG002 -- as the pipe's
+    def open_sink(
+        self,
+        session: Session,  # noqa: ARG002 -- as the pipe's
+        guest: Memory,
+        memory: dict[str, Any],  # noqa: ARG002
+    ) -> Sink:
         """Return where pages go."""
         from vfio_mig.dirty.sync import SparseFile
 
@@ -199,12 +208,17 @@ class _Pipe:
         self._stream = self._output.__enter__()
         return self
 
-    def open_sink(self, session: Session, guest: Memory) -> Sink:  # noqa: ARG002 -- as the file's
+    def open_sink(
+        self,
+        session: Session,
+        guest: Memory,  # noqa: ARG002 -- as the file's
+        memory: dict[str, Any],
+    ) -> Sink:
         """Return where pages go."""
         from vfio_mig.image.writer import ArchiveWriter
-        from vfio_mig.jobs.window import ImageSink
+        from vfio_mig.jobs.engine.memory import ImageSink
 
-        self._writer = ArchiveWriter(self._stream, describe_device(session))
+        self._writer = ArchiveWriter(self._stream, {**describe_device(session), "memory": memory})
         return ImageSink(self._writer, lambda _: None)
 
     def finish(self) -> None:
@@ -229,15 +243,6 @@ def _refuse_same_file(guest: Memory, fd: int, path: str) -> None:
             raise UsageError(f"{path} is the guest's memory itself", hint="name another destination")
 
 
-@protected
-def _commit(session: Session, destination: _Destination | _Pipe, rollback: Rollback) -> None:
-    """Make the copy final; from here on nothing is undone."""
-    destination.commit()
-    rollback.forget()
-    session.note("")
-    interrupts.finish()
-
-
 def sync_dirty(
     name: str,
     file: str,
@@ -248,6 +253,10 @@ def sync_dirty(
     rounds: int | None = None,
     max_downtime: float | None = None,
     leave_running: bool = False,
+    all_memory: bool = False,
+    guest_paused: bool = False,
+    strict: bool = False,
+    open_closed: bool = False,
     progress: Callable[[Round], object] = lambda _: None,
 ) -> SyncReport:
     """Copy the dirty pages of guest memory into a sparse file, at their guest-physical addresses, or as ``-`` into an
@@ -259,72 +268,59 @@ def sync_dirty(
 
     :param rounds: rounds before the stop, at most; by default 3, or 30 with *max_downtime*.
     :param max_downtime: seconds; the device is stopped as soon as the last round is expected to take no longer.
+    :param all_memory, guest_paused, strict, open_closed: as :func:`vfio_mig.save` has them.
     :param progress: called after each round.
     """
-    from vfio_mig.dirty.bitmap import preload
     from vfio_mig.dirty.memory import Memory
-    from vfio_mig.dirty.sync import ROUNDS, sync
-    from vfio_mig.jobs.live import ROUNDS_LIVE
+    from vfio_mig.dirty.sync import ROUNDS
 
     if not memory:
         raise UsageError("nothing to copy from", hint="name the guest's memory with --memory FILE@GPA[:SIZE]")
-    preload()
     if rounds is None:
         rounds = ROUNDS if max_downtime is None else ROUNDS_LIVE
-    stopped: list[float] = []
-    with (
-        Memory(memory) as guest,
-        open_session(name, settings, memory=guest.maps, job=SYNC) as session,
-        Rollback() as rollback,
-        _Pipe() if file == STDOUT else _Destination(file) as destination,
-    ):
-        log = DirtyLog(session, default_ranges(guest, ranges))
-        log.require()
-        sink = destination.open_sink(session, guest)
-        rollback.push(log.end)
-        log.begin()
-        point(SYNC, "opened", session)
-
-        def stop() -> None:
-            point(SYNC, "before-stop", session)
-            session.note(STOPPED)
-            stopped.append(time.perf_counter())
-            rollback.push(session.go_on)
-            session.protocol.stop()
-            stopped.append(time.perf_counter())
-            point(SYNC, "after-stop", session)
+    wanted = Wanted(ranges, all_memory, guest_paused, strict)
+    with Job(SYNC, settings) as job:
+        guest = job.enter(Memory(memory))
+        session = job.open(name, memory=guest.maps, held_for=None if open_closed else SYNC)
+        destination: _Pipe | _Destination = _Pipe() if file == STDOUT else _Destination(file)
+        job.enter(destination)
+        content = Content.expected(wanted, [session], has_memory=True)
+        sink = destination.open_sink(session, guest, memory_header(content, new_job_id(), None))
+        pause = Pause(job, session)
+        copy = MemoryCopy(job, [pause], guest, sink, wanted, remember=rounds > 0)
+        job.step("opened", session)
+        copy.begin()
 
         def after_round(one: Round) -> None:
             progress(one)
-            if not one.stopped:
-                point(SYNC, "after-round", session)
+            job.step("after-round", session)
 
-        done = sync(
-            guest,
-            log.fetch,
-            sink,
-            stop,
-            rounds=rounds,
-            max_downtime=max_downtime,
-            progress=after_round,
-        )
-        end = time.perf_counter()
-        log.end()
-        point(SYNC, "copied", session)
+        done = copy_live(Live(rounds, max_downtime, on_round=after_round), copy, [])
+        job.step("before-stop", session)
+        pause.stop()
+        last = copy.last_round(lambda: None)
+        assert last is not None  # noqa: S101 -- there is memory
+        done.append(last)
+        progress(last)
+        pause.end()
+        stopped = pause.times["stopped_time"]
+        copy.end()
+        job.step("copied", session)
         if leave_running:
-            session.go_on()
-            point(SYNC, "after-start", session)
+            pause.go_on()
         destination.finish()
-        _commit(session, destination, rollback)
-        device, state = session.device.name, session.state_after(started=leave_running)
-    return SyncReport(
-        device,
-        file,
-        state,
-        stopped[1] - stopped[0],
-        end - stopped[0],
-        done[-1].pages_dirty,
-        sum(one.pages_written for one in done),
-        sum(one.bytes_written for one in done),
-        done,
-    )
+        report = SyncReport(
+            session.device.name,
+            file,
+            session.state_after(started=leave_running),
+            pause.times["stop_time"],
+            stopped,
+            last.pages_dirty,
+            sum(one.pages_written for one in done),
+            sum(one.bytes_written for one in done),
+            done,
+            copy.content.content,
+            guest_paused,
+        )
+        job.commit(destination.commit, lambda: session.note(""))
+    return report

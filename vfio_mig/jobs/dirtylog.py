@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from vfio_mig.dirty.bitmap import Dirty
+    from vfio_mig.dirty.memory import Memory
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.host.tracking import DmaTracker
     from vfio_mig.jobs.session import Session
@@ -21,8 +22,8 @@ PAGE = 4096
 class DirtyLog:
     """The dirty pages of one device for one job; nothing is asked before :meth:`begin`.
 
-    Where the device logs, what it wrote before the log began is not in there. So the first bitmap has every page, and
-    each later one those since the one before it. The same holds after a log was lost.
+    Where the device logs, what it wrote before the log began is not in there, and each bitmap has the pages since the
+    one before it. Where a log is lost, every page counts as dirty once.
 
     :param ranges: guest pages to ask for.
     """
@@ -36,7 +37,18 @@ class DirtyLog:
         self._fetch = fetch
         self._tracker: DmaTracker | None = None
         self._is_begun = False
-        self._owes_all = False
+        self.was_lost = False
+        """Whether a log was lost, and every page was taken as dirty."""
+
+    @property
+    def is_log(self) -> bool:
+        """Whether it tells what was written since it began, and each page once."""
+        return self._session.protocol.logs or self._tracker is not None
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether it tells, at any time, the pages that the device may write then: the RFC's."""
+        return self._session.protocol.has_dirty and not self.is_log
 
     def require(self) -> None:
         """Refuse a device that cannot be asked: it has no log, and neither its IOMMU nor its container can tell.
@@ -69,7 +81,7 @@ class DirtyLog:
                     hint="wait until that has ended",
                 )
         self._start([(one.start * PAGE, one.nr_pages * PAGE) for one in self._ranges])
-        self._is_begun = self._owes_all = True
+        self._is_begun = True
 
     def _start(self, ranges: list[tuple[int, int]]) -> None:
         """Start the device's own log; where it, or the kernel, has none, have the IOMMU or the container track."""
@@ -89,18 +101,26 @@ class DirtyLog:
         if self._tracker.caution:
             self._session.warn(self._tracker.caution)
 
-    def skip_old(self) -> None:
-        """Leave out what was written before the log began."""
-        self._owes_all = False
+    def outside(self, guest: Memory) -> tuple[int, int]:
+        """Look for pages that the device may write and that are in no memory that we know, up to its end or 4 GiB.
+
+        Only of a device that always knows them; another one tells what it logs, and logs what it is asked for.
+
+        :returns: how many there are, and the first one's number.
+        """
+        if not self.is_snapshot:
+            return 0, 0
+        from vfio_mig.dirty.ranges import complement
+
+        gaps = complement(guest.ranges, max(guest.end // PAGE, 1 << 20))
+        runs = [run for chunk in self._fetch(self._session.protocol.dirty, gaps) for run in chunk.ranges()]
+        return sum(run.nr_pages for run in runs), runs[0].start if runs else 0
 
     def fetch(self) -> list[Dirty]:
         """Return the dirty bits of now, all ranges.
 
         :raises DeviceError: refused, by a device that does not log; where a log is lost every page counts as dirty.
         """
-        if self._owes_all:
-            self._owes_all = False
-            return list(self._every_page())
         try:
             tracker = self._tracker
             source = self._session.protocol.dirty if tracker is None else tracker.fetch
@@ -108,10 +128,13 @@ class DirtyLog:
         except DeviceError as error:
             if not self._is_begun:
                 raise
+            self.was_lost = True
             self._session.warn(f"{error}; every page is taken as dirty")
-            return list(self._every_page())
+            return list(self.every_page())
 
-    def _every_page(self) -> Iterator[Dirty]:
+    def every_page(self) -> Iterator[Dirty]:
+        """Yield bitmaps in which every page that is asked for is dirty."""
+
         def ones(_: int, nr_pages: int) -> bytes:
             return b"\xff" * ((nr_pages + 7) // 8)
 

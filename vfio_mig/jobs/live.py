@@ -8,12 +8,14 @@ expected to fit into the downtime asked for, when they bring nothing any more, o
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+from vfio_mig import interrupts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
-    from vfio_mig.dirty.sync import LiveCopy, Round
+    from vfio_mig.dirty.sync import Round
     from vfio_mig.protocols.base import MigrationProtocol, Pending
 
 ROUNDS_LIVE: Final = 30
@@ -79,6 +81,13 @@ class Live:
         self.on_state_round = on_state_round
 
 
+class InRounds(Protocol):
+    """What copies guest memory in rounds."""
+
+    def round(self) -> Round:
+        """Copy once while the devices run."""
+
+
 class StateCopy:
     """Reads a running device's state, round by round.
 
@@ -120,38 +129,43 @@ class StateCopy:
         return not last.dirty_bytes or (len(self.rounds) > 1 and last.dirty_bytes >= self.rounds[-2].dirty_bytes)
 
 
-def copy_live(live: Live, memory: LiveCopy | None, state: StateCopy | None) -> list[Round]:
-    """Copy in rounds while the device runs; returns those of guest memory, *state* keeps its own."""
+def copy_live(live: Live, memory: InRounds | None, states: Sequence[StateCopy]) -> list[Round]:
+    """Copy in rounds while the devices run; returns those of guest memory, each of *states* keeps its own.
+
+    :param memory: None where no guest memory is copied.
+    """
     done: list[Round] = []
     for _ in range(live.rounds):
+        interrupts.check()
         estimated = 0.0
         if memory is not None:
             done.append(memory.round())
             live.on_round(done[-1])
             estimated += done[-1].estimated_downtime
-        if state is not None:
+        for state in states:
             live.on_state_round(state.round())
             estimated += state.rounds[-1].estimated_downtime
-        if _is_enough(live, estimated, done if memory is not None else None, state):
+        if _is_enough(live, estimated, done if memory is not None else None, states):
             break
     return done
 
 
-def _is_enough(live: Live, estimated: float, done: list[Round] | None, state: StateCopy | None) -> bool:
-    if state is not None and state.must_go_on:
+def _is_enough(live: Live, estimated: float, done: list[Round] | None, states: Sequence[StateCopy]) -> bool:
+    if any(state.must_go_on for state in states):
         return False
     if live.max_downtime is not None and estimated <= live.max_downtime:
         return True
     from vfio_mig.dirty.sync import brings_nothing
 
-    return (done is None or brings_nothing(done)) and (state is None or state.brings_nothing)
+    return (done is None or brings_nothing(done)) and all(state.brings_nothing for state in states)
 
 
-def falls_short(live: Live, done: list[Round], state: StateCopy | None) -> str | None:
+def falls_short(live: Live, done: list[Round], states: Sequence[StateCopy]) -> str | None:
     """Say by how much a downtime that was asked for will be missed, None when it will not."""
     if live.max_downtime is None:
         return None
-    estimated = sum(rounds[-1].estimated_downtime for rounds in (done, state.rounds if state else []) if rounds)
+    last: list[Round | StateRound] = [*done[-1:], *(one for state in states for one in state.rounds[-1:])]
+    estimated = sum(one.estimated_downtime for one in last)
     if estimated <= live.max_downtime:
         return None
     return (

@@ -12,17 +12,27 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from vfio_mig import interrupts
-from vfio_mig.errors import DeviceError, HostError, MismatchError, OpenError, VfioMigError
+from vfio_mig.errors import DeviceError, HostError, MismatchError, OpenError, UsageError, VfioMigError
+from vfio_mig.host.lock import MOVED
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import parse_state
-from vfio_mig.jobs.live import Live, with_rounds
-from vfio_mig.jobs.peer import Peer, seconds
-from vfio_mig.jobs.points import point
-from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.save import default_ranges, describe_device
-from vfio_mig.jobs.session import RUNNING, Settings, open_session
-from vfio_mig.jobs.window import PAGE, Window
+from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.memory import (
+    PAGE,
+    Content,
+    ImageSink,
+    MemoryCopy,
+    Wanted,
+    last_round,
+    memory_header,
+    new_job_id,
+)
+from vfio_mig.jobs.engine.pause import Pause
+from vfio_mig.jobs.engine.state import StateReader
+from vfio_mig.jobs.live import Live, copy_live, falls_short, with_rounds
+from vfio_mig.jobs.peer import Peer, number, seconds
+from vfio_mig.jobs.save import describe_device
+from vfio_mig.jobs.session import RUNNING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,11 +42,13 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.sync import Round
     from vfio_mig.jobs.live import StateRound
     from vfio_mig.jobs.peer import Run
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.session import Session, Settings
 
 JOB = "migrate"
 CONNECTION: Final = "the connection"
-NEVER: Final = "the source stays stopped; look at the target and start it, or else the source, but never both"
+NEVER: Final = (
+    "the source stays stopped; look at the target and start it, or else the source with --force, but never both"
+)
 
 
 class MigrateReport(NamedTuple):
@@ -50,6 +62,9 @@ class MigrateReport(NamedTuple):
     :param start_time: from the request until the target ran, 0 when it was left stopped.
     :param downtime: from the STOP request until the target ran, or held the state.
     :param state: what the source is now; *target_state*: what the target is.
+    :param pages_sent: pages with content that were sent, one of several rounds in each.
+    :param pages_written: pages that the target has written to its guest's memory, those of zeros too.
+    :param memory, guest_paused: as a save's report has them.
     """
 
     device: str
@@ -65,11 +80,14 @@ class MigrateReport(NamedTuple):
     downtime: float
     state_bytes: int
     pages_dirty: int
+    pages_sent: int
     pages_written: int
     pages_zero: int
     rounds: list[Round]
     precopy_bytes: int
     state_rounds: list[StateRound]
+    memory: str
+    guest_paused: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -97,57 +115,88 @@ def _require_target(session: Session, peer: Peer) -> None:
 class _Sender:
     """Sends one device's image into a pipe."""
 
-    def __init__(self, session: Session, run: Run, guest: Memory, ranges: list[PageRange], live: Live) -> None:
+    def __init__(self, job: Job, session: Session, run: Run, guest: Memory, *, wanted: Wanted, live: Live) -> None:
         from vfio_mig.image.digests import Digests
         from vfio_mig.image.files import Stream
         from vfio_mig.image.writer import ArchiveWriter
 
+        self._job = job
         self._session = session
-        self.output: Final = Stream(os.dup(run.stdin), CONNECTION)
-        self.digests: Final = Digests(None)
-        self._archive: Final = ArchiveWriter
-        self._arguments = (guest, ranges, live)
+        self._live = live
+        self._output = Stream(os.dup(run.stdin), CONNECTION)
+        file = job.enter(self._output)
+        digests = job.enter(Digests(None))
+        content = Content.expected(wanted, [session], has_memory=bool(guest.maps))
+        header = {**describe_device(session), "memory": memory_header(content, new_job_id(), None)}
+        self._writer = ArchiveWriter(file, header, digests)
+        self.pause = Pause(job, session)
+        self.sink = ImageSink(self._writer, live.progress) if guest.maps else None
+        self.copy = MemoryCopy(job, [self.pause], guest, self.sink, wanted, remember=live.rounds > 0)
+        self.reader = StateReader(self.pause, self._writer, precopy=live.precopy, has_memory=self.copy.copies)
+        self.rounds: list[Round] = []
+        session.protocol.prepare()
 
-    def open(self, rollback: Rollback) -> None:
-        """Send the header; nothing is changed yet."""
-        guest, ranges, live = self._arguments
-        self._writer = self._archive(self.output.__enter__(), describe_device(self._session), self.digests)
-        self.window = Window(JOB, self._session, rollback, ranges, guest, writer=self._writer, live=live)
-        self.window.begin()
+    def copy_live(self) -> None:
+        """Send what can be sent while the device runs."""
+        self.copy.begin()
+        self.reader.begin_live()
+        states = [] if self.reader.live is None else [self.reader.live]
+        self.rounds = copy_live(self._live, self.copy if self.copy.copies else None, states)
+        short = falls_short(self._live, self.rounds, states)
+        if short is not None:
+            self._session.warn(short)
+        self._job.step("after-live", self._session)
 
     def run(self) -> None:
         """Stop the device and send everything."""
-        window = self.window
-        window.stop()
-        window.copy_memory()
-        window.read_state()
-        window.end()
-        parse_state(self._session.protocol.name, window.state)
-        window.write_rest()
-        self._writer.finish({**window.times, "pages_dirty": window.pages_dirty})
-        self.output.commit()
-        point(JOB, "sent", self._session)
+        self.pause.stop()
+        last = last_round(self._job, self.copy, [self.pause])
+        self.rounds += last
+        for one in last:
+            self._live.on_round(one)
+        self.reader.read()
+        self.pause.end()
+        parse_state(self._session.protocol.name, self.reader.state)
+        self.copy.end()
+        self.reader.write_rest(self.copy.dirty[0])
+        self._writer.finish({**self.pause.times, "pages_dirty": self.copy.pages_dirty(0)})
+        self._output.close()
+        self._job.step("sent", self._session)
 
 
 @protected
-def _commit(session: Session, rollback: Rollback) -> None:
-    """Take it that the state is the target's now; from here on the source stays stopped."""
-    rollback.forget()
-    session.note("")
+def _give_up(job: Job, session: Session) -> None:
+    """Take it that the state is the target's now; from here on the source stays stopped, and says so."""
+    job.disarm()
+    session.note(MOVED)
 
 
 def _end_target(run: Run, peer: Peer, session: Session, *, start: bool) -> dict[str, Any]:
     """Let the target start, or stay as it is; the state is its own by now."""
+    name = session.device.name
     run.say("start" if start else "stay")
     try:
         report = run.finish()
     except VfioMigError as error:
-        raise DeviceError(
-            f"{peer.target} has the state, but: {error}", device=session.device.name, hint=NEVER
-        ) from error
+        raise DeviceError(f"{peer.target} has the state, but: {error}", device=name, hint=NEVER) from error
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(f"{peer.target} has the state, and has not said whether it runs; {NEVER}")
+        raise
     if start and report.get("state") != RUNNING:
-        raise DeviceError(f"{peer.target} has the state, but was not started", device=session.device.name, hint=NEVER)
+        raise DeviceError(f"{peer.target} has the state, but was not started", device=name, hint=NEVER)
     return report
+
+
+def _check_memory(memory: Sequence[MemoryMap], target_memory: Sequence[str], *, no_memory: bool) -> None:
+    if no_memory:
+        return
+    if memory and not target_memory:
+        raise UsageError(
+            "the pages of --memory have no place to go to",
+            hint="name the target's with --target-memory, or use --no-memory to move the state alone",
+        )
+    if target_memory and not memory:
+        raise UsageError("there is nothing to write to --target-memory", hint="name the source's memory with --memory")
 
 
 def migrate(
@@ -161,6 +210,12 @@ def migrate(
     start: bool = True,
     live: Live | None = None,
     rsh: Sequence[str] = ("ssh",),
+    force: bool = False,
+    no_memory: bool = False,
+    all_memory: bool = False,
+    guest_paused: bool = False,
+    strict: bool = False,
+    open_closed: bool = False,
 ) -> MigrateReport:
     """Move a device's state, and with *memory* its dirty pages, to another device of the same type.
 
@@ -169,58 +224,80 @@ def migrate(
     :param start: start the target.
     :param live: copy pages while the source runs, before the stop.
     :param rsh: what reaches another host.
+    :param force: also if the source's state was moved before: what goes on with it runs a second time then.
+    :param no_memory: move the state alone, whatever memory is named.
+    :param all_memory, guest_paused, strict, open_closed: as :func:`vfio_mig.save` has them.
     :raises VfioMigError: of the class of what failed, here or there; the source runs.
     :raises DeviceError: also when the target holds the state and could not be started; the source stays stopped then.
     """
     from vfio_mig.dirty.memory import Memory
 
+    _check_memory(memory, target_memory, no_memory=no_memory)
+    if no_memory:
+        memory, target_memory = (), ()
     peer = Peer(target, rsh)
     options = ["--await-word", *(f"--memory={text}" for text in target_memory)]
-    with (
-        Memory(memory) as guest,
-        open_session(name, settings, memory=guest.maps, job=JOB) as session,
-        Rollback() as rollback,
-    ):
+    with Job(JOB, settings) as job:
+        guest = job.enter(Memory(memory))
+        held_for = None if open_closed else JOB
+        session = job.open(name, memory=guest.maps, force=force, held_for=held_for)
         _require_target(session, peer)
-        with peer.start("restore", peer.name, "-", options=options, stdin=subprocess.PIPE) as run:
-            run.wait_for("waiting")
-            sender = _Sender(session, run, guest, default_ranges(guest, ranges), live or Live())
-            try:
-                with sender.output, sender.digests:
-                    sender.open(rollback)
-                    point(JOB, "opened", session)
-                    sender.window.copy_live()
-                    began = time.perf_counter()
-                    sender.run()
-            except HostError as error:
-                if not error.problem.startswith(CONNECTION):
-                    raise
-                raise run.error() from error
-            read = time.perf_counter()
-            run.wait_for("loaded")
-            point(JOB, "restored", session)
-            _commit(session, rollback)
-            held = time.perf_counter()
-            restored = _end_target(run, peer, session, start=start)
-        interrupts.finish()
+        run = job.enter(peer.start("restore", peer.name, "-", options=options, stdin=subprocess.PIPE))
+        run.wait_for("waiting")
+        try:
+            wanted = Wanted(ranges, all_memory, guest_paused, strict)
+            sender = _Sender(job, session, run, guest, wanted=wanted, live=live or Live())
+            job.step("opened", session)
+            sender.copy_live()
+            began = time.perf_counter()
+            sender.run()
+        except HostError as error:
+            if not error.problem.startswith(CONNECTION):
+                raise
+            raise run.error() from error
+        read = time.perf_counter()
+        run.wait_for("loaded")
+        job.step("restored", session)
+        _give_up(job, session)
+        held = time.perf_counter()
+        restored = _end_target(run, peer, session, start=start)
         end = time.perf_counter()
-        window, sink = sender.window, sender.window.sink
-        times = {key: window.times[key] for key in ("stop_time", "bitmap_time", "state_read_time")}
-        return MigrateReport(
-            device=session.device.name,
-            target=target,
-            state=session.state_after(started=False),
-            target_state="running" if start else "stop",
-            **times,
-            transfer_time=held - read,
-            state_write_time=seconds(restored.get("state_write_time")),
-            start_time=end - held if start else 0.0,
-            downtime=end - began,
-            state_bytes=window.state_bytes,
-            pages_dirty=window.pages_dirty,
-            pages_written=0 if sink is None else sink.bytes_written // PAGE,
-            pages_zero=0 if sink is None else sink.bytes_zero // PAGE,
-            rounds=window.rounds,
-            precopy_bytes=window.precopy_bytes,
-            state_rounds=window.state_rounds,
-        )
+        job.commit()
+        return _report(target, sender, session, restored, began=began, read=read, held=held, end=end, start=start)
+
+
+def _report(
+    target: str,
+    sender: _Sender,
+    session: Session,
+    restored: dict[str, Any],
+    *,
+    began: float,
+    read: float,
+    held: float,
+    end: float,
+    start: bool,
+) -> MigrateReport:
+    times = {key: sender.pause.times[key] for key in ("stop_time", "bitmap_time", "state_read_time")}
+    content = sender.copy.content
+    return MigrateReport(
+        device=session.device.name,
+        target=target,
+        state=session.state_after(started=False),
+        target_state="running" if start else "stop",
+        **times,
+        transfer_time=held - read,
+        state_write_time=seconds(restored.get("state_write_time")),
+        start_time=end - held if start else 0.0,
+        downtime=end - began,
+        state_bytes=sender.reader.state_bytes,
+        pages_dirty=sender.copy.pages_dirty(0),
+        pages_sent=0 if sender.sink is None else sender.sink.bytes_written // PAGE,
+        pages_written=number(restored.get("pages_written")),
+        pages_zero=0 if sender.sink is None else sender.sink.bytes_zero // PAGE,
+        rounds=sender.rounds,
+        precopy_bytes=sender.reader.precopy_bytes,
+        state_rounds=sender.reader.rounds,
+        memory=content.content,
+        guest_paused=content.guest_paused,
+    )

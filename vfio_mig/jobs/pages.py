@@ -6,24 +6,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig.errors import UsageError
-from vfio_mig.jobs.restore import reserve_pages, write_pages
+from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.loading import MemoryLoad
 from vfio_mig.jobs.source import open_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vfio_mig.dirty.memory import MemoryMap
+    from vfio_mig.jobs.session import Settings
 
 
 class PagesReport(NamedTuple):
-    """What was written, pages of 4096 bytes; one that was sent in several rounds counts in each."""
+    """What was written, pages of 4096 bytes; each counted once, in whatever round it was sent."""
 
     file: str
     pages_written: int
 
 
 def load_pages(
-    file: str, *, memory: Sequence[MemoryMap], progress: Callable[[int], object] = lambda _: None
+    file: str,
+    settings: Settings | None = None,
+    *,
+    memory: Sequence[MemoryMap],
+    progress: Callable[[int], object] = lambda _: None,
 ) -> PagesReport:
     """Write the pages of an image, ``-`` for standard input, to guest memory.
 
@@ -32,9 +38,20 @@ def load_pages(
     """
     from vfio_mig.dirty.memory import Memory
     from vfio_mig.image.archive import read_archive
+    from vfio_mig.image.memoryplan import MemoryImage
 
     if not memory:
         raise UsageError("nowhere to write to", hint="name the guest's memory with --memory FILE@GPA[:SIZE]")
-    with Memory(memory, writable=True) as guest, open_input(file) as stream, read_archive(stream) as archive:
-        reserve_pages(archive, guest)
-        return PagesReport(file, write_pages(archive, guest, progress))
+    with Job("pages", settings) as job:
+        guest = job.enter(Memory(memory, writable=True))
+        stream = job.enter(open_input(file))
+        archive = job.enter(read_archive(stream))
+        load = MemoryLoad([MemoryImage(file, archive)], guest)
+        load.prove()
+        try:
+            load.write(progress)
+        except BaseException as error:
+            load.explain(error)
+            raise
+        job.commit()
+    return PagesReport(file, load.pages)

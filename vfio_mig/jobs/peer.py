@@ -28,6 +28,7 @@ from vfio_mig.errors import (
     errno_text,
     excerpt,
 )
+from vfio_mig.interrupts import waiting
 from vfio_mig.threads import submit
 
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ class Run:
         assert self._process.stdin is not None  # noqa: S101 -- asked for with stdin=PIPE
         return self._process.stdin.fileno()
 
+    @waiting
     def wait_for(self, step: str) -> None:
         """Wait until it has come to a step.
 
@@ -293,6 +295,7 @@ class Run:
             hint=hint if self._peer.is_remote else None,
         )
 
+    @waiting
     def finish(self) -> dict[str, Any]:
         """Wait for its end and return its report.
 
@@ -312,6 +315,7 @@ class Run:
             raise self._no_report(text)
         return report
 
+    @waiting
     def error(self) -> VfioMigError:
         """Wait for its end and say why it failed, in its own words."""
         if self._process.stdin is not None:
@@ -321,6 +325,11 @@ class Run:
         lines = self._errors.close().strip().splitlines()
         words = _words(lines[-1]).removeprefix("vfio-mig: ") if lines else f"ended with status {code}"
         return _ERRORS.get(code, HostError)(f"{self._peer.target}: '{self._what}' failed there: {words}")
+
+
+def number(value: object) -> int:
+    """Return a count of a report, 0 for what is none."""
+    return value if type(value) is int and 0 <= value < 1 << 63 else 0
 
 
 def seconds(value: object) -> float:

@@ -3,35 +3,33 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vfio_mig import interrupts
 from vfio_mig.errors import DeviceError, MismatchError, UsageError
-from vfio_mig.host.lock import LOADING, STOPPED
-from vfio_mig.interrupts import protected
+from vfio_mig.host.lock import LOADING
+from vfio_mig.interrupts import waiting
 from vfio_mig.jobs.check import findings, require_fit
-from vfio_mig.jobs.points import point
-from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.session import Settings, open_session
+from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.loading import MemoryLoad
+from vfio_mig.jobs.engine.pause import Pause, require_p2p, stop_all, wake
 from vfio_mig.jobs.source import STDIN, open_input, read_image
-from vfio_mig.jobs.together import quiet, require_p2p, wake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vfio_mig.dirty.memory import Memory, MemoryMap
-    from vfio_mig.image.archive import Archive
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.session import Session, Settings
 
 JOB = "restore"
 START = "start"
-LOADED = "loaded"
 UNVERIFIED = "--no-verify-state: the device state was NOT checked; the kernel may believe whatever it says"
 NOT_HELD = (
     "nobody else has the device open, so its queued work is dropped now and it starts by itself at the next open; "
     "to keep it as restored, run 'vfio-mig hold' first"
+)
+OLD_PAGES: Final = (
+    "it has every page of guest memory, copied while the guest's CPUs may have run: some are old, and are now written "
+    "over what is there"
 )
 
 
@@ -52,31 +50,6 @@ class RestoreReport(NamedTuple):
     state_bytes: int
     pages_written: int
     warnings: list[str]
-
-
-def reserve_pages(archive: Archive, guest: Memory) -> None:
-    """Make sure that every page of the image has a place, before anything is written.
-
-    :raises MismatchError: the guest memory given does not have it.
-    :raises HostError: there is no room in its file.
-    """
-    known = guest.ranges
-    for gpa, size, content in archive.memory():
-        first, end = gpa // 4096, (gpa + size) // 4096
-        if not any(range_.start <= first and end <= range_.end for range_ in known):
-            raise MismatchError(f"the image has {size} bytes of memory at {gpa:#x}, which --memory does not")
-        if content is not None:
-            guest.reserve(gpa, size)
-
-
-@protected  # a signal in the middle would leave memory of which nobody could say what it is
-def write_pages(archive: Archive, guest: Memory, progress: Callable[[int], object]) -> int:
-    """Write the image's pages into guest memory; returns how many."""
-    pages = 0
-    for gpa, size, content in archive.memory():
-        pages += guest.clear(gpa, size) if content is None else guest.write(gpa, content)
-        progress(size)
-    return pages
 
 
 def _require_own(session: Session) -> None:
@@ -106,137 +79,137 @@ def _abandon(session: Session, *, force: bool) -> None:
             hint=f"reset it with 'vfio-mig reset --force {session.device.name}', or end PID {holder.pid}",
         )
     session.protocol.reset()
+    session.left = None  # whatever an earlier job has left, it is gone
     session.go_on()
 
 
 class _Target:
-    """One device of a restore and where its image comes from; each step says how it is undone."""
+    """One device of a restore and where its image comes from."""
 
     def __init__(self, name: str, file: str, *, force: bool, await_word: bool) -> None:
         self._await_word = await_word
         self.name = name
         self.file = file
         self._force = force
-        self.times = {"start_time": 0.0}
-        self.pages = 0
         self.warnings: list[str] = []
 
-    def open(
-        self, stack: ExitStack, settings: Settings | None, guest: Memory, *, raw: bool, verify_state: bool
-    ) -> None:
+    def open(self, job: Job, guest: Memory, *, raw: bool, verify_state: bool, open_closed: bool) -> None:
         """Open device and image and verify all of it; nothing is changed yet."""
-        stream = stack.enter_context(open_input(self.file))
-        self._stream = stream
-        session = stack.enter_context(open_session(self.name, settings, memory=guest.maps, job=JOB))
+        self._stream = job.enter(open_input(self.file))
+        session = job.open(self.name, memory=guest.maps, held_for=None if open_closed else "restore")
         self.session = session
         if not self._force:  # before the sender of an image stops anything
             _require_own(session)
-        point(JOB, "waiting", session)
+        self.pause = Pause(job, session)
+        job.step("waiting", session)
         limit = None if session.protocol.streams else session.protocol.state_size_max
-        image = stack.enter_context(read_image(stream, limit, raw=raw, alone=not self._await_word))
-        self._image = image
-        point(JOB, "opened", session)
+        self.image = image = job.enter(read_image(self._stream, limit, raw=raw, alone=not self._await_word))
+        job.step("opened", session)
         found = findings(session, image.state, image.archive, verify_state=verify_state)
         self.warnings = require_fit(session.device.name, found, force=self._force)
         if not verify_state:
             self.warnings.insert(0, UNVERIFIED)
-        if image.archive is not None and guest.maps:
-            reserve_pages(image.archive, guest)
         if not session.device.borrowed:
             self.warnings.append(NOT_HELD)
         session.protocol.prepare()
         self._chunks = image.chunks()
-        self._rollback = stack.enter_context(Rollback())
-        point(JOB, "verified", session)
 
-    def may_stop(self) -> None:
-        """Have a stop undone if the job fails."""
-        if not self.session.is_half_loaded:  # else it stays what it is
-            self.session.note(STOPPED)
-            self._rollback.push(self.session.go_on)
-
-    def stop(self) -> None:
-        session = self.session
-        began = time.perf_counter()
-        session.protocol.stop()
-        self.times["stop_time"] = time.perf_counter() - began
-        point(JOB, "after-stop", session)
-
-    def write_pages(self, guest: Memory, progress: Callable[[int], object]) -> None:
-        if self._image.archive is not None and guest.maps:
-            self.pages = write_pages(self._image.archive, guest, progress)
-        point(JOB, "after-pages", self.session)
+    def begin_to_load(self) -> None:
+        """Write down that the device, or its guest's memory, holds a part of an image from now on."""
+        self.pause.change(LOADING, lambda: _abandon(self.session, force=self._force))
 
     def write_state(self) -> None:
-        session = self.session
-        session.note(LOADING)
-        self._rollback.forget()
-        self._rollback.push(lambda: _abandon(session, force=self._force))
-        began = time.perf_counter()
-        session.protocol.write_chunks(self._chunks)
-        self.times["state_write_time"] = time.perf_counter() - began
-        point(JOB, "after-state", session)
+        """Load the device's state."""
+        with self.pause.phase("state_write_time"):
+            self.session.protocol.write_chunks(self._chunks)
+        self.pause.job.step("after-state", self.session)
 
-    def start(self) -> None:
-        began = time.perf_counter()
-        self.session.protocol.start()
-        self.times["start_time"] = time.perf_counter() - began
-        point(JOB, "after-start", self.session)
-
-    def require_holder(self) -> None:
-        """Make sure that the device does not go with this job.
-
-        :raises DeviceError: its holder has ended meanwhile.
-        """
-        self.session.require_holder_alive()
-
+    @waiting
     def read_word(self) -> str:
         """Wait for what the sender of the image wants: ``start``, ``stay``, or nothing when it has gone."""
-        self.session.step(JOB, LOADED)
         try:
             return self._stream.readline(16).decode("ascii", "replace").strip()
         except OSError:
             return ""
 
-    def forget(self) -> None:
-        """Take it that the device is restored."""
-        self._rollback.forget()
-        self.session.note("")
-
     def report(self, *, started: bool) -> RestoreReport:
-        """Say what was done."""
+        """Say what was done, but for guest memory, which is not one device's."""
+        times = self.pause.times
         return RestoreReport(
             device=self.session.device.name,
             file=self.file,
             state=self.session.state_after(started=started),
-            **self.times,
-            state_bytes=self._image.state_size,
-            pages_written=self.pages,
+            stop_time=times["stop_time"],
+            state_write_time=times["state_write_time"],
+            start_time=times["start_time"],
+            state_bytes=self.image.state_size,
+            pages_written=0,
             warnings=self.warnings,
         )
 
 
-def _load(targets: list[_Target], guest: Memory, progress: Callable[[int], object]) -> None:
+def _plan_memory(targets: list[_Target], guest: Memory, *, no_memory: bool) -> MemoryLoad | None:
+    """Decide what is written to guest memory.
+
+    :raises UsageError: an image has guest memory, there is no place for it, and nobody said that it may be left out.
+    """
+    from vfio_mig.image.memoryplan import MemoryImage
+
+    if no_memory:
+        return None
+    images = [MemoryImage(target.file, target.image.archive) for target in targets if target.image.archive is not None]
+    _require_memory_images(targets)
+    with_memory = [image for image in images if image.archive.has_memory]
+    if not with_memory:
+        return None
+    if not guest.maps:
+        raise UsageError(
+            f"{with_memory[0].name} has guest memory, and there is no --memory to write it to",
+            device=targets[0].session.device.name,
+            hint="name the guest's memory, or use --no-memory to load the state alone",
+        )
+    load = MemoryLoad(with_memory, guest)
+    load.prove()
+    return load
+
+
+def _require_memory_images(targets: list[_Target]) -> None:
+    """Refuse an image whose guest memory is in one that is not loaded with it; warn of pages that may be old."""
+    from vfio_mig.image.memoryplan import memory_note
+
+    notes = [(target, memory_note(target.image.archive)) for target in targets if target.image.archive is not None]
+    carried = {note.job for _, note in notes if note.is_in is None}
+    for target, note in notes:
+        if note.is_in is not None and note.job not in carried:
+            raise MismatchError(
+                f"the guest memory of {target.file} is in {note.is_in}, an image of the same save",
+                device=target.session.device.name,
+                hint="restore both together, DEVICE=FILE for each, or use --no-memory to load the state alone",
+            )
+        if note.is_in is None and note.content == "all" and not note.guest_paused:
+            target.warnings.append(f"{target.file}: {OLD_PAGES}")
+
+
+def _load(job: Job, targets: list[_Target], load: MemoryLoad | None, progress: Callable[[int], object]) -> None:
     """Stop all devices, then write memory and states."""
+    stop_all([target.pause for target in targets])
+    if load is not None:
+        for target in targets:
+            target.begin_to_load()
+        job.step("writing-pages", targets[0].session)
+        load.write(progress)
     for target in targets:
-        target.may_stop()
-    quiet([target.session for target in targets])
+        job.step("after-pages", target.session)
     for target in targets:
-        target.stop()
-    for target in targets:
-        target.write_pages(guest, progress)
-    for target in targets:
+        if load is None:
+            target.begin_to_load()
         target.write_state()
 
 
-@protected
-def _commit(targets: list[_Target]) -> None:
-    """Take it that all devices are restored; from here on nothing is undone."""
-    for target in targets:
-        target.require_holder()
-    for target in targets:
-        target.forget()
-    interrupts.finish()
+def _settle(targets: list[_Target]) -> list[Callable[[], object]]:
+    """Return what makes the restore final: the devices hold their states, and do not go with this job."""
+    checks: list[Callable[[], object]] = [target.session.require_holder_alive for target in targets]
+    return [*checks, *(target.session.clear_note for target in targets)]
 
 
 def restore(
@@ -249,6 +222,8 @@ def restore(
     raw: bool = False,
     force: bool = False,
     verify_state: bool = True,
+    no_memory: bool = False,
+    open_closed: bool = False,
     progress: Callable[[int], object] = lambda _: None,
 ) -> RestoreReport:
     """Load a saved image, or as ``-`` standard input, into a device.
@@ -260,9 +235,13 @@ def restore(
     :param force: go on over mismatches of which ``check`` says that they may be forced, and on the device of a
         process that is not our holder.
     :param verify_state: False loads a state whose layout is not understood; what it does to the kernel is then open.
+    :param no_memory: leave the image's guest memory out.
+    :param open_closed: also a device that no other process has open: what is restored is lost when this returns.
     :param progress: called with the bytes of each piece of guest memory that was written.
-    :raises ImageError: the image is broken or does not fit; the device is untouched.
-    :raises DeviceError: the device refused the state; it was reset if that is ours to do.
+    :raises ImageError: the image is broken or does not fit; neither device nor guest memory was touched.
+    :raises DeviceError: the device refused the state; it was reset if that is ours to do. ``consequences`` says
+        whether guest memory has been written.
+    :raises HostError: guest memory could not be written, as ``consequences`` says in part; likewise.
     """
     return restore_all(
         [(name, file)],
@@ -272,6 +251,8 @@ def restore(
         raw=raw,
         force=force,
         verify_state=verify_state,
+        no_memory=no_memory,
+        open_closed=open_closed,
         progress=progress,
     )[0]
 
@@ -287,10 +268,12 @@ def restore_all(
     verify_state: bool = True,
     await_word: bool = False,
     without_p2p: bool = False,
+    no_memory: bool = False,
+    open_closed: bool = False,
     progress: Callable[[int], object] = lambda _: None,
 ) -> list[RestoreReport]:
     """Restore several devices as one job: all images are verified before any device is touched, and all loaded before
-    any is started; a failure undoes all.
+    any is started; a failure undoes all. Each page of guest memory is written once, the newest of all images.
 
     :param pairs: (device, file) each; the other parameters are those of :func:`restore`.
     :param await_word: one device and standard input: once it is loaded, wait for a line behind the image, ``start`` or
@@ -299,24 +282,54 @@ def restore_all(
     """
     from vfio_mig.dirty.memory import Memory
 
-    if await_word and (raw or start or [file for _, file in pairs] != [STDIN]):
-        raise UsageError("to wait for a word is for one image from standard input", hint="leave out the other options")
-    if [file for _, file in pairs].count(STDIN) > 1:
-        raise UsageError("two devices cannot be restored from standard input", hint="name a file for each: DEVICE=FILE")
+    _check_request([file for _, file in pairs], await_word=await_word and (raw or start), words=await_word)
     targets = [_Target(name, file, force=force, await_word=await_word) for name, file in pairs]
-    with Memory(memory, writable=True) as guest, ExitStack() as stack:
+    with Job(JOB, settings) as job:
+        guest = job.enter(Memory(memory, writable=True))
         for target in targets:
-            target.open(stack, settings, guest, raw=raw, verify_state=verify_state)
+            target.open(job, guest, raw=raw, verify_state=verify_state, open_closed=open_closed)
         sessions = [target.session for target in targets]
         require_p2p(sessions, waived=without_p2p)
-        _load(targets, guest, progress)
-        if await_word:
-            # From here on the state is ours: who sent it may have given the device up
-            _commit(targets)
-            start = targets[0].read_word() == START
-        if start:
-            wake(sessions)
-            for target in targets:
-                target.start()
-        _commit(targets)
-        return [target.report(started=start) for target in targets]
+        load = _plan_memory(targets, guest, no_memory=no_memory)
+        for session in sessions:
+            job.step("verified", session)
+        try:
+            _load(job, targets, load, progress)
+            if await_word:
+                start = _await_word(job, targets[0])
+            if start:
+                wake(sessions)
+                for target in targets:
+                    target.pause.start()
+            reports = [target.report(started=start) for target in targets]
+            if load is not None:
+                reports[0] = reports[0]._replace(pages_written=load.pages)
+            job.commit(*_settle(targets))
+        except BaseException as error:
+            if load is not None:
+                load.explain(error)
+            raise
+        return reports
+
+
+def _check_request(files: list[str], *, await_word: bool, words: bool) -> None:
+    if await_word or (words and files != [STDIN]):
+        raise UsageError("to wait for a word is for one image from standard input", hint="leave out the other options")
+    if files.count(STDIN) > 1:
+        raise UsageError("two devices cannot be restored from standard input", hint="name a file for each: DEVICE=FILE")
+
+
+def _await_word(job: Job, target: _Target) -> bool:
+    """Tell the sender that the state is here, and wait for what it wants; returns whether to start.
+
+    From here on the state is ours, and nothing is undone: who sent it may have given the device up.
+    """
+    for final in _settle([target]):
+        final()
+    job.disarm()
+    job.step("loaded", target.session)
+    try:
+        return target.read_word() == START
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note("the device holds the whole state, and stays stopped")
+        raise

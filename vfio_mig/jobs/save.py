@@ -6,23 +6,30 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vfio_mig import interrupts
-from vfio_mig.errors import UsageError, VfioMigError
-from vfio_mig.interrupts import protected
+from vfio_mig.errors import UsageError
 from vfio_mig.jobs.check import parse_state
-from vfio_mig.jobs.live import Live, with_rounds
-from vfio_mig.jobs.points import point
-from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.session import Settings, open_session
-from vfio_mig.jobs.together import require_p2p, wake
-from vfio_mig.jobs.window import PAGE, Window
+from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.memory import (
+    NONE,
+    PAGE,
+    Content,
+    ImageSink,
+    MemoryCopy,
+    Wanted,
+    last_round,
+    memory_header,
+    new_job_id,
+)
+from vfio_mig.jobs.engine.pause import Pause, require_p2p, stop_all, wake
+from vfio_mig.jobs.engine.state import StateReader
+from vfio_mig.jobs.live import Live, copy_live, falls_short, with_rounds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.dirty.sync import Round
@@ -30,7 +37,7 @@ if TYPE_CHECKING:
     from vfio_mig.image.files import Output
     from vfio_mig.image.writer import ArchiveWriter
     from vfio_mig.jobs.live import StateRound
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.session import Session, Settings
 
 JOB = "save"
 STDOUT = "-"
@@ -48,6 +55,10 @@ class SaveReport(NamedTuple):
     :param pages_zero: dirty pages that are all zero: a range in the image, no content.
     :param rounds: of copying guest memory; the last one with the device stopped.
     :param precopy_bytes: the part of the state that was read while the device ran, in *state_rounds*.
+    :param memory: what of guest memory is in the images of this job: ``none``, ``dirty``, the pages that the devices
+        may have written, or ``all``. Of several devices the first one's image has it.
+    :param guest_paused: whether the caller knows that the guest's CPUs did not run meanwhile; else a page of ``all``
+        may be old.
     """
 
     device: str
@@ -65,6 +76,8 @@ class SaveReport(NamedTuple):
     rounds: list[Round]
     precopy_bytes: int
     state_rounds: list[StateRound]
+    memory: str = NONE
+    guest_paused: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -102,13 +115,6 @@ def describe_device(session: Session) -> dict[str, Any]:
     }
 
 
-def default_ranges(memory: Memory, ranges: Sequence[PageRange]) -> list[PageRange]:
-    """Choose the pages to ask for: those given, else the guest memory that we know, else the first 4 GiB."""
-    from vfio_mig.dirty.ranges import PageRange, merge
-
-    return merge(ranges) or memory.ranges or [PageRange(0, 1 << 20)]
-
-
 class _Target:
     """One device of a save and where its image goes."""
 
@@ -116,96 +122,154 @@ class _Target:
         self.name = name
         self.file = file
         self._raw = raw
+        self._force = force
         self.output = _output(file, force=force)
         self._writer: ArchiveWriter | None = None
 
-    def open(
-        self, stack: ExitStack, settings: Settings | None, guest: Memory, ranges: list[PageRange], live: Live
-    ) -> None:
+    def open(self, job: Job, guest: Memory, *, open_closed: bool) -> None:
         """Open device and file; nothing is changed yet."""
+        held_for = None if open_closed else "save"
+        self.session = job.open(self.name, memory=guest.maps, force=self._force, held_for=held_for)
+        self.pause = Pause(job, self.session)
+        self._stream = job.enter(self.output)
+
+    def write_header(self, job: Job, memory: dict[str, Any]) -> None:
+        """Begin the image.
+
+        :param memory: what it says of guest memory.
+        """
         from vfio_mig.image.writer import ArchiveWriter
 
-        self.session = stack.enter_context(open_session(self.name, settings, memory=guest.maps, job=JOB))
-        # Inside the rollback: a commit that fails starts the device again
-        self.rollback = stack.enter_context(Rollback())
-        self._stream = stack.enter_context(self.output)
         if not self._raw:
-            self._writer = ArchiveWriter(self._stream, describe_device(self.session), self._digests(stack))
-        self.window = Window(
-            JOB, self.session, self.rollback, ranges, guest, writer=self._writer, raw=self._stream, live=live
-        )
-        self.window.begin()
-        point(JOB, "opened", self.session)
+            header = {**describe_device(self.session), "memory": memory}
+            self._writer = ArchiveWriter(self._stream, header, self._digests(job))
 
-    def _digests(self, stack: ExitStack) -> Digests | None:
+    def _digests(self, job: Job) -> Digests | None:
         """Have the digests of a streamed state taken beside the job."""
         if not self.session.protocol.streams:
             return None
         from vfio_mig.image.digests import Digests
 
-        return stack.enter_context(Digests(self._stream.fileno() if self.output.can_reread else None))
+        return job.enter(Digests(self._stream.fileno() if self.output.can_reread else None))
 
-    def write(self, *, started: bool) -> SaveReport:
+    def sink(self, live: Live) -> ImageSink | None:
+        """Return where guest memory goes; None for a bare state, which has no place for it."""
+        return None if self._writer is None else ImageSink(self._writer, live.progress)
+
+    def prepare(self, live: Live, *, has_memory: bool) -> None:
+        """Do what need not wait for the stop."""
+        self.reader = StateReader(self.pause, self._writer, self._stream, precopy=live.precopy, has_memory=has_memory)
+        self.session.protocol.prepare()
+
+    def write(self, dirty: Sequence[Dirty], report: SaveReport) -> None:
         """Write what is left to the file, which is whole then."""
-        window = self.window
-        parse_state(self.session.protocol.name, window.state)  # refused now rather than at the restore
-        window.write_rest()
-        report = self._report(started=started)
+        parse_state(self.session.protocol.name, self.reader.state)  # refused now rather than at the restore
+        self.reader.write_rest(dirty)
         if self._writer is not None:
             self._writer.finish(report.statistics())
-        point(JOB, "written", self.session)
-        return report
+        self.pause.job.step("written", self.session)
 
-    def _report(self, *, started: bool) -> SaveReport:
-        window = self.window
-        sink = window.sink
+
+class _Save:
+    """A save of one or several devices: one copy of guest memory, in the first one's image."""
+
+    def __init__(self, job: Job, targets: list[_Target], guest: Memory, live: Live, wanted: Wanted) -> None:
+        self._job = job
+        self._targets = targets
+        self._live = live
+        self._pauses = [target.pause for target in targets]
+        sink = targets[0].sink(live) if guest.maps else None
+        self._sink = sink
+        self._copy = MemoryCopy(job, self._pauses, guest, sink, wanted, remember=live.rounds > 0)
+        self._rounds: list[Round] = []
+        for target in targets:
+            target.prepare(live, has_memory=sink is not None)
+            job.step("opened", target.session)
+
+    def copy_live(self) -> None:
+        """Copy pages, and read states, in rounds while the devices run."""
+        self._copy.begin()
+        for target in self._targets:
+            target.reader.begin_live()
+        states = [target.reader.live for target in self._targets if target.reader.live is not None]
+        self._rounds = copy_live(self._live, self._copy if self._copy.copies else None, states)
+        short = falls_short(self._live, self._rounds, states)
+        if short is not None:
+            self._targets[0].session.warn(short)
+        for target in self._targets:
+            self._job.step("after-live", target.session)
+
+    def copy_stopped(self, *, raw: bool, leave_running: bool) -> None:
+        """Stop the devices, copy what is left, and read their states."""
+        stop_all(self._pauses)
+        if not raw:
+            last = last_round(self._job, self._copy, self._pauses)
+            self._rounds += last
+            for one in last:
+                self._live.on_round(one)
+        for target in self._targets:
+            target.reader.read()
+        for pause in self._pauses:
+            pause.end()
+        if leave_running:
+            wake([pause.session for pause in self._pauses])
+            for pause in self._pauses:
+                pause.go_on()
+
+    def write(self, *, leave_running: bool) -> list[SaveReport]:
+        """Write what could wait."""
+        self._copy.end()
+        reports = [self._report(number, started=leave_running) for number in range(len(self._targets))]
+        for target, dirty, report in zip(self._targets, self._copy.dirty, reports, strict=True):
+            target.write(dirty, report)
+        return reports
+
+    def _report(self, number: int, *, started: bool) -> SaveReport:
+        target = self._targets[number]
+        sink = self._sink if number == 0 else None
+        content = self._copy.content
         return SaveReport(
-            device=self.session.device.name,
-            file=self.file,
-            state=self.session.state_after(started=started),
-            **window.times,
-            state_bytes=window.state_bytes,
-            pages_dirty=window.pages_dirty,
+            device=target.session.device.name,
+            file=target.file,
+            state=target.session.state_after(started=started),
+            **target.pause.times,
+            state_bytes=target.reader.state_bytes,
+            pages_dirty=self._copy.pages_dirty(number),
             pages_written=0 if sink is None else sink.bytes_written // PAGE,
             pages_zero=0 if sink is None else sink.bytes_zero // PAGE,
-            rounds=window.rounds,
-            precopy_bytes=window.precopy_bytes,
-            state_rounds=window.state_rounds,
+            rounds=self._rounds if number == 0 else [],
+            precopy_bytes=target.reader.precopy_bytes,
+            state_rounds=target.reader.rounds,
+            memory=content.content,
+            guest_paused=content.guest_paused,
         )
 
 
-def _stop(targets: list[_Target]) -> None:
-    if len(targets) > 1:
-        for target in targets:
-            target.window.quiet()
-    for target in targets:
-        target.window.stop()
-
-
-@protected
-def _commit(targets: list[_Target]) -> None:
+def _commit(job: Job, targets: list[_Target]) -> None:
     """Make all images final; from here on nothing is undone."""
+    from vfio_mig.image.files import commit_outputs
+
     for target in targets:
         target.output.prepare()
-    for number, target in enumerate(targets):
-        try:
-            target.output.commit()
-        except VfioMigError:
-            for done in targets[:number]:
-                done.output.withdraw()
-            raise
+    job.commit(
+        lambda: commit_outputs([target.output for target in targets]),
+        *[lambda session=target.session: session.note("") for target in targets],
+    )
     for target in targets:
-        target.rollback.forget()
-        target.session.note("")
-    interrupts.finish()
+        target.output.settle()
 
 
-def _check_targets(pairs: Sequence[tuple[str, str]], *, raw: bool, memory: Sequence[MemoryMap]) -> None:
+def _check_targets(pairs: Sequence[tuple[str, str]], *, raw: bool, memory: Sequence[MemoryMap], force: bool) -> None:
     if raw and memory:
         raise UsageError("a raw state has no place for memory pages", hint="leave out --raw or --memory")
+    from vfio_mig.image.files import check_target
+
     files = [file for _, file in pairs]
     if len(set(files)) < len(files) or (STDOUT in files and len(files) > 1):
         raise UsageError("two devices cannot be saved to one file", hint="name one for each: DEVICE=FILE")
+    for file in files:
+        if file != STDOUT:
+            check_target(file, force=force)
 
 
 def save(
@@ -219,16 +283,27 @@ def save(
     raw: bool = False,
     force: bool = False,
     live: Live | None = None,
+    all_memory: bool = False,
+    guest_paused: bool = False,
+    strict: bool = False,
+    open_closed: bool = False,
 ) -> SaveReport:
-    """Save a device to a file or, as ``-``, to standard output.
+    """Save a device to a file, or as ``-`` to standard output. The file is whole or not there.
 
-    The device is left stopped unless *leave_running*. After any failure it runs and there is no file.
+    The device is left stopped, or is brought back to where it was found with *leave_running*. After a failure it is as
+    it was found, or runs where that cannot be known.
 
-    :param memory: guest memory; its dirty pages go into the image.
+    :param memory: guest memory; what the device may have written is put into the image.
     :param ranges: guest pages to fetch the dirty bitmap of; by default those of *memory*, else the first 4 GiB.
-    :param raw: write the bare state, without bitmap, pages and integrity.
-    :param force: replace an existing file.
-    :param live: copy pages, and read the state, while the device runs, before the stop.
+    :param raw: write the bare state region: neither bitmap nor pages, no integrity.
+    :param force: replace *file*, and save a device whose state an earlier job has moved to another one.
+    :param live: what is copied while the device runs, before the stop.
+    :param all_memory: put every page of *memory* into the image. Pages that the guest's CPUs write meanwhile may be
+        old in there.
+    :param guest_paused: the caller knows that no CPU of the guest runs until this returns. Then the image of a device
+        that logs its writes has every page, too, as only the log's begin tells what it wrote.
+    :param strict: refuse dirty pages that are not in *memory*, instead of warning of them.
+    :param open_closed: also a device that no other process has open: it is opened for the save alone, and closed.
     :raises OpenError, UnsupportedError: nothing was done.
     :raises DeviceError: the device failed; it was started again.
     :raises HostError: the file could not be written; the device was started again.
@@ -242,6 +317,10 @@ def save(
         raw=raw,
         force=force,
         live=live,
+        all_memory=all_memory,
+        guest_paused=guest_paused,
+        strict=strict,
+        open_closed=open_closed,
     )[0]
 
 
@@ -256,8 +335,15 @@ def save_all(
     force: bool = False,
     live: Live | None = None,
     without_p2p: bool = False,
+    all_memory: bool = False,
+    guest_paused: bool = False,
+    strict: bool = False,
+    open_closed: bool = False,
 ) -> list[SaveReport]:
     """Save several devices as one job: all are stopped before any is read, and after any failure all run.
+
+    There is one copy of guest memory, of the pages that any of them may have written. It is in the first one's image,
+    and the others name that.
 
     :param pairs: (device, file) each; the other parameters are those of :func:`save`.
     :param without_p2p: also if one of them has no P2P states, and may so write to another one that is stopped already.
@@ -265,27 +351,28 @@ def save_all(
     """
     from vfio_mig.dirty.memory import Memory
 
-    _check_targets(pairs, raw=raw, memory=memory)
+    _check_targets(pairs, raw=raw, memory=memory, force=force)
+    wanted = Wanted(ranges, all_memory, guest_paused, strict)
+    live = live or Live()
     targets = [_Target(name, file, raw=raw, force=force) for name, file in pairs]
-    with Memory(memory) as guest, ExitStack() as stack:
-        wanted = default_ranges(guest, ranges)
+    with Job(JOB, settings) as job:
+        guest = job.enter(Memory(memory))
         for target in targets:
-            target.open(stack, settings, guest, wanted, live or Live())
-        sessions = [target.session for target in targets]
-        require_p2p(sessions, waived=without_p2p)
-        for target in targets:
-            target.window.copy_live()
-        _stop(targets)
-        for target in targets:
-            target.window.copy_memory()
-        for target in targets:
-            target.window.read_state()
-        for target in targets:
-            target.window.end()
-        if leave_running:
-            wake(sessions)
-            for target in targets:
-                target.window.start()
-        reports = [target.write(started=leave_running) for target in targets]
-        _commit(targets)
+            target.open(job, guest, open_closed=open_closed)
+        require_p2p([target.session for target in targets], waived=without_p2p)
+        _write_headers(job, targets, guest, wanted)
+        work = _Save(job, targets, guest, live, wanted)
+        work.copy_live()
+        work.copy_stopped(raw=raw, leave_running=leave_running)
+        reports = work.write(leave_running=leave_running)
+        _commit(job, targets)
     return reports
+
+
+def _write_headers(job: Job, targets: list[_Target], guest: Memory, wanted: Wanted) -> None:
+    """Begin the images: the first has the guest's memory, where it is known, and the others name it."""
+    content = Content.expected(wanted, [target.session for target in targets], has_memory=bool(guest.maps))
+    job_id = new_job_id()
+    first = os.path.basename(targets[0].file) if content.content != NONE else None
+    for number, target in enumerate(targets):
+        target.write_header(job, memory_header(content, job_id, first if number else None))

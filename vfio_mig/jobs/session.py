@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vfio_mig.host.devices import HostDevice
     from vfio_mig.host.discover import Snapshot
     from vfio_mig.host.holders import View
-    from vfio_mig.host.lock import DeviceLock
+    from vfio_mig.host.lock import DeviceLock, Left
     from vfio_mig.protocols.base import MigrationProtocol
     from vfio_mig.uapi.profile import RfcProfile
 
@@ -25,9 +25,14 @@ ABIS = ("auto", "gvt-rfc", "mainline-v2")
 WAYS = ("auto", "group", "cdev")
 FROM_ANY_STATE = ("conform", "reset")
 """Jobs that may begin with a device in the middle of something."""
+GOES_ON = ("migrate", "save", "start", "state", "sync")
+"""Jobs that go on with the state that a device has."""
+PASSING = ("", "stopped", "live")
+"""Effects of a job, in the journal's words, that say nothing of whose state a device has."""
 RUNNING = "running"
 STOP = "stop"
 CLOSED = "closed"
+UNKNOWN = "unknown"
 ERROR = "error"
 GVT_TYPES = "i915-GVTg_"
 """Begin of the mdev types of Intel's kvmgt."""
@@ -44,7 +49,8 @@ class Settings(NamedTuple):
     :param tell: takes one sentence at a time on how a device was reached.
     :param warn: takes one sentence at a time that the user must read; without one they are VfioMigWarning, as
         ``warnings`` has them.
-    :param on_step: called with job, step and device at each point of a job; an exception ends the job.
+    :param on_step: called with job, step and device at each step of a job; an exception ends the job.
+    :param on_commit: called when a job is done: what comes later, a signal too, does not undo it.
     :param kvm: give a device that is opened a KVM VM in any case; by default where its driver demands one (kvmgt).
     """
 
@@ -57,6 +63,7 @@ class Settings(NamedTuple):
     warn: Callable[[str], object] | None = None
     on_step: Callable[[str, str, str], object] | None = None
     kvm: bool = False
+    on_commit: Callable[[], object] | None = None
 
     def warn_user(self, text: str) -> None:
         """Pass on a sentence that the user must read."""
@@ -78,10 +85,9 @@ class Session:
         self.device = device
         self.protocol = protocol
         self._lock = lock
-        self.was_left = False
-        """Whether an earlier job has left it stopped, or, in addition, half-loaded."""
+        self.left: Left | None = None
+        """What an earlier job has left behind that did not come to its end, or moved its state away."""
         self._settings = settings or Settings()
-        self.is_half_loaded = False
 
     def __enter__(self) -> Self:
         return self
@@ -110,13 +116,37 @@ class Session:
                 hint="open it again, and repeat",
             )
 
+    @property
+    def is_half_loaded(self) -> bool:
+        """Whether it may hold a part of an image, from an earlier job."""
+        return self.left is not None and self.left.is_loading
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether another device has its state now."""
+        return self.left is not None and self.left.is_moved
+
     def note(self, effect: str) -> None:
-        """Write down what is about to be done to the device, in case this process does not live to undo it."""
-        if self._lock is not None:
+        """Write down what is about to be done to the device, in case this process does not live to undo it.
+
+        That it is half-loaded, or its state has moved away, stays written down over a stop and its undo.
+        """
+        stays = (self.is_half_loaded or self.is_moved) and effect in PASSING
+        if self._lock is not None and not stays:
             self._lock.note(effect)
 
+    def clear_note(self) -> None:
+        """Write down that all is well: its state is whole, and its own."""
+        self.left = None
+        self.note("")
+
+    def journal_step(self, name: str) -> None:
+        """Write down how far the job has come."""
+        if self._lock is not None:
+            self._lock.step(name)
+
     def step(self, job: str, name: str) -> None:
-        """Tell who listens that a job has come to one of its points."""
+        """Tell who listens that a job has come to one of its steps."""
         if self._settings.on_step is not None:
             self._settings.on_step(job, name, self.device.name)
 
@@ -130,10 +160,12 @@ class Session:
         return not self.device.borrowed or (self.device.holder is not None and self.device.holder.is_hold)
 
     def go_on(self) -> None:
-        """Undo a stop, or a live save.
+        """Undo a stop, or a live save; a device that must not run stays stopped.
 
         :raises DeviceError: the device did not follow; one of ours in the error state was reset.
         """
+        if self.is_half_loaded or (self.is_moved and self._state_or_unknown() == UNKNOWN):
+            return
         try:
             self.protocol.undo_stop()
         except DeviceError as error:
@@ -153,15 +185,19 @@ class Session:
         try:
             return self.protocol.state()
         except DeviceError:
-            return "unknown"
+            return UNKNOWN
 
     def state_after(self, *, started: bool) -> str:
         """Tell what the device is after a job that left it running or stopped: a stop ends with the last close.
 
-        :returns: ``running``, ``stop``, or ``closed`` when nobody but this job has it open.
+        :returns: what the device itself says where it can be asked: a job that goes on with a device leaves it as it
+            was found. Else ``running`` or ``stop``; ``closed`` when nobody but this job has it open.
         """
         if not self.device.is_held:
             return CLOSED
+        state = self._state_or_unknown()
+        if state != UNKNOWN:
+            return state
         return RUNNING if started else STOP
 
     def describe(self) -> str:
@@ -245,12 +281,14 @@ def open_session(
     memory: Sequence[MemoryMap] = (),
     job: str | None = None,
     seen: Snapshot | None = None,
+    force: bool = False,
 ) -> Session:
     """Open a device, or borrow it from its holder, and choose its protocol.
 
     :param memory: guest memory; mapped for DMA at its guest-physical addresses when we open the device ourselves.
     :param job: name of the job that needs the device for itself; None for one that changes nothing.
     :param seen: the devices and who has them open, where that is known already.
+    :param force: also if an earlier job has moved its state to another device, which goes on with it.
     :raises OpenError: there is no such device, it cannot be opened, or another job is at work on it.
     :raises UnsupportedError: it speaks no protocol of ours; no ioctl of the RFC was sent.
     :raises DeviceError: an earlier job has left it in a state that this one cannot start from.
@@ -274,7 +312,7 @@ def open_session(
         lock.close()
         raise
     try:
-        _take_over(session, lock, job)
+        _take_over(session, lock, job, force=force)
     except BaseException:
         session.close()
         raise
@@ -341,23 +379,16 @@ def _require_abi(session: Session, settings: Settings) -> None:
         raise UnsupportedError(problem, device=session.device.name)
 
 
-def _take_over(session: Session, lock: DeviceLock, job: str) -> None:
-    """Look at what an earlier job has left: a stop can be gone on from, a half-loaded state cannot."""
-    from vfio_mig.host.lock import LOADING
-
-    left = lock.take_over(session.device.holder)
+def _take_over(session: Session, lock: DeviceLock, job: str, *, force: bool) -> None:
+    """Look at what an earlier job has left: a stop can be gone on from, a half-loaded or moved state cannot."""
+    left = session.left = lock.take_over(session.device.holder)
     if left is None:
         if job not in FROM_ANY_STATE:
             session.protocol.require_rest()
         return
-    session.was_left = True
-    session.is_half_loaded = left.effect == LOADING
-    if session.is_half_loaded and job in ("save", "start", "sync"):
-        raise DeviceError(
-            str(left),
-            device=session.device.name,
-            hint=left.repair(session.device.name),
-        )
+    if job in GOES_ON and (session.is_half_loaded or (session.is_moved and not force)):
+        name = session.device.name
+        raise DeviceError(str(left), device=name, hint=left.repair(name))
     session.warn(str(left))
     if job not in FROM_ANY_STATE:
         session.protocol.end_left(may_reset=job == "restore" and session.is_ours)

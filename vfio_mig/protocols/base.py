@@ -93,6 +93,9 @@ class MigrationProtocol(ABC):
         :raises DeviceError: the kernel refused.
         """
 
+    def undo_wake(self) -> None:  # noqa: B027 -- as a rule there is nothing to do
+        """Bring a device back that :meth:`wake` has woken and nobody has started; one that runs is left alone."""
+
     def undo_stop(self) -> None:
         """Bring a stopped device back to where it was found, or to run where that is not known."""
         self.start()

@@ -182,6 +182,11 @@ class MainlineV2(MigrationProtocol):
         if self.has_p2p and self._get() == STOP:
             self._rest(RUNNING_P2P)
 
+    def undo_wake(self) -> None:
+        """Go from RUNNING_P2P back to where the device was found."""
+        if self._found == STOP and self._get() == RUNNING_P2P:
+            self._rest(STOP)
+
     def stop(self) -> None:
         """Go to STOP, by way of RUNNING_P2P where the device has it; from a live save to STOP_COPY, which goes on."""
         self._rest(STOP if self._live_fd < 0 else STOP_COPY)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""The time in which one device stands still: stop, start, what is written down and undone, and how long each took."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vfio_mig.errors import UnsupportedError
+from vfio_mig.host.lock import STOPPED
+from vfio_mig.interrupts import protected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from vfio_mig.jobs.engine.job import Job
+    from vfio_mig.jobs.session import Session
+
+
+class Pause:
+    """Stops one device for a job, and starts it again; whatever fails meanwhile, it is brought back to where it was.
+
+    :ivar times: seconds of each phase by its name in the report: ``stop_time``, ``start_time``, ``stopped_time``,
+        ``bitmap_time``, ``state_read_time``, ``state_write_time``.
+    """
+
+    def __init__(self, job: Job, session: Session) -> None:
+        self.job = job
+        self.session = session
+        self.times: dict[str, float] = {"start_time": 0.0, "bitmap_time": 0.0}
+        self._began = 0.0
+        self._undo: Callable[[], object] | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Take the time of a block."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.times[name] = time.perf_counter() - began
+
+    @protected
+    def change(self, effect: str, undo: Callable[[], object] | None = None) -> None:
+        """Write down what is about to be done to the device, and have it undone if the job fails.
+
+        :param undo: from now on instead of going on as it was found.
+        """
+        self.session.note(effect)
+        if self._undo is None:
+            self.job.undo_with(self._undo_change)
+        self._undo = undo or self._undo or self.session.go_on
+
+    def _undo_change(self) -> None:
+        if self._undo is not None:
+            self._undo()
+
+    def quiet(self) -> None:
+        """Keep the device from accessing others, before the first of several is stopped."""
+        self.change(STOPPED)
+        self.session.protocol.quiet()
+
+    def stop(self) -> None:
+        """Stop the device; time counts from here."""
+        self.change(STOPPED)
+        self._began = time.perf_counter()
+        with self.phase("stop_time"):
+            self.session.protocol.stop()
+        self.job.step("after-stop", self.session)
+
+    def go_on(self) -> None:
+        """Let the device go on as it was found."""
+        with self.phase("start_time"):
+            self.session.go_on()
+        self.end()
+        self.job.step("after-start", self.session)
+
+    def start(self) -> None:
+        """Let the device run."""
+        with self.phase("start_time"):
+            self.session.protocol.start()
+        self.job.step("after-start", self.session)
+
+    def end(self) -> None:
+        """Take the time: nothing more needs the device to stand still."""
+        self.times["stopped_time"] = time.perf_counter() - self._began
+
+
+# Several devices as one job: none may access another that is stopped already, or does not run yet. So every device
+# goes to RUNNING_P2P before the first is stopped, and before the first runs again (<linux/vfio.h>,
+# VFIO_DEVICE_STATE_RUNNING_P2P).
+
+
+def require_p2p(sessions: Sequence[Session], *, waived: bool) -> None:
+    """Refuse several devices of which one lacks the P2P states.
+
+    :raises UnsupportedError: names it.
+    """
+    if len(sessions) < 2 or waived:  # noqa: PLR2004 -- several
+        return
+    for session in sessions:
+        if not session.protocol.has_p2p:
+            raise UnsupportedError(
+                "it has no P2P states, and could write to another device that is stopped already",
+                device=session.device.name,
+                hint="one device at a time, or use --no-p2p if they do not know of each other",
+            )
+
+
+def stop_all(pauses: Sequence[Pause]) -> None:
+    """Stop one or several devices."""
+    if len(pauses) > 1:
+        for pause in pauses:
+            pause.quiet()
+    for pause in pauses:
+        pause.stop()
+
+
+def wake(sessions: Sequence[Session]) -> None:
+    """Let several devices answer each other, before the first runs again.
+
+    :raises DeviceError: the kernel refused.
+    """
+    if len(sessions) > 1:
+        for session in sessions:
+            session.protocol.wake()
