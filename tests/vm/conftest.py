@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import alloc_faults, host
+from tests.vm import alloc_faults, host, kvmgt
 from tests.vm.raw import Guest
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ WHERE_TO_RUN_CUSTOM = (
     "`scripts/vm --kernel custom -- pytest tests/vm/test_alloc_faults.py`"
 )
 WHERE_TO_RUN_MTTY = "needs the VM with mtty: run `scripts/vm --mtty -- pytest tests/vm/test_mtty.py` (kernel 6.12)"
+WHERE_TO_RUN_GVT = (
+    "needs the VM with the emulated GPU: run `scripts/test --gvt`, or `scripts/vm --gvt -- pytest -m gvt`"
+)
 
 
 def in_vm() -> bool:
@@ -38,12 +41,16 @@ def runnable(item: pytest.Item) -> bool:
     """Tests of the mtty sample need no other driver; those for the custom kernel need what other kernels lack."""
     if item.get_closest_marker("mtty"):
         return "VFIO_MIG_VM" in os.environ and host.MTTY_TYPES.exists()
+    if item.get_closest_marker("gvt"):
+        return kvmgt.available()
     return in_vm() and (alloc_faults.available() or not item.get_closest_marker("custom"))
 
 
 def where_to_run(item: pytest.Item) -> str:
     if item.get_closest_marker("mtty"):
         return WHERE_TO_RUN_MTTY
+    if item.get_closest_marker("gvt"):
+        return WHERE_TO_RUN_GVT
     return WHERE_TO_RUN_CUSTOM if item.get_closest_marker("custom") else WHERE_TO_RUN
 
 
@@ -74,6 +81,7 @@ def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
     kernel_log.new()
     yield
     host.remove_all()
+    kvmgt.remove_all()
     complaints = kernel_log.complaints()
     assert not complaints, "the kernel complained:\n" + "\n".join(complaints)
 
