@@ -65,10 +65,11 @@ class Desk:
         names = {"UUID": one.uuid, "OTHER": two.uuid, "A": one.uuid, "B": two.uuid, "N": str(one.group)}
         self._env: Final = {**os.environ, **names, "PATH": f"{tools}:{os.environ['PATH']}"}
         self._images: Final = [directory / "first.image", directory / "second.image"]
+        self._without_pages: Final = directory / "plain.image"
         with self._open() as memory, guest_of(one, memory) as guest:
-            for image in self._images:
+            for image in (*self._images, self._without_pages):
                 run_some_work(guest, gpu.Engine(guest), 2)
-                pages = () if v2 else ("--memory", f"{MEMORY}@0")
+                pages = () if v2 or image == self._without_pages else ("--memory", f"{MEMORY}@0")
                 cli.run("-q", "save", one.uuid, image, "--leave-running", *pages, warm=True)
 
     @contextlib.contextmanager
@@ -85,7 +86,10 @@ class Desk:
         for name in outputs:
             (self._directory / name).unlink(missing_ok=True)
         for name in inputs:
-            shutil.copy(self._images["after" in name], self._directory / name)
+            # A restore without --memory is of an image without pages
+            plain = "restore" in block.text and "--memory" not in block.text
+            image = self._without_pages if plain else self._images["after" in name]
+            shutil.copy(image, self._directory / name)
         python = block.language == "python"
         words = [sys.executable, "-c", block.text] if python else ["bash", "-c", script(block)]
         with contextlib.nullcontext() if block.wants_closed else self._open():
