@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vfio_mig import proc
 from vfio_mig.jobs.doctor import NOTE, OK, PROBLEM, Diagnosis, DoctorReport, examine_host
 from vfio_mig.jobs.session import Settings
 
@@ -77,8 +78,7 @@ def test_a_node_that_may_not_be_opened_is_named_with_its_device(root: Path) -> N
     (device / "iommu_group").symlink_to("../../../../kernel/iommu_groups/7")  # and no /dev/vfio/7
     found = the(examine_host(root=str(root)), "node")
     assert found.result == PROBLEM
-    assert UUID in found.text
-    assert "/dev/vfio/7" in found.text
+    assert found.text == f"{UUID}: /dev/vfio/7 is not there; is udev running?"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,31 @@ def test_what_may_be_borrowed_depends_on_yama_and_a_capability(
     found = the(examine_host(root=str(root)), "borrowing")
     assert found.result == result
     assert words in found.text
+
+
+@pytest.mark.parametrize(
+    ("standing", "result", "words"),
+    [
+        (proc.Standing(True, True, True, True, False), OK, "every process can be seen"),
+        (proc.Standing(True, False, True, True, False), NOTE, "outside this PID namespace cannot be seen; run it in"),
+        (proc.Standing(False, True, True, True, False), NOTE, "/proc is not there"),
+    ],
+)
+def test_where_not_every_process_can_be_seen_it_is_said(
+    root: Path, monkeypatch: pytest.MonkeyPatch, standing: proc.Standing, result: str, words: str
+) -> None:
+    monkeypatch.setattr(proc, "standing", lambda: standing)
+    found = the(examine_host(root=str(root)), "holders")
+    assert found.result == result
+    assert words in found.text
+
+
+def test_a_directory_for_locks_that_others_may_write_to_is_a_problem(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks").chmod(0o777)
+    found = the(examine_host(root=str(root)), "locks")
+    assert found.result == PROBLEM
+    assert "others may write to the directory for locks; chmod go-w" in found.text
 
 
 @pytest.mark.parametrize(("release", "result"), [("6.1.0-56", OK), ("6.12.95", NOTE), ("7.2.0", OK), ("odd", OK)])

@@ -215,14 +215,24 @@ def look(devices: Sequence[HostDevice], pid: int | None = None) -> View:
     return View(holders, _why_unseen(scan, standing))
 
 
-def _why_unseen(scan: _Scan, standing: proc.Standing) -> Unseen | None:
+def blind_spot(standing: proc.Standing, refused: int = 0) -> Unseen | None:
+    """Tell why some processes cannot be seen from where this one stands, None when all can.
+
+    :param refused: how many could not be looked into.
+    """
+    if not standing.has_proc:
+        return NO_PROC
     if not standing.in_first_pid_namespace:
         return NAMESPACE
-    is_barred = scan.refused or (standing.hides and not standing.may_trace)
+    is_barred = refused or (standing.hides and not standing.may_trace)
     if is_barred and not standing.in_first_user_namespace:
         return USER_NAMESPACE
-    if is_barred:
-        return Unseen(_refusal(scan.refused), to_see_more())
+    return Unseen(_refusal(refused), to_see_more()) if is_barred else None
+
+
+def _why_unseen(scan: _Scan, standing: proc.Standing) -> Unseen | None:
+    if unseen := blind_spot(standing, scan.refused):
+        return unseen
     if not scan.is_settled:
         return UNSETTLED
     # Whoever borrows a device has it without its group, which another process then has

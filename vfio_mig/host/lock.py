@@ -42,7 +42,7 @@ _TIME_MAX: Final = 1e11
 _STEP: Final = re.compile(r"[a-z0-9-]{1,64}")
 _LOOKS: Final = 16
 """How often a note is read that is just being written."""
-_HINT: Final = f"run as root, or set {VARIABLE} to a directory of your own"
+HINT: Final = f"run as root, or set {VARIABLE} to a directory of your own"
 
 
 class Work(NamedTuple):
@@ -126,22 +126,33 @@ def _open_directory(path: str, *, make: bool) -> int:
         if not make:
             raise
         raise HostError(
-            f"{path}: cannot make the directory for locks: ENOENT (its parent is missing)", hint=_HINT
+            f"{path}: cannot make the directory for locks: ENOENT (its parent is missing)", hint=HINT
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP):
-            raise HostError(f"{path}: not a directory of root's or of this user's", hint=_HINT) from error
+            raise HostError(f"{path}: not a directory of root's or of this user's", hint=HINT) from error
         raise HostError(
-            f"{path}: cannot make the directory for locks: {errno_text(error.errno or 0)}", hint=_HINT
+            f"{path}: cannot make the directory for locks: {errno_text(error.errno or 0)}", hint=HINT
         ) from error
     status = os.fstat(fd)
     if status.st_uid not in (0, os.geteuid()):
         os.close(fd)
-        raise HostError(f"{path}: not a directory of root's or of this user's", hint=_HINT)
+        raise HostError(f"{path}: not a directory of root's or of this user's", hint=HINT)
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         os.close(fd)
-        raise HostError(f"{path}: others may write to the directory for locks", hint=f"chmod go-w {path}, or {_HINT}")
+        raise HostError(f"{path}: others may write to the directory for locks", hint=f"chmod go-w {path}, or {HINT}")
     return fd
+
+
+def directory_problem() -> str:
+    """Say why the directory for locks cannot be used, empty when nothing is wrong with it, or it is not there yet."""
+    try:
+        os.close(_open_directory(lock_directory(), make=False))
+    except FileNotFoundError:
+        return ""
+    except HostError as error:
+        return str(error)
+    return ""
 
 
 def _started(pid: int) -> int:
@@ -170,7 +181,7 @@ class DeviceLock:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             self._fd = os.open(os.path.basename(path), flags, 0o600, dir_fd=directory)
         except OSError as error:
-            raise HostError(f"{path}: cannot open the lock: {errno_text(error.errno or 0)}", hint=_HINT) from error
+            raise HostError(f"{path}: cannot open the lock: {errno_text(error.errno or 0)}", hint=HINT) from error
         finally:
             os.close(directory)
         try:
@@ -185,7 +196,7 @@ class DeviceLock:
             ) from None
         except OSError as error:  # a file system without locks
             os.close(self._fd)
-            raise HostError(f"{path}: cannot lock: {errno_text(error.errno or 0)}", hint=_HINT) from error
+            raise HostError(f"{path}: cannot lock: {errno_text(error.errno or 0)}", hint=HINT) from error
         self._before = _read_note(self._fd)
         self._effect: Left | None = None
         self._since = time.time()

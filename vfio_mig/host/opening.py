@@ -184,12 +184,14 @@ def _busy(device: HostDevice) -> DeviceBusyError:
     )
 
 
-def _watch(holder: Holder) -> int:
-    """Return a pidfd by which the end of the holder is seen; -1 when it has ended already."""
+def _watch(holder: Holder) -> int | None:
+    """Return a pidfd by which the end of the holder is seen; -1 when it has ended, None where it cannot be watched."""
     try:
         return os.pidfd_open(holder.pid)
-    except OSError:
+    except ProcessLookupError:
         return -1
+    except OSError:
+        return None
 
 
 def _borrow(device: HostDevice, holders: Sequence[Holder]) -> Device:

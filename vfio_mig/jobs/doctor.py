@@ -66,6 +66,7 @@ def examine_host(settings: Settings | None = None, *, root: str = "/") -> Doctor
         *_vfio(host),
         *_devices(host),
         *_borrowing(host),
+        *_seeing(),
         *_limits(host),
         *_locks(),
         *_numbers(settings),
@@ -118,9 +119,17 @@ def _devices(host: Host) -> Iterator[Diagnosis]:
     for one in devices:
         nodes = [node for node in (one.node, one.cdev) if node is not None]
         paths = [host.path(node.lstrip("/")) for node in nodes]
-        if not any(os.access(path, os.R_OK | os.W_OK) for path in paths):
-            where = " or ".join(nodes) or "a node: is udev running?"
-            yield Diagnosis("node", PROBLEM, f"{one.name}: this user may not open {where}; run as root")
+        if any(os.access(path, os.R_OK | os.W_OK) for path in paths):
+            continue
+        if any(os.path.lexists(path) for path in paths):
+            what = (
+                f"this user may not open {' or '.join(nodes)}; {'run as root' if os.geteuid() else 'what forbids it?'}"
+            )
+        elif nodes:
+            what = f"{' and '.join(nodes)} {'is' if len(nodes) == 1 else 'are'} not there; is udev running?"
+        else:
+            what = "it has neither a group nor a node of its own; is its VFIO driver loaded?"
+        yield Diagnosis("node", PROBLEM, f"{one.name}: {what}")
 
 
 def _capabilities(host: Host) -> int:
@@ -140,6 +149,17 @@ def _borrowing(host: Host) -> Iterator[Diagnosis]:
         yield Diagnosis("borrowing", NOTE, f"{text}; ptrace_scope is {scope or 'not there'} (docs/privileges.md)")
 
 
+def _seeing() -> Iterator[Diagnosis]:
+    from vfio_mig import proc
+    from vfio_mig.host.holders import blind_spot
+
+    unseen = blind_spot(proc.standing())
+    if unseen is None:
+        yield Diagnosis("holders", OK, "every process can be seen")
+    else:
+        yield Diagnosis("holders", NOTE, f"who has a device open is not always known: {unseen.reason}; {unseen.hint}")
+
+
 def _limits(host: Host) -> Iterator[Diagnosis]:
     import resource
 
@@ -155,14 +175,17 @@ def _limits(host: Host) -> Iterator[Diagnosis]:
 
 
 def _locks() -> Iterator[Diagnosis]:
-    from vfio_mig.host.lock import lock_directory
+    from vfio_mig.host.lock import HINT, directory_problem, lock_directory
 
     directory = lock_directory()
+    if problem := directory_problem():
+        yield Diagnosis("locks", PROBLEM, problem)
+        return
     nearest = directory if os.path.isdir(directory) else os.path.dirname(directory)
     if os.access(nearest, os.W_OK | os.X_OK):
         yield Diagnosis("locks", OK, directory)
     else:
-        yield Diagnosis("locks", PROBLEM, f"{directory} cannot be written; run as root, or set VFIO_MIG_LOCK_DIR")
+        yield Diagnosis("locks", PROBLEM, f"{directory} cannot be written; {HINT}")
 
 
 def _numbers(settings: Settings | None) -> Iterator[Diagnosis]:

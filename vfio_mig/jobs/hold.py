@@ -96,6 +96,10 @@ def pid_file(path: str | None) -> Iterator[Callable[[], None]]:
 
     check_target(path, force=True)
     made: list[int] = []
+    try:
+        directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(f"{path}: cannot open its directory: {errno_text(error.errno or 0)}") from error
 
     def write() -> None:
         with committed(path, force=True) as file:
@@ -107,14 +111,16 @@ def pid_file(path: str | None) -> Iterator[Callable[[], None]]:
         yield write
     finally:
         for fd in made:
-            _remove(path, fd)
+            _remove(path, directory, fd)
+        os.close(directory)
 
 
-def _remove(path: str, fd: int) -> None:
+def _remove(path: str, directory: int, fd: int) -> None:
     """Remove our file, unless another has its name by now."""
+    name = os.path.basename(path)
     try:
-        if os.path.samestat(os.lstat(path), os.fstat(fd)):
-            os.unlink(path)
+        if os.path.samestat(os.stat(name, dir_fd=directory, follow_symlinks=False), os.fstat(fd)):
+            os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
         pass
     except OSError as error:
