@@ -17,5 +17,6 @@
 ``man``           makes ``man/`` of the commands' help
 ``schemas``       makes docs/schemas of the reports' annotations
 ``conform_table`` makes the tables of docs/conform.md
+``steps_table``   makes the table of docs/scripting.md
 ================  ===================================================================================
 """

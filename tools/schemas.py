@@ -33,6 +33,7 @@ from vfio_mig.jobs.live import StateRound
 from vfio_mig.jobs.migrate import MigrateReport
 from vfio_mig.jobs.pages import PagesReport
 from vfio_mig.jobs.parts import ExtractReport, PackReport
+from vfio_mig.jobs.points import POINTS
 from vfio_mig.jobs.restore import RestoreReport
 from vfio_mig.jobs.save import SaveReport
 from vfio_mig.protocols.detect import Check
@@ -213,8 +214,8 @@ def events() -> Schema:
     time = {"time": {"type": "number", "description": "seconds since 1970"}}
     step = {
         **time,
-        "step": {"type": "string", "description": "a point of the job"},
-        "job": {"type": "string"},
+        "step": {"enum": sorted({step for steps in POINTS.values() for step in steps}), "description": "of the job"},
+        "job": {"enum": sorted(POINTS)},
         "device": {"type": "string"},
     }
     code = {"type": "integer", "description": "the exit code"}

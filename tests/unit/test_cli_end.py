@@ -340,7 +340,7 @@ def test_a_hook_does_not_get_our_files_for_streams_that_were_closed(tmp_path: Pa
                 os.close(fd)
             streams.fill()
             with (tmp_path / "image").open("wb"):
-                Hooks([f"pre-stop={hook}"]).run("stop", "opened", "x")
+                Hooks([f"pre-stop={hook}"]).run("stop", "before-stop", "x")
         finally:
             os._exit(0)
     os.waitpid(child, 0)

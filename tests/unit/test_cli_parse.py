@@ -366,7 +366,7 @@ def test_no_global_option_is_left_out_of_that_test() -> None:
 
 def test_a_global_option_behind_the_command_counts_and_hooks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(Options, "listen", lambda self: seen.append(self))  # noqa: PLW0108 -- a method
+    monkeypatch.setattr(Options, "listen", lambda self, *_: seen.append(self))
     monkeypatch.setenv("VFIO_MIG_UAPI_HEADER", "environment")
     first = ["--abi", "auto", "--hook", "pre-stop=a", "--uapi-header", "line"]
     assert invoke(*first, "list", "--abi", "gvt-rfc", "--hook", "post-stop=b").exit_code == 0

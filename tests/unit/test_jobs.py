@@ -399,7 +399,7 @@ FAILURES: Final[dict[str, type[BaseException]]] = {
 CHANGES: Final = ("stop", "write_state", "reset")
 
 
-LOADED: Final = {"writing-pages", "after-pages", "after-state", "after-start"}
+LOADED: Final = {"writing-pages", "after-pages", "after-state", "before-start", "after-start"}
 """Steps of a restore behind which the device is reset: guest memory, then it itself, may hold a part of the image."""
 
 

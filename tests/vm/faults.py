@@ -57,12 +57,12 @@ class Cell(NamedTuple):
 def _left_by_kill(job: str, point: str) -> str | None:
     """What a kill at a point leaves in the device."""
     stopped = {
-        "save": ("after-stop", "after-dirty", "after-pages", "after-state"),
-        "sync": ("after-stop", "copied"),
+        "save": ("after-stop", "after-dirty", "after-pages", "after-state", "before-start"),
+        "sync": ("after-stop", "copied", "before-start"),
         "stop": ("after-stop",),
         "restore": ("after-stop",),
     }
-    loading = ("writing-pages", "after-pages", "after-state", "loaded", "after-start")
+    loading = ("writing-pages", "after-pages", "after-state", "loaded", "before-start", "after-start")
     if point in stopped.get(job, ()):
         return "stopped"
     return "loading" if job == "restore" and point in loading else None

@@ -264,8 +264,8 @@ def test_events_and_hooks_follow_a_job(source: Side, tmp_path: Path) -> None:
     cli.run(*words, "-q", "save", source.name, tmp_path / "x.vfm", "--leave-running", warm=True)
     lines = [json.loads(line) for line in events.read_text().splitlines()]
     assert [line["step"] for line in lines] == [
-        "opened", "after-live", "after-stop", "after-dirty", "after-pages", "after-state", "after-start", "written",
-        "done",
+        "opened", "after-live", "before-stop", "after-stop", "after-dirty", "after-pages", "after-state",
+        "before-start", "after-start", "written", "done",
     ]  # fmt: skip
     assert all(line["device"] == source.name and line["job"] == "save" for line in lines[:-1])
     assert lines[-1]["code"] == 0
@@ -285,7 +285,7 @@ def test_a_hook_that_fails_rolls_the_job_back_and_the_event_says_so(source: Side
     assert not image.exists()
     last = json.loads(events.read_text().splitlines()[-1])
     assert (last["step"], last["code"]) == ("failed", 7)
-    for bad in ("nonsense=true", "post-stop=", "post-stop=a 'b"):
+    for bad in ("nonsense=true", "post-stop=", "post-stop=a 'b", "after-dirty=true", "pre-start=true"):
         cli.refused("--hook", bad, "stop", source.name, code=2, words=("hook",), warm=True)
     os.mkfifo(tmp_path / "fifo")  # without a reader
     cli.refused("--events", str(tmp_path / "fifo"), "stop", source.name, code=7, words=("ENXIO",), warm=True)

@@ -93,9 +93,10 @@ class Options:
         """Take it that what was asked for is done: whatever becomes of the report on it changes no exit code."""
         self.is_done = True
 
-    def listen(self) -> None:
+    def listen(self, command: str, asked: dict[str, Any]) -> None:
         """Open what the steps of the job go to.
 
+        :param command: that is about to run; *asked*: its options, by their names.
         :raises UsageError, HostError: that is not possible.
         """
         target = self.events_file if self.status_fd is None else self.status_fd
@@ -103,9 +104,9 @@ class Options:
             return
         from vfio_mig.jobs.steps import Events, Hooks
 
-        self.hooks = Hooks(self.hook_texts)
         if target is not None:
             self.events = Events(target)
+        self.hooks = Hooks(self.hook_texts, command, **asked)
 
 
 def _set(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -152,8 +153,8 @@ def _global_options(*, hidden: bool) -> list[click.Parameter]:
             "hook_texts",
             multiple=True,
             metavar="STEP=COMMAND",
-            help="Run COMMAND (no shell) at pre-stop, post-stop, pre-start, post-start or any step of --events "
-            "(repeatable).",
+            help="Run COMMAND (no shell) at before-stop, after-stop, before-start, after-start or any other step of "
+            "the job (repeatable; docs/scripting.md).",
         ),
     ]
 
@@ -177,7 +178,8 @@ def _with_global_options(command: click.Command) -> click.Command:
 def _listening(callback: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(callback)
     def run(*args: Any, **kwargs: Any) -> Any:
-        click.get_current_context().ensure_object(Options).listen()
+        context = click.get_current_context()
+        context.ensure_object(Options).listen(str(context.command.name), context.params)
         return callback(*args, **kwargs)
 
     return run
@@ -274,6 +276,9 @@ def _end(options: Options, code: int, error: VfioMigError | None) -> int:
         if not is_signal:
             warn(f"what was asked for is done, but then: {error}")
         code, error = 0, None
+    if code == 0 and options.hooks is not None:
+        for step in dict.fromkeys(options.hooks.idle):
+            warn(f"the hook {step} has not run: nothing of the kind was to be done")
     lost = _tell_listeners(options, code, error)
     if lost is not None and options.is_done:
         warn(f"what was asked for is done, but then: {lost}")

@@ -10,7 +10,7 @@ from vfio_mig.errors import UnsupportedError, UsageError, VfioMigError
 from vfio_mig.host.lock import STOPPED, at_work, left_behind
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.engine.job import Job
-from vfio_mig.jobs.engine.pause import Pause, require_p2p, stop_all, wake
+from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
 from vfio_mig.jobs.session import CLOSED, Settings, find, open_session, require_holder, survey
 from vfio_mig.protocols.mainline_v2 import MainlineV2
 
@@ -134,6 +134,7 @@ def start_devices(
         require_p2p(sessions, waived=without_p2p)
         for session in sessions:
             job.step("opened", session)
+        announce_start(job, sessions)
         try:
             _wake(job, sessions)
             for session in sessions:

@@ -15,7 +15,7 @@ from vfio_mig.interrupts import protected, waiting
 from vfio_mig.jobs.dirtylog import DirtyLog
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.memory import Content, MemoryCopy, Wanted, default_ranges, memory_header, new_job_id
-from vfio_mig.jobs.engine.pause import Pause
+from vfio_mig.jobs.engine.pause import Pause, announce_start, stop_all
 from vfio_mig.jobs.live import ROUNDS_LIVE, Live, copy_live
 from vfio_mig.jobs.save import STDOUT, describe_device
 
@@ -296,8 +296,7 @@ def sync_dirty(
             job.step("after-round", session)
 
         done = copy_live(Live(rounds, max_downtime, on_round=after_round), copy, [])
-        job.step("before-stop", session)
-        pause.stop()
+        stop_all([pause])
         last = copy.last_round(lambda: None)
         assert last is not None  # noqa: S101 -- there is memory
         done.append(last)
@@ -307,6 +306,7 @@ def sync_dirty(
         copy.end()
         job.step("copied", session)
         if leave_running:
+            announce_start(job, [session])
             pause.go_on()
         destination.finish()
         report = SyncReport(

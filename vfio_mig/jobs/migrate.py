@@ -27,7 +27,7 @@ from vfio_mig.jobs.engine.memory import (
     memory_header,
     new_job_id,
 )
-from vfio_mig.jobs.engine.pause import Pause
+from vfio_mig.jobs.engine.pause import Pause, announce_start
 from vfio_mig.jobs.engine.state import StateReader
 from vfio_mig.jobs.live import Live, copy_live, falls_short, with_rounds
 from vfio_mig.jobs.peer import Peer, number, seconds
@@ -249,6 +249,7 @@ def migrate(
             sender = _Sender(job, session, run, guest, wanted=wanted, live=live or Live())
             job.step("opened", session)
             sender.copy_live()
+            job.step("before-stop", session)
             began = time.perf_counter()
             sender.run()
         except HostError as error:
@@ -258,11 +259,15 @@ def migrate(
         read = time.perf_counter()
         run.wait_for("loaded")
         job.step("restored", session)
+        if start:
+            announce_start(job, [session])
         _give_up(job, session)
         held = time.perf_counter()
         restored = _end_target(run, peer, session, start=start)
         end = time.perf_counter()
         job.commit()
+        if start:
+            job.step("after-start", session)
         return _report(target, sender, session, restored, began=began, read=read, held=held, end=end, start=start)
 
 

@@ -11,7 +11,7 @@ from vfio_mig.interrupts import waiting
 from vfio_mig.jobs.check import findings, require_fit
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.loading import MemoryLoad
-from vfio_mig.jobs.engine.pause import Pause, require_p2p, stop_all, wake
+from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
 from vfio_mig.jobs.source import STDIN, open_input, read_image
 
 if TYPE_CHECKING:
@@ -298,6 +298,7 @@ def restore_all(
             if await_word:
                 start = _await_word(job, targets[0])
             if start:
+                announce_start(job, sessions)
                 wake(sessions)
                 for target in targets:
                     target.pause.start()

@@ -22,7 +22,7 @@ from vfio_mig.jobs.engine.memory import (
     memory_header,
     new_job_id,
 )
-from vfio_mig.jobs.engine.pause import Pause, require_p2p, stop_all, wake
+from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
 from vfio_mig.jobs.engine.state import StateReader
 from vfio_mig.jobs.live import Live, copy_live, falls_short, with_rounds
 
@@ -212,6 +212,7 @@ class _Save:
         for pause in self._pauses:
             pause.end()
         if leave_running:
+            announce_start(self._job, [pause.session for pause in self._pauses])
             wake([pause.session for pause in self._pauses])
             for pause in self._pauses:
                 pause.go_on()

@@ -19,26 +19,44 @@ from vfio_mig.jobs.points import POINTS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ALIASES: Final[dict[str, dict[str, str]]] = {
-    "pre-stop": {
-        "save": "after-live",
-        "migrate": "after-live",
-        "sync": "before-stop",
-        "stop": "opened",
-        "restore": "verified",
-    },
-    "post-stop": dict.fromkeys(("save", "sync", "stop", "restore"), "after-stop"),
-    "pre-start": {
-        "save": "after-state",
-        "sync": "copied",
-        "restore": "after-state",
-        "migrate": "restored",
-        "start": "opened",
-    },
-    "post-start": dict.fromkeys(("save", "sync", "restore"), "after-start"),
+ALIASES: Final = {
+    "pre-stop": "before-stop",
+    "post-stop": "after-stop",
+    "pre-start": "before-start",
+    "post-start": "after-start",
 }
-"""Names of a hook that mean the same in every job, and the point each is there."""
+"""Other words for four steps, which `--hook` takes."""
 STEPS: Final = frozenset(ALIASES) | {name for names in POINTS.values() for name in names}
+STARTS: Final = frozenset({"before-start", "after-start"})
+_IF_SO_ASKED: Final[dict[tuple[str, str], str]] = {
+    **{(job, step): "--leave-running" for job in ("save", "sync") for step in STARTS},
+    **{("restore", step): "--start" for step in STARTS},
+    ("restore", "loaded"): "--await-word",
+}
+"""Steps that a job has only with an option."""
+
+
+def option_of(job: str, step: str) -> str | None:
+    """Return the option without which a job does not have a step; None if it has it in any case."""
+    return _IF_SO_ASKED.get((job, step))
+
+
+def steps_of(job: str, **asked: object) -> tuple[str, ...]:
+    """Return the steps that a job has, in order, as it was asked for.
+
+    :param asked: the options of the command, by their names.
+    """
+
+    def has(step: str) -> bool:
+        if job == "migrate" and step in STARTS:
+            return not asked.get("no_start")
+        if job == "save" and step in {"after-dirty", "after-pages"}:
+            return not asked.get("raw")
+        option = option_of(job, step)
+        waits = job == "restore" and bool(asked.get("await_word"))  # and may be told to start
+        return option is None or waits or bool(asked.get(option.removeprefix("--").replace("-", "_")))
+
+    return tuple(step for step in POINTS.get(job, ()) if has(step))
 
 
 class Events:
@@ -95,12 +113,31 @@ class Hooks:
     its environment, our stderr as its stdout, and nothing to read. The job waits for it: what it does between stop and
     start is downtime.
 
-    :raises UsageError: no such step, or no command.
+    :param job: that is to be done, as POINTS names it; None for any.
+    :param asked: the options of its command, by their names.
+    :raises UsageError: no such step, one that this job does not have, or no command.
     :raises HostError: there is no such program, or it may not be run.
     """
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str], job: str | None = None, **asked: object) -> None:
         self._hooks = [self._parse(text) for text in texts]
+        self.idle: Final = [step for step, _ in self._hooks]
+        """Steps of hooks that have not run yet."""
+        if job is not None:
+            for step, _ in self._hooks:
+                self._require(step, job, asked)
+
+    @staticmethod
+    def _require(step: str, job: str, asked: dict[str, object]) -> None:
+        """Refuse a hook that would never run."""
+        wanted, steps = ALIASES.get(step, step), steps_of(job, **asked)
+        if wanted in steps:
+            return
+        if job not in POINTS:
+            raise UsageError(f"hook {step}: '{job}' has no steps", hint="leave out --hook")
+        option = option_of(job, wanted)
+        hint = f"a {job} has {', '.join(steps)}" if option is None else f"it has that with {option}"
+        raise UsageError(f"hook {step}: this {job} has no such step", hint=hint)
 
     @staticmethod
     def _parse(text: str) -> tuple[str, list[str]]:
@@ -124,7 +161,9 @@ class Hooks:
         :raises HostError: a command cannot be started, or ends with another status than 0; the job rolls back.
         """
         for wanted, words in self._hooks:
-            if step in (wanted, ALIASES.get(wanted, {}).get(job)):
+            if step == ALIASES.get(wanted, wanted):
+                if wanted in self.idle:
+                    self.idle.remove(wanted)
                 self._run(words, {"VFIO_MIG_JOB": job, "VFIO_MIG_STEP": wanted, "VFIO_MIG_DEVICE": device})
 
     @staticmethod

@@ -109,12 +109,20 @@ def require_p2p(sessions: Sequence[Session], *, waived: bool) -> None:
 
 
 def stop_all(pauses: Sequence[Pause]) -> None:
-    """Stop one or several devices."""
+    """Stop one or several devices; what is to happen before that does so before the first is touched."""
+    for pause in pauses:
+        pause.job.step("before-stop", pause.session)
     if len(pauses) > 1:
         for pause in pauses:
             pause.quiet()
     for pause in pauses:
         pause.stop()
+
+
+def announce_start(job: Job, sessions: Sequence[Session]) -> None:
+    """Tell that devices are about to run, before the first one does."""
+    for session in sessions:
+        job.step("before-start", session)
 
 
 def wake(sessions: Sequence[Session]) -> None:
