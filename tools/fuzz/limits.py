@@ -23,6 +23,9 @@ INPUT_FACTOR: Final = 64
 MESSAGE_CONSTANT: Final = 4096
 MESSAGE_FACTOR: Final = 12
 """Characters of a message for each byte that it may quote: one character can become `\\U0001f600`."""
+WORK_FACTOR: Final = 100
+WORK_CONSTANT: Final = 1 << 18
+"""A decoder that counts its work may look at WORK_FACTOR bytes for each byte of input, and this many more."""
 GROWTH_MAX: Final = 64 << 20
 """Bytes by which a process may grow after its warm-up, however many inputs it is given."""
 ADDRESS_SLACK: Final = 16 << 20
@@ -76,6 +79,14 @@ def _narrow(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def require_linear(work: int, size: int) -> None:
+    """See to it that what an input of *size* bytes took grows with its size alone.
+
+    :param work: bytes that were looked at, some of them more than once.
+    """
+    require(work <= WORK_FACTOR * size + WORK_CONSTANT, f"{size} bytes take bounded work, not {work}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np  # noqa: F401 -- before the address space is bounded
 
 from tools.fuzz import corpus, saved
 from tools.fuzz.corpus import Choices
-from tools.fuzz.limits import bounded, require, require_line
+from tools.fuzz.limits import INPUT_FACTOR, bounded, require, require_line, require_linear
 from tools.fuzz.printed import printed
 from vfio_mig.cli.inspect import print_report
 from vfio_mig.image.decode import qemu
@@ -44,10 +44,13 @@ def _path(content: bytes | bytearray) -> str:
     return f"/proc/self/fd/{_fd()}"
 
 
-def _look(content: bytes | bytearray) -> None:
-    """Look into a file, and at what would be printed of it."""
+def look(content: bytes | bytearray, *, more: int = 0) -> None:
+    """Look into a file, and at what would be printed of it.
+
+    :param more: bytes of memory that it may take besides.
+    """
     path = _path(content)
-    with bounded(len(content)):
+    with bounded(len(content) + more // INPUT_FACTOR):
         _check(inspect_image(path), len(content))
 
 
@@ -96,11 +99,11 @@ def inspect(image_of: Callable[[bytes], bytes | bytearray]) -> Callable[[bytes],
     def run(data: bytes) -> None:
         way, rest = data[0] % 4 if data else 0, data[1:]
         if way == 0:
-            _look(rest)
+            look(rest)
         elif way == 1:
-            _look(image_of(rest))
+            look(image_of(rest))
         elif way == 2:  # noqa: PLR2004 -- as the docstring counts
-            _look(_queued(Choices(rest)))
+            look(_queued(Choices(rest)))
         elif rest[:1] < b"\x80":
             _compare(image_of(rest[1:]), corpus.good_image())
         else:
@@ -118,8 +121,9 @@ def qemu_stream(data: bytes) -> None:
             places: list[tuple[int, int]] = [*device.frames, *([device.config] if device.config else [])]
             for at, size in places:
                 require(0 <= at <= at + size <= len(content), "what a device has is in the stream")
-        require(stream.complete or stream.problems, "a stream is whole, or it is said why not")
-    _look(content)
+        require(stream.complete or bool(stream.problems), "a stream is whole, or it is said why not")
+        require_linear(stream.work, len(content))
+    look(content)
 
 
 def inspect_seeds() -> list[bytes]:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
 
-from tools.fuzz import corpus, gpu, looking, saved
+from tools.fuzz import corpus, gpu, looking, saved, streams
 from tools.fuzz.corpus import Choices, entries_for, manifest_of, signed, tar_of
 from tools.fuzz.limits import bounded, require, require_line
 from tools.fuzz.printed import printed
@@ -489,6 +489,9 @@ TARGETS: Final = {
         Target("gvt-records", gvt_records, corpus.record_seeds, 1024),
         Target("inspect", looking.inspect(_image_of), looking.inspect_seeds, 16384, (saved.mtty()[:24], b"gvt_v2\0\0")),
         Target("qemu-stream", looking.qemu_stream, saved.qemu_seeds, 16384, saved.QEMU_WORDS),
+        Target("qemu-capabilities", streams.qemu_capabilities, streams.capability_seeds, 4096),
+        Target("libvirt", streams.libvirt, streams.libvirt_seeds, 16384, (b"<name>", b"\x1f\x8b\x08")),
+        Target("compressed", streams.compressed, streams.compressed_seeds, 4096),
         Target("uapi-header", uapi_header, corpus.header_seeds, 16384, corpus.HEADER_WORDS),
         Target("sysfs", sysfs, corpus.sysfs_seeds, 2048, (corpus.UUID, b"0000:00:02.0", b"/dev/vfio/", b"devices/")),
         Target("gpu-messages", gpu.messages, gpu.message_seeds, gpu.MESSAGES_LENGTH),

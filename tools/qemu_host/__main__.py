@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import sys
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -13,7 +12,7 @@ import click
 
 from vfio_mig import interrupts
 from vfio_mig.cli import streams
-from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text
+from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text, json_text, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,13 +44,13 @@ def _common(cont: str, force: str) -> Callable[[Callable[..., Any]], Callable[..
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # only words about the job go there
-        click.echo(text, err=True)
+        click.echo(printable(text), err=True)
 
 
 def _summarise(summary: dict[str, Any], *, err: bool = False) -> None:
     """Print what was done. It is done, so a summary that nobody takes is a warning."""
     try:
-        click.echo(json.dumps(summary, indent=2), err=err)
+        click.echo(json_text(summary), err=err)
     except OSError as error:
         _say(f"warning: standard output: cannot write: {errno_text(error.errno or 0)}; what was asked for is done")
 

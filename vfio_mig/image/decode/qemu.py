@@ -24,7 +24,7 @@ from vfio_mig.image.decode.cursor import Cursor, CutError
 from vfio_mig.image.decode.qemu_description import PADDING_MAX, Comparison, find_description
 from vfio_mig.image.decode.qemu_disk import pass_bitmaps, pass_block
 from vfio_mig.image.decode.qemu_parts import QemuStream, SectionKind, VfioDevice, is_vfio
-from vfio_mig.image.decode.qemu_ram import KNOWN_CAPABILITIES, PAGE, VERSION, Ram
+from vfio_mig.image.decode.qemu_ram import KNOWN_CAPABILITIES, MAPPED_RAM, PAGE, VERSION, Ram
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +110,7 @@ class _Reader:
         if self.compared.problem is not None:
             self._note(self.compared.problem)
         self.complete = ended and self.trusted and self.compared.problem is None
-        if self.ram.through_channels and not self.capabilities:
+        if self.ram.through_channels and MAPPED_RAM not in self.capabilities:
             self._note("guest memory went through other channels (multifd): it is not in this stream")
         return QemuStream(
             self.machine,
@@ -381,7 +381,10 @@ class _Reader:
                 raise CutError(problem)
             # What has been taken for pieces of state is not gone over again: that would be quadratic
             kind.how = "footer"
-            self._pass_to_footer(number)
+            try:
+                self._pass_to_footer(number)
+            except CutError as error:
+                raise CutError(f"{problem}; {error}") from None
         self.devices[number].lost = "a part of its state could not be taken"
         self._note(f"{problem}; passed over up to its footer")
 
