@@ -125,7 +125,8 @@ def driver_cells() -> Iterator[Cell]:
     # what undoes it fails as well: then it is written down
     yield Cell("save", "after-state", "EIO", ("start 1 errno 16",), 5, "stopped")
     yield Cell("sync", "copied", "ENOSPC", ("start 1 errno 16",), 7, "stopped")
-    yield Cell("restore", "after-pages", "EIO", ("start 1 errno 16",), 5, "stopped")
+    yield Cell("restore", "after-stop", "EIO", ("start 1 errno 16",), 5, "stopped")
+    yield Cell("restore", "after-pages", "EIO", ("start 1 errno 16",), 5, "loading")
     yield Cell("restore", "", "", ("state_write 1 errno 5", "reset 1 errno 5"), 5, "loading")
     yield Cell("restore", "", "", ("state_write 1 after 5", "start 1 errno 16"), 5, "loading")
 
@@ -251,7 +252,7 @@ class Stage:
         again = Cell("restore" if cell.left == "loading" else "save", "", "", (), 0)
         path = self.directory / "next.vfm"
         arguments = (
-            ["restore", side.name, str(self.image), "--start"]
+            ["restore", side.name, str(self.image), "--memory", side.memory_option, "--start"]
             if again.job == "restore"
             else ["save", side.name, str(path), "--leave-running"]
         )

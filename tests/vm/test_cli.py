@@ -273,12 +273,16 @@ def test_save_streams_into_restore_through_a_pipe_and_carries_the_dirty_pages(so
 def test_a_device_that_nobody_holds_is_saved_and_closed(tmp_path: Path) -> None:
     with host.instance() as vgpu:
         image = tmp_path / "gpu.vfm"
-        done = cli.run("-v", "save", vgpu.uuid, image)
+        for words in (("save", vgpu.uuid, image), ("sync", vgpu.uuid, image, "--memory", "/dev/null@0")):
+            text = cli.refused(*words, code=3 if words[0] == "save" else 2, warm=True)
+            assert words[0] == "sync" or f"'vfio-mig hold {vgpu.uuid}' first, or use --open" in text
+        done = cli.run("-v", "save", vgpu.uuid, image, "--open")
         said = done.stderr.decode().splitlines()
         node = Host().find(vgpu.uuid).cdev or f"/dev/vfio/{vgpu.group}"
         assert said[0] == f"{vgpu.uuid}: opened through {node}, protocol gvt-rfc (numbers built in)"
         assert said[1].endswith("; closed, as nobody else has it open")
-        again = js("restore", vgpu.uuid, image)
+        cli.refused("restore", vgpu.uuid, image, code=3, words=("nobody has it open", "--open"), warm=True)
+        again = js("restore", vgpu.uuid, image, "--open")
         assert again["state"] == "closed"
         assert "run 'vfio-mig hold' first" in again["warnings"][0]
 

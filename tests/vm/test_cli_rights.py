@@ -96,12 +96,12 @@ def owner_and_mode(path: Path) -> tuple[int, int]:
 def test_the_node_is_enough_for_a_device_that_nobody_holds(make_instance: MakeInstance, user: User) -> None:
     instance, image = make_instance(), user.directory / "gpu.vfm"
     give(instance)
-    said = user.run("save", instance.uuid, image)
+    said = user.run("save", instance.uuid, image, "--open")
     assert said.endswith("; closed, as nobody else has it open\n")
     assert owner_and_mode(image) == (NOBODY, 0o600)
     assert owner_and_mode(user.directory / "locks") == (NOBODY, 0o700)
     assert sorted(path.name for path in user.directory.iterdir()) == ["gpu.vfm", "locks"]
-    user.run("restore", instance.uuid, image, "--start")
+    user.run("restore", instance.uuid, image, "--start", "--open")
     counters = instance.counters()
     assert (counters["state_read"], counters["state_write"]) == (1, 1)
 

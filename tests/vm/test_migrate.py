@@ -51,7 +51,8 @@ def held_target(shm: Path) -> Iterator[Side]:
 
 
 def fresh(made: Side) -> Side:
-    made.guest.device.reset()
+    """Have a device that runs, with a state of its own: one whose state was moved away is refused."""
+    cli.run("-q", "reset", made.name, warm=True)
     made.guest.device.start()
     return made
 
@@ -72,7 +73,11 @@ def js(*words: str | Path) -> Any:
 
 
 def move(source: Side, target: str, *options: str) -> Any:
-    return js("migrate", source.name, target, "--memory", source.memory_option, *options)
+    return js("migrate", source.name, target, *options)
+
+
+def with_memory(source: Side, target: Side) -> tuple[str, ...]:
+    return ("--memory", source.memory_option, "--target-memory", target.memory_option)
 
 
 def test_migrate_moves_state_memory_and_queued_work_and_starts_the_target(source: Side, target: Side) -> None:
@@ -82,7 +87,7 @@ def test_migrate_moves_state_memory_and_queued_work_and_starts_the_target(source
     queued = queue_one(source.guest, engine)
     view = guest_view(source.guest.device)
     before = target.instance.counters()
-    report = move(source, target.name, "--target-memory", target.memory_option)
+    report = move(source, target.name, *with_memory(source, target))
     gpu.wait_ended(target.guest, before, 1)
     assert (report["state"], report["target_state"]) == ("stop", "running")
     assert source.instance.run_state() == "stopped"
@@ -93,12 +98,22 @@ def test_migrate_moves_state_memory_and_queued_work_and_starts_the_target(source
     assert guest_view(target.guest.device) == view
     phases = sum(report[f"{name}_time"] for name in ("stop", "bitmap", "state_read", "transfer", "start"))
     assert 0 < phases <= report["downtime"]
-    assert report["pages_written"] + report["pages_zero"] == report["pages_dirty"] == len(source.instance.pinned())
+    assert report["pages_sent"] + report["pages_zero"] == report["pages_dirty"] == len(source.instance.pinned())
+    assert report["pages_written"] == report["pages_dirty"]
+    state = js("status", source.name)
+    assert "its state was moved to another device" in state["left"]
+    for words in (
+        ("start", source.name),
+        ("save", source.name, "/dev/shm/x.vfm"),
+        ("migrate", source.name, target.name),
+    ):
+        cli.refused(*words, code=5, words=("was moved to another device", "--force"), warm=True)
+    assert target.instance.run_state() == "running"
 
 
 def test_pages_that_were_copied_live_are_not_sent_again(source: Side, target: Side) -> None:
     run_some_work(source.guest, gpu.Engine(source.guest), 4)
-    report = move(source, target.name, "--target-memory", target.memory_option, "--rounds", "5", "--no-start")
+    report = move(source, target.name, *with_memory(source, target), "--rounds", "5", "--no-start")
     assert target.instance.run_state() == "stopped"
     assert report["target_state"] == "stop"
     rounds = report["rounds"]
@@ -149,7 +164,7 @@ def test_a_connection_cut_at_any_byte_leaves_the_source_running(
         writes = target.instance.counters()["state_write"]
         rsh = connection(tmp_path, cut)
         arguments = ["migrate", source.name, f"ssh://other/{target.name}", "--rsh", str(rsh)]
-        done = cli.run(*arguments, "--memory", source.memory_option, rc=None, warm=True)
+        done = cli.run(*arguments, *with_memory(source, target), rc=None, warm=True)
         text = done.stderr.decode()
         assert done.returncode in {6, 7}, f"{cut}: {done.returncode} {text}"
         assert len(text.splitlines()) == 1
@@ -180,8 +195,21 @@ def test_a_target_that_refuses_to_start_leaves_both_stopped_and_says_so(source: 
     text = cli.refused("migrate", source.name, target.name, code=5, words=("EBUSY", "never both"), warm=True)
     assert target.name in text
     assert (source.instance.run_state(), target.instance.run_state()) == ("stopped", "stopped")
-    cli.run("start", source.name, warm=True)
+    cli.refused("start", source.name, code=5, words=("was moved", "--force"), warm=True)
+    assert source.instance.run_state() == "stopped"
+    cli.run("start", "--force", source.name, warm=True)
     assert source.instance.run_state() == "running"
+    assert js("status", source.name)["left"] is None
+
+
+def test_pages_are_moved_or_it_is_said_that_they_are_not(source: Side, target: Side) -> None:
+    run_some_work(source.guest, gpu.Engine(source.guest), 2)
+    words = ("migrate", source.name, target.name, "--memory", source.memory_option)
+    cli.refused(*words, code=2, words=("no place to go to", "--no-memory"), warm=True)
+    assert source.instance.run_state() == "running"
+    report = js(*words, "--no-memory")
+    assert (report["pages_sent"], report["pages_written"], report["memory"]) == (0, 0, "none")
+    assert not any(target.memory.bytes[:])
 
 
 def test_what_cannot_work_is_refused_before_the_stop(source: Side, tmp_path: Path) -> None:

@@ -237,7 +237,11 @@ def test_a_device_whose_log_the_kernel_cannot_read_is_tracked_by_its_container(t
         assert json.loads(done.stdout)["pages_dirty"] == 0
         cannot_report = not Path("/dev/iommu").exists()
         assert (b"every mapped page counts as dirty" in done.stderr) == cannot_report
-        saved = json.loads(cli.run(*arguments[:3], "save", name, tmp_path / "image", *arguments[5:7], warm=True).stdout)
+        saved = json.loads(
+            cli.run(
+                *arguments[:3], "save", name, tmp_path / "image", *arguments[5:7], "--open", "--all-memory", warm=True
+            ).stdout
+        )
         assert (saved["state_bytes"], saved["pages_zero"], saved["state"]) == (96, 16, "closed")
     finally:
         (Path("/sys/bus/mdev/devices") / name / "remove").write_text("1")

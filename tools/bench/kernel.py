@@ -76,7 +76,7 @@ class Sides(NamedTuple):
 def rfc_rows(sides: Sides) -> Iterator[Row]:
     """Compare how long a vGPU stands still, and the way of its state."""
     image, raw = str(sides.directory / "image"), str(sides.directory / "raw")
-    save, its_save = ("save", image, "--leave-running", "--force"), ("rfc-save", raw)
+    save, its_save = ("save", image, "--leave-running", "--force", "--open"), ("rfc-save", raw)
     with host.instance() as vgpu:
         pairs = alternate(*sides.pair(vgpu, save, "stopped_time", its_save, "stopped"))
         size = Path(raw).stat().st_size
@@ -84,7 +84,7 @@ def rfc_rows(sides: Sides) -> Iterator[Row]:
         pairs = alternate(*sides.pair(vgpu, save, "state_read_time", its_save, "read"))
         yield ratio("RFC: read the state", "s", pairs)
         pairs = alternate(
-            *sides.pair(vgpu, ("restore", image, "--start"), "state_write_time", ("rfc-load", raw), "write")
+            *sides.pair(vgpu, ("restore", image, "--start", "--open"), "state_write_time", ("rfc-load", raw), "write")
         )
         yield ratio("RFC: write the state", "s", pairs)
 
@@ -112,11 +112,11 @@ def v2_rows(sides: Sides, mib: int, runs: int) -> Iterator[Row]:
     with host.loaded(v2=7, migratable=0), host.instance() as vgpu:
         (vgpu.debugfs / "v2_extra_bytes").write_text(str(mib * MIB))
         # Digests are taken, and the image is verified, outside of what these times are of
-        words = ("save", image, "--leave-running")
+        words = ("save", image, "--leave-running", "--open")
         save, its_save = sides.pair(vgpu, words, "state_read_time", ("v2-save", raw), "read")
         pairs = alternate(lambda: _without(image, save), lambda: _without(raw, its_save), runs)
         yield ratio(f"v2: {mib} MiB, device to file", "s", pairs, most)
-        load = ("restore", image, "--start")
+        load = ("restore", image, "--start", "--open")
         pairs = alternate(*sides.pair(vgpu, load, "state_write_time", ("v2-load", raw), "write"), runs)
         yield ratio(f"v2: {mib} MiB, file to device", "s", pairs, most, f"peak {sides.ours.peak // MIB} MiB resident")
 

@@ -69,7 +69,7 @@ def live(report: Report, one: str, other: str) -> None:
 def together(report: Report, one: str, other: str, directory: Path) -> None:
     """Save and restore both as one job."""
     report.step("Save and restore both as one job: both are in running-p2p before the first is stopped")
-    vfio_mig("start", other)
+    vfio_mig("start", "--force", other)  # its state went back to the first
     pairs = [f"{name}={directory / name[:8]}.vfm" for name in (one, other)]
     values = {one: 0x11, other: 0x22}
     for name, value in values.items():
