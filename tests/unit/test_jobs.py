@@ -156,8 +156,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         device = Device(found.name, -1, how=how, holder=made.holder)
         return Session(found, device, made.protocol(device, made), lock, settings)
 
-    for module in (session, control):
-        monkeypatch.setattr(module, "find", lambda _: FOUND)
+    monkeypatch.setattr(session, "find", lambda _: FOUND)
     monkeypatch.setattr(session, "holder_of", lambda _: made.holder)
 
     def survey(*_: str) -> Snapshot:

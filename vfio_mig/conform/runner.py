@@ -19,7 +19,7 @@ from vfio_mig.errors import DeviceBusyError, DeviceError, UsageError, VfioMigErr
 from vfio_mig.host.lock import LOADING
 from vfio_mig.interrupts import protected, waiting
 from vfio_mig.jobs.engine.job import Job
-from vfio_mig.jobs.session import Settings, find, holder_of, open_session
+from vfio_mig.jobs.session import Settings, open_session, survey
 from vfio_mig.protocols.gvt_rfc import GvtRfc
 from vfio_mig.protocols.mainline_v2 import MainlineV2
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from vfio_mig.conform.check import Check
     from vfio_mig.device import Device
+    from vfio_mig.host.discover import Snapshot
     from vfio_mig.jobs.session import Session
 
 PATIENCE: Final = 30.0
@@ -149,23 +150,24 @@ def conform_device(
     """
     settings = settings or Settings()
     select(checks)
+    seen = survey(*(one for one in (name, second) if one is not None))
     with Job("conform", settings) as job:
-        session = job.enter(_open(name, settings, force=force))
+        session = job.enter(_open(name, settings, seen, force=force))
         other = None
         if second is not None:
-            if find(second).name == session.found.name:
+            if seen.find(second).name == session.found.name:
                 raise UsageError("--second is the device itself", device=session.found.name)
-            other = job.enter(_open(second, settings, force=force))
+            other = job.enter(_open(second, settings, seen, force=force))
         job.step("opened", session)
         return _run(job, session, other, select(checks, _family(session)), dangerous=dangerous)
 
 
-def _open(name: str, settings: Settings, *, force: bool) -> Session:
-    found = find(name)
-    holder = holder_of(found)
+def _open(name: str, settings: Settings, seen: Snapshot, *, force: bool) -> Session:
+    found = seen.find(name)
+    holder = seen.holder_of(found)
     if holder is not None and not force:
         raise _busy(found.name, str(holder))
-    session = open_session(name, settings, job="conform")
+    session = open_session(name, settings, job="conform", seen=seen)
     if session.device.borrowed and not force:
         session.close()
         raise _busy(found.name, "another process")

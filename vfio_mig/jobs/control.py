@@ -11,7 +11,7 @@ from vfio_mig.host.lock import STOPPED, at_work, left_behind
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
-from vfio_mig.jobs.session import CLOSED, Settings, find, open_session, require_holder, survey
+from vfio_mig.jobs.session import CLOSED, Settings, open_session, require_holder, survey
 from vfio_mig.protocols.mainline_v2 import MainlineV2
 
 if TYPE_CHECKING:
@@ -224,8 +224,10 @@ def device_state(name: str, settings: Settings | None = None, *, new: str | None
     :raises UnsupportedError: the device has no states to ask for.
     :raises UsageError: *new* is a state with a stream, which would be lost.
     """
-    require_holder(find(name), "change of state" if new else "look at its state")
-    with open_session(name, settings, job=None if new is None else "state") as session:
+    seen = survey(name)
+    (found,) = seen.devices
+    require_holder(found, "change of state" if new else "look at its state", seen)
+    with open_session(name, settings, job=None if new is None else "state", seen=seen) as session:
         protocol = session.protocol
         if not isinstance(protocol, MainlineV2):
             raise UnsupportedError(
