@@ -198,8 +198,11 @@ def test_an_nvidia_function_without_a_type_is_told_about_it(tmp_path: Path) -> N
     tree = Tree(tmp_path)
     without_class(tree, NIC, "nvidia", group=42, node="42")
     assert tree.host.devices() == []
-    with pytest.raises(DeviceNotFoundError, match=r"only once it has a vGPU type; write a .* nvidia/current_vgpu_type"):
-        tree.host.find(NIC)
+    for name in (NIC, "/dev/vfio/42"):
+        with pytest.raises(
+            DeviceNotFoundError, match=r"only once it has a vGPU type; write a .* nvidia/current_vgpu_type"
+        ):
+            tree.host.find(name)
 
 
 def test_a_function_that_no_iommu_confines_has_a_node_of_another_name(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ class Host:
         if devices is None:
             devices = self.devices()
         if _GROUP_NODE.fullmatch(name):
-            return _find_by_group(name, devices)
+            return self._find_by_group(name, devices)
         if name.startswith("/dev/vfio/devices/"):
             return self._find_by_cdev(name, devices)
         return _find_by_path(name, devices)
@@ -233,6 +233,25 @@ class Host:
             hint="bind it to vfio-pci" if variant is None else f"bind it to {variant}",
         )
 
+    def _find_by_group(self, node: str, devices: Sequence[HostDevice]) -> HostDevice:
+        members = [device for device in devices if device.node == node]
+        if len(members) > 1:
+            names = ", ".join(device.name for device in members)
+            raise UsageError(f"group {members[0].group} has several devices: {names}", hint="name the one you mean")
+        if members:
+            return members[0]
+        problem, hint = "no VFIO device is in this group", None
+        number = os.path.basename(node).removeprefix("noiommu-")
+        for name in self.names("sys/kernel/iommu_groups", number, "devices"):
+            try:
+                self._find_by_name(name, ())
+            except DeviceNotFoundError as error:  # the first one that could be a device says what it lacks
+                problem, hint = f"{problem}; {name}: {error.problem}", error.hint
+                break
+            except UsageError:
+                continue
+        raise DeviceNotFoundError(problem, device=node, hint=hint)
+
     def _find_by_cdev(self, path: str, devices: Sequence[HostDevice]) -> HostDevice:
         node = os.path.basename(path)
         for device in devices:
@@ -255,16 +274,6 @@ def _find_by_path(path: str, devices: Sequence[HostDevice]) -> HostDevice:
         if device.sysfs == real:
             return device
     raise DeviceNotFoundError("is no directory of a VFIO device", device=path)
-
-
-def _find_by_group(node: str, devices: Sequence[HostDevice]) -> HostDevice:
-    members = [device for device in devices if device.node == node]
-    if not members:
-        raise DeviceNotFoundError("no VFIO device is in this group", device=node)
-    if len(members) > 1:
-        names = ", ".join(device.name for device in members)
-        raise UsageError(f"group {members[0].group} has several devices: {names}", hint="name the one you mean")
-    return members[0]
 
 
 class Snapshot:
