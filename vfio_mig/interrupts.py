@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import sys
 import threading
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
 
@@ -180,3 +181,16 @@ def check() -> None:
     """Raise the KeyboardInterrupt of a signal that has come, unless one is on its way already."""
     if _state.noted and not _state.raised:
         _raise()
+
+
+def check_cut() -> None:
+    """Raise it after a request that a signal has cut short, and that would be repeated for ever otherwise.
+
+    Not inside of what is protected: that has to come to its end.
+    """
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 -- what the handler gets as its argument
+    while frame is not None:
+        if frame.f_code in _protected:
+            return
+        frame = frame.f_back
+    check()

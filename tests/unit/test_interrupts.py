@@ -281,3 +281,22 @@ def test_no_storm_of_signals_skips_an_undo() -> None:
         assert undo_all(at, fails=bool(number % 2)) in WHOLE, number
         came += at.came
     assert came > 100
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_request_that_a_signal_has_cut_short_is_not_repeated_for_ever() -> None:
+    done: list[str] = []
+    cut = protected(interrupts.check_cut)
+
+    def run() -> None:
+        with Job("save") as job:
+            job.undo_with(lambda: done.append("undone"))
+            signal.raise_signal(signal.SIGTERM)
+            cut()
+            done.append("protected")
+            interrupts.check_cut()
+            done.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert done == ["protected", "undone"]

@@ -95,7 +95,8 @@ def test_every_command_borrows_from_a_hold(way: str, tmp_path: Path) -> None:
         assert synced["pages_dirty"] == pinned
         saved = js("save", source.name, tmp_path / "gpu.vfm", "--memory", source.memory_option)
         assert (saved["state"], saved["pages_dirty"]) == ("stop", pinned)
-        assert js("restore", source.name, tmp_path / "gpu.vfm", "--memory", source.memory_option, "--start")["state"] == "running"
+        words = ("restore", source.name, tmp_path / "gpu.vfm", "--memory", source.memory_option, "--start")
+        assert js(*words)["state"] == "running"
         assert js("status", source.name)["protocol"] == "gvt-rfc"
         assert js("reset", source.name)["action"] == "reset"
         assert js("start", source.name)["action"] == "start"

@@ -189,7 +189,8 @@ def test_a_killed_restore_leaves_a_device_that_only_reset_or_restore_repair(
     assert held.run_state() == "stopped"
     status = js("status", held.uuid)
     assert status["left"].startswith("an earlier 'vfio-mig restore' (PID ")
-    assert status["left"].endswith(" did not come to its end; the device and its guest's memory may hold a part of an image")
+    left = "did not come to its end; the device and its guest's memory may hold a part of an image"
+    assert status["left"].endswith(f" {left}")
     assert status["repair"] == f"restore it again, or make it defined with 'vfio-mig reset {held.uuid}'"
     words = (held.uuid, status["left"], status["repair"])
     with untouched(held):

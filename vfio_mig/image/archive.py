@@ -29,6 +29,7 @@ from vfio_mig.image.layout import (
     canonical,
     dirty_problem,
 )
+from vfio_mig.interrupts import waiting
 
 _SPOOL_IN_MEMORY: Final = 8 << 20
 
@@ -194,6 +195,7 @@ def _name_of(file: BinaryIO) -> str:
     return name if isinstance(name, str) else "input"
 
 
+@waiting  # for who writes a pipe
 def _read(file: BinaryIO, size: int) -> bytes:
     """Read *size* bytes, fewer at the end of the file only."""
     parts: list[bytes] = []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import ioctl_opt
 
 from vfio_mig.errors import errno_text
+from vfio_mig.interrupts import check_cut
 from vfio_mig.uapi._generated import ffi
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def call(fd: int, request: Request, arg: CData | bytearray | int = 0) -> int:
     :param fd: open group, container or device; stays open.
     :param arg: struct from ``ffi.new`` or bytes, as long as the kernel may write, changed in place; or a number.
     :raises IoctlError: any errno but EINTR.
+    :raises KeyboardInterrupt: a signal that ends a job has cut it short.
     """
     # A writable buffer, hence ioctl() returns the kernel's int and not bytes
     buffer = arg if isinstance(arg, int | bytearray) else ffi.buffer(arg)
@@ -109,6 +111,7 @@ def call(fd: int, request: Request, arg: CData | bytearray | int = 0) -> int:
         try:
             result: int = fcntl.ioctl(fd, request.number, buffer)
         except InterruptedError:
+            check_cut()
             continue
         except OSError as error:
             raise IoctlError(error.errno or 0, request) from None
