@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A file system that answers until its file has been opened, and then never again.
 
-Anybody can mount one in a user and mount namespace of his own, at /dev/vfio too: ``python fuse_server.py DIRECTORY NAME
-[overlay]`` mounts it on DIRECTORY, opens DIRECTORY/NAME, maps it, says the fd, and stays. With ``overlay`` the file is
-opened through an overlay of it.
+Anybody can mount one in a user and mount namespace of his own, at /dev/vfio too: ``python fuse_server.py hold DIRECTORY
+NAME [overlay]`` mounts it on DIRECTORY, opens DIRECTORY/NAME, says the fd, and stays. With ``overlay`` it is mounted
+elsewhere, and an overlay of it on DIRECTORY.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def mount(source: str, target: str, kind: str, options: str) -> None:
 
 
 def main() -> None:
-    directory, name, *more = sys.argv[1:]
+    _, directory, name, *more = sys.argv[1:]
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.geteuid(), os.getegid()
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
@@ -76,10 +76,9 @@ def main() -> None:
     fuse = os.open("/dev/fuse", os.O_RDWR)
     is_silent = threading.Event()
     threading.Thread(target=serve, args=(fuse, is_silent), daemon=True).start()
-    mount("none", directory, "fuse", f"fd={fuse},rootmode=40000,user_id=0,group_id=0")
+    mount("none", "/mnt" if more else directory, "fuse", f"fd={fuse},rootmode=40000,user_id=0,group_id=0")
     if more:
-        mount("none", "/mnt", "overlay", f"lowerdir={directory}")
-        directory = "/mnt"
+        mount("none", directory, "overlay", "lowerdir=/mnt:/run")
     fd = os.open(f"{directory}/{name}", os.O_RDONLY)
     is_silent.set()
     print(fd, flush=True)  # noqa: T201 -- to whoever has started it

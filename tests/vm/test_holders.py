@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -62,7 +63,6 @@ def test_another_pid_namespace_knows_what_it_does_not_see() -> None:
                 assert "nobody has it open" not in text
             text = inside(NAMESPACE, "mdev", "remove", vgpu.uuid, code=3)
             assert "is open in a process that cannot be seen" in text
-            assert "PID 0 is what a process" in inside(NAMESPACE, "save", vgpu.uuid, "x", "--pid", "0", code=3)
             assert vgpu.run_state() == "running"
         other = host.create()
         assert holder_column(inside(NAMESPACE, "list", code=0), other.uuid) == "?"
@@ -99,7 +99,7 @@ def test_a_hidden_holder_is_not_nobody(hidepid: str) -> None:
         assert holder_column(listed.stdout, vgpu.uuid) == "?"
         # root without the capability
         assert holder_column(inside(poor, "list", code=0), vgpu.uuid) == "?"
-        assert "CAP_SYS_PTRACE" in inside(poor, "status", vgpu.uuid, code=0)
+        assert re.search("cannot be looked into|hides processes", inside(poor, "status", vgpu.uuid, code=0))
         assert holder_column(inside(place, "list", code=0), vgpu.uuid) == f"{pid}:vfio-mig"
 
 
@@ -156,8 +156,15 @@ def fuse() -> None:
 @contextlib.contextmanager
 def liar(directory: str, name: str, *more: str) -> Iterator[subprocess.Popen[str]]:
     """Have a user's process with a file of its own file system open, called as a hold is; nothing there answers."""
-    script = f'exec -a vfio-mig {sys.executable} {SERVER} "$@"'
-    words = ["bash", "-c", script, "hold", directory, name, *more]
+    with tempfile.TemporaryDirectory() as place:
+        called = Path(place) / "vfio-mig"
+        called.symlink_to(SERVER)
+        with started([sys.executable, str(called), "hold", directory, name, *more]) as process:
+            yield process
+
+
+@contextlib.contextmanager
+def started(words: list[str]) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
