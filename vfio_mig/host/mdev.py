@@ -175,7 +175,9 @@ def _open_alone(device: HostDevice, path: str, unseen: Unseen | None) -> int:
         if number == errno.ENOENT and unseen is None:
             return -1
         if number == errno.EBUSY:
-            hint = "end the process that has it, where it can be seen" if unseen is None else unseen.hint
+            hint = "end who has sent its fd away in a socket, or has it in io_uring only"
+            if unseen is not None:
+                hint = f"{unseen.reason}; {unseen.hint}"
             raise DeviceBusyError(
                 f"{device.node} is open in a process that cannot be seen: {errno_text(number)}",
                 device=device.name,
