@@ -193,6 +193,11 @@ def error() -> Schema:
         "hint": {"type": ["string", "null"], "description": "what to do next"},
         "device": {"type": ["string", "null"], "description": "on which device it failed"},
         "errno": {"type": ["string", "null"], "description": "name of the kernel's error number"},
+        "consequences": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "what is left behind that could not be undone",
+        },
         "while_rolling_back": {
             "type": "array",
             "items": {"type": "string"},

@@ -89,7 +89,8 @@ class VfioMigError(Exception):
         """Return it for programs: what ``--json`` prints of a failure.
 
         :returns: ``class``, ``code`` (the exit code), ``message`` (the one line), ``problem``, ``hint``, ``device``,
-            ``errno`` (the name of the kernel's error number) and ``while_rolling_back``, the errors of the undoing.
+            ``errno`` (the name of the kernel's error number), ``consequences`` (what could not be undone) and
+            ``while_rolling_back``, the errors of the undoing.
         """
         return {
             "class": type(self).__name__,
@@ -99,6 +100,7 @@ class VfioMigError(Exception):
             "hint": None if self.hint is None else printable(self.hint),
             "device": None if self.device is None else printable(self.device),
             "errno": _errno_in(self),
+            "consequences": [printable(text) for text in self.consequences],
             "while_rolling_back": [printable(str(error)) for error in self.undo_errors],
         }
 

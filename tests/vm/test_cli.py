@@ -244,6 +244,22 @@ def test_save_keeps_a_running_device_running_if_asked_and_replaces_a_file_by_for
     assert source.instance.counters()["status_set"] == 2
 
 
+def test_a_report_that_nobody_takes_changes_neither_file_nor_exit_code(source: Side, tmp_path: Path) -> None:
+    image = tmp_path / "gpu.vfm"
+    done = cli.run("--json", "save", source.name, image, "--leave-running", stdout="/dev/full")
+    said = done.stderr.decode()
+    assert said.startswith("vfio-mig: warning: standard output: cannot write: ENOSPC ")
+    assert said.count("\n") == 1
+    assert ": good: " in text("verify", image)
+    assert source.instance.run_state() == "running"
+    closed = subprocess.run(
+        ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", "vfio-mig", "stop", source.name], check=False, timeout=cli.SECONDS
+    )
+    assert closed.returncode == 0
+    assert source.instance.run_state() == "stopped"
+    source.guest.device.start()
+
+
 def test_save_streams_into_restore_through_a_pipe_and_carries_the_dirty_pages(source: Side, target: Side) -> None:
     work = run_some_work(source.guest, gpu.Engine(source.guest))
     program = shutil.which("vfio-mig")
