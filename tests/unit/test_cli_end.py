@@ -409,3 +409,12 @@ def test_the_last_event_has_the_exit_code_however_a_command_ends(here: Path) -> 
         assert run("--events", "events", *words).returncode == code
         last: dict[str, Any] = validate("events", events.read_text().splitlines()[-1])
         assert (last["step"], last["code"]) == (step, code)
+
+
+@pytest.mark.parametrize("loss", ["full", "closed"])
+@pytest.mark.parametrize("words", [["--help"], ["save", "--help"], ["--version"], ["--json", "stop", "-h"]])
+def test_help_that_is_lost_is_said_in_one_line(words: list[str], loss: str) -> None:
+    with lost(loss, 1) as fds:
+        done = run(*words, fds=fds)
+    assert (done.returncode, done.stderr.count("\n")) == (7, 1)
+    assert done.stderr.startswith(f"vfio-mig: standard output: {LOSSES[loss]} ")

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from typing import Any, Final
 
 import pytest
@@ -96,3 +100,60 @@ def test_a_hook_for_what_was_not_to_be_done_is_told_of(monkeypatch: pytest.Monke
     hooks = Hooks(["writing-pages=true", "pre-stop=true"], "restore")
     hooks.run("restore", "before-stop", "x")
     assert hooks.idle == ["writing-pages"]
+
+
+STALLED: Final = {
+    "image": """
+from vfio_mig.image.files import Stream
+with Stream(os.dup(pipe), "standard output") as file:
+    tell()
+    for _ in range(100):
+        file.write(bytes(1 << 20))
+""",
+    "events": """
+from vfio_mig.jobs.steps import Events
+events = Events(pipe)
+tell()
+while True:
+    events.emit("opened", job="save", device="x" * 1000)
+""",
+    "hook": """
+from vfio_mig.jobs.steps import Hooks
+tell()
+Hooks(["after-stop=sleep 60"]).run("save", "after-stop", "x")
+""",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("what", STALLED)
+def test_whoever_lets_a_job_wait_does_not_keep_a_signal_from_it(what: str, number: signal.Signals) -> None:
+    body = "".join(f"        {line}\n" for line in STALLED[what].strip().splitlines())
+    source = f"""
+import os
+from vfio_mig import interrupts
+from vfio_mig.jobs.engine.job import Job
+
+def tell():
+    print("ready", flush=True)
+
+interrupts.install()
+reader, pipe = os.pipe()
+try:
+    with Job("save") as job:
+        job.undo_with(lambda: print("undone", flush=True))
+{body}
+except KeyboardInterrupt:
+    print("ended", flush=True)
+"""
+    command = [sys.executable, "-c", source]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        child.send_signal(number)
+        try:
+            rest, _ = child.communicate(timeout=20)
+        finally:
+            child.kill()
+    assert rest.split() == ["undone", "ended"]

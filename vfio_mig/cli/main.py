@@ -235,6 +235,8 @@ def _outcome(options: Options) -> tuple[int, VfioMigError | None]:
     :returns: the exit code, and the error if it is one's.
     """
     try:
+        if COMPLETION in os.environ:
+            cli.main(prog_name=PROGRAM, complete_var=COMPLETION)
         with cli.make_context(PROGRAM, sys.argv[1:], obj=options) as context:
             cli.invoke(context)
     except click.exceptions.Exit as done:  # --help, --version
@@ -258,9 +260,8 @@ def _error_of(caught: BaseException) -> VfioMigError:
     if isinstance(caught, KeyboardInterrupt):
         notes = getattr(caught, "__notes__", ())  # of a job that could not undo everything
         return InterruptedJobError(f"interrupted; {'; '.join(notes) or 'what was begun has been undone'}")
-    if isinstance(caught, OSError):  # jobs have errors of their own
-        where = "" if caught.filename is None else f"{caught.filename}: "
-        return HostError(f"{where}{errno_text(caught.errno or 0)}")
+    if isinstance(caught, OSError):  # jobs have errors of their own: this is click's help
+        return HostError(f"{caught.filename or 'standard output'}: {errno_text(caught.errno or 0)}")
     return HostError("out of memory")
 
 
@@ -322,7 +323,5 @@ def main() -> NoReturn:
     """Run the command line; the one place where an error becomes a line and an exit code."""
     streams.fill()
     interrupts.install()
-    if COMPLETION in os.environ:
-        cli.main(prog_name=PROGRAM, complete_var=COMPLETION)
     options = Options()
     sys.exit(_end(options, *_outcome(options)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
 from vfio_mig.errors import HostError, UsageError, VfioMigError, errno_text
 from vfio_mig.image.places import identity, open_parent
-from vfio_mig.interrupts import protected
+from vfio_mig.interrupts import protected, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,6 +45,14 @@ class _File(io.FileIO):
             return super().write(data)
         except OSError as error:
             raise host_error("cannot write", self.target, error) from error
+
+
+class _Pipe(_File):
+    """One whose reader may let us wait for any time, and a signal ends that: nothing in a pipe has to be undone."""
+
+    @waiting
+    def write(self, data: ReadableBuffer, /) -> int:
+        return super().write(data)
 
 
 def host_error(what: str, path: str, error: OSError) -> HostError:
@@ -384,7 +392,8 @@ class Stream:
 
     def __init__(self, fd: int, name: str) -> None:
         self._name = name
-        self._file = io.BufferedWriter(_File(fd, name), _BUFFER)
+        self._pipe = _Pipe(fd, name)
+        self._file = io.BufferedWriter(self._pipe, _BUFFER)
 
     def __enter__(self) -> BinaryIO:
         """Give the stream.
@@ -425,7 +434,9 @@ class Stream:
             if error is None and not self._file.closed:
                 self.commit()
         finally:
-            with suppress(OSError, HostError):  # it has failed before, or else there is nothing left to write
+            with suppress(OSError, HostError):
+                if error is not None:  # what is in the buffer is worth nothing, and whoever reads might not take it
+                    self._pipe.close()
                 self._file.close()
 
 

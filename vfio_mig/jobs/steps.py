@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.image.places import open_file
+from vfio_mig.interrupts import waiting
 from vfio_mig.jobs.points import POINTS
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Events:
         os.set_blocking(fd, True)
         return fd
 
+    @waiting
     def emit(self, step: str, **more: Any) -> None:
         """Write one object; a failure to do so is the job's.
 
@@ -170,11 +172,21 @@ class Hooks:
     def _run(words: list[str], environment: dict[str, str]) -> None:
         step = environment["VFIO_MIG_STEP"]
         try:
-            done = subprocess.run(
-                words, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=2, check=False
-            )
+            process = subprocess.Popen(words, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=2)
         except OSError as error:
             raise HostError(f"hook {step}: cannot run {words[0]}: {errno_text(error.errno or 0)}") from error
-        if done.returncode:
-            how = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
+        code = _end_of(process)
+        if code:
+            how = f"signal {-code}" if code < 0 else f"status {code}"
             raise HostError(f"hook {step}: {words[0]} ended with {how}")
+
+
+@waiting
+def _end_of(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a hook's end; a signal to us ends it."""
+    try:
+        return process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
