@@ -17,6 +17,7 @@ import pytest
 from vfio_mig.errors import HostError, UsageError
 from vfio_mig.image import files
 from vfio_mig.image.files import committed
+from vfio_mig.jobs.source import open_input
 
 ROOT = Path(__file__).parents[2]
 
@@ -396,3 +397,12 @@ def test_what_was_committed_can_be_withdrawn(tmp_path: Path, *, force: bool, was
         assert output.withdraw()
         assert output.withdraw()
     assert [one.read_bytes() for one in tmp_path.iterdir()] == ([b"old"] if was_there else [])
+
+
+def test_a_program_without_standard_streams_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(HostError, match=r"^standard output is closed; name a file$"):
+        files.standard_output("it is binary", "redirect it")
+    with pytest.raises(HostError, match=r"^standard input is closed; name a file$"), open_input("-"):
+        pass

@@ -38,6 +38,11 @@ def ways_around(source: str) -> list[int]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr in HARMLESS and _name(node.value) in STREAMS
     }
+    used |= {  # whether there is one
+        id(node.left)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and ast.unparse(node).endswith(" is None")
+    }
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and _name(node.func) in PRINTERS:

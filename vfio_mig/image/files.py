@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import stat
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
@@ -438,6 +439,20 @@ class Stream:
                 if error is not None:  # what is in the buffer is worth nothing, and whoever reads might not take it
                     self._pipe.close()
                 self._file.close()
+
+
+def standard_output(what: str, hint: str) -> Stream:
+    """Return a stream to standard output, for an image.
+
+    :param what: it is that must not go to a terminal; *hint*: what to do instead.
+    :raises UsageError: it is a terminal.
+    :raises HostError: this process has none.
+    """
+    if sys.stdout is None:  # closed when the process started, in a program of somebody else's
+        raise HostError("standard output is closed", hint="name a file")
+    if sys.stdout.isatty():
+        raise UsageError(f"{what} and will not be written to a terminal", hint=hint)
+    return Stream(os.dup(sys.stdout.fileno()), "standard output")
 
 
 def check_target(target: str, *, force: bool) -> None:

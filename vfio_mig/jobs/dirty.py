@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -198,11 +197,9 @@ class _Pipe:
     """Standard output: an image with guest memory alone, for ``vfio-mig pages`` at the other end."""
 
     def __init__(self) -> None:
-        from vfio_mig.image.files import Stream
+        from vfio_mig.image.files import standard_output
 
-        if sys.stdout.isatty():
-            raise UsageError("pages are binary and will not be written to a terminal", hint="redirect them")
-        self._output = Stream(os.dup(sys.stdout.fileno()), "standard output")
+        self._output = standard_output("pages are binary", "redirect them")
 
     def __enter__(self) -> Self:
         self._stream = self._output.__enter__()

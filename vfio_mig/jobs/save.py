@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -90,13 +89,11 @@ class SaveReport(NamedTuple):
 
 def _output(file: str, *, force: bool) -> Output:
     """Choose the target; it is opened before the device is touched, and is there only once it is committed."""
-    from vfio_mig.image.files import Stream, committed
+    from vfio_mig.image.files import committed, standard_output
 
     if file != STDOUT:
         return committed(file, force=force)
-    if sys.stdout.isatty():
-        raise UsageError("the image is binary and will not be written to a terminal", hint="redirect it or name a file")
-    return Stream(os.dup(sys.stdout.fileno()), "standard output")
+    return standard_output("the image is binary", "redirect it or name a file")
 
 
 def describe_device(session: Session) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def open_input(file: str) -> Iterator[BinaryIO]:
     :raises HostError: it cannot be opened.
     """
     if file == STDIN:
+        if sys.stdin is None:  # closed when the process started, in a program of somebody else's
+            raise HostError("standard input is closed", hint="name a file")
         if sys.stdin.isatty():
             raise UsageError("the image is binary and cannot be typed", hint="redirect a file or name one")
         with _named("standard input"):
