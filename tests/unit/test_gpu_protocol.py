@@ -477,6 +477,7 @@ def test_a_file_descriptor_belongs_to_the_message_that_it_came_with(client: Clie
     fd = memfd(PAGE)
     client.send(client.message(Command.DMA_MAP, wire.DMA_MAP.pack(32, RW, 0, 0, PAGE)))
     client.send(client.message(Command.DMA_MAP, wire.DMA_MAP.pack(32, RW, 0, 0x10000, PAGE)), [fd])
+    client.server.serve(4)  # up to the first reply
     client.server.serve(4)
     assert (client.gpu.memory.reaches(0), client.gpu.memory.reaches(0x10000)) == (False, True)
     os.close(fd)

@@ -109,7 +109,7 @@ class Server:
         }
 
     def serve(self, most: int) -> None:
-        """Answer the messages that are there, *most* of them at the most.
+        """Answer the messages that are there, *most* of them at the most, up to one that the client waits for.
 
         :raises ClosedError: the client has gone.
         """
@@ -121,13 +121,15 @@ class Server:
             if message is None:
                 return
             try:
-                self._answer(message)
+                if self._answer(message):
+                    return  # it waits for this, and sends nothing before
             finally:
                 message.close()
 
-    def _answer(self, message: Message) -> None:
+    def _answer(self, message: Message) -> bool:
+        """Do what a message asks for; return whether a reply was sent."""
         if message.flags & wire.TYPE_MASK == wire.TYPE_REPLY:
-            return  # we have asked for nothing
+            return False  # we have asked for nothing
         answer, error = Answer(), 0
         try:
             answer = self._execute(message)
@@ -135,11 +137,12 @@ class Server:
             error = refused.errno
             self._log(f"refused command {message.command} with {errno.errorcode.get(error, error)}: {refused}")
         if message.flags & wire.NO_REPLY:
-            return
+            return False
         flags = wire.TYPE_REPLY | (wire.ERROR if error else 0)
         size = wire.HEADER.size + len(answer.payload)
         header = wire.HEADER.pack(message.ident, message.command, size, flags, error)
         self._connection.send(header + answer.payload, answer.fds)
+        return True
 
     def _execute(self, message: Message) -> Answer:
         if message.fault:

@@ -27,6 +27,10 @@ _OVERHEAD: Final = 4096
 """What a message has besides region data: headers, the client's JSON."""
 MAX_MESSAGE: Final = MAX_DATA + _OVERHEAD
 _DISCARD: Final = 1 << 16
+# Plain numbers, as this is done for each access to a register, and enumerations take microseconds.
+_RIGHTS_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_CLOSE_ON_EXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED: Final = int(socket.MSG_CTRUNC)
 
 HEADER: Final = struct.Struct("<HHIII")  # message id, command, size with header, flags, error
 VERSION: Final = struct.Struct("<HH")  # major, minor; JSON follows
@@ -192,14 +196,13 @@ class Connection:
 
     def _take(self, size: int) -> bytes:
         """Receive at most *size* bytes, all of one message, so that its file descriptors are this message's."""
-        space = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
-        data, ancillary, flags, _ = self._socket.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = self._socket.recvmsg(size, _RIGHTS_SPACE, _CLOSE_ON_EXEC)
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds = array.array("i")
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
                 self._fds.extend(fds)
-        if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
+        if flags & _TRUNCATED or len(self._fds) > MAX_FDS:
             # Too many, or our own table is full. Some of them are not the message that was meant.
             self._fault = self._fault or errno.EMFILE
             while self._fds:
