@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import TYPE_CHECKING, Any
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +16,8 @@ from tests.unit.saved_images import HEADER, Memory, js, run, text, write
 from tools.fuzz import corpus
 from vfio_mig.errors import ImageError, VfioMigError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 PAGE = 4096
+ROOT = Path(__file__).parents[2]
 
 
 def commands(path: Path, other: Path, memory: Path, into: Path) -> list[list[str | Path]]:
@@ -142,3 +143,12 @@ def test_an_image_of_many_zero_pages_asks_for_no_more_work_than_memory_is_large(
     assert js("diff", path, write(tmp_path / "other", b"state", header=header))["counts"] == {
         "pages": (1 << 63) // PAGE
     }
+
+
+def test_a_pipe_that_brings_an_image_in_small_pieces_is_one(tmp_path: Path) -> None:
+    """Its first read may have fewer bytes than tell an image from something else."""
+    path = write(tmp_path / "image", b"state", header={**HEADER, "protocol": "other"})
+    script = f"(head -c 3; sleep 0.3; cat) <{path} | {sys.executable} -m vfio_mig"
+    for words, code in (("verify -", 0), ("inspect -", 0), ("check - 00000000-0000-0000-0000-000000000000", 3)):
+        done = subprocess.run(["sh", "-c", f"{script} {words}"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, "not a vfio-mig image" in done.stderr) == (code, False), done.stderr

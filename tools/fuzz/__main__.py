@@ -20,7 +20,8 @@ ROOT: Final = Path(__file__).parents[2]
 STORE: Final = ROOT / ".fuzz"
 """Corpora, logs and inputs that crash, kept between runs; git ignores it."""
 AT_ONCE: Final = 2
-_GRACE: Final = 60
+_GRACE: Final = 300
+"""Seconds that a target may take besides, to start and to end: on a busy machine that is much."""
 _MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(8 << 20)}
 """Otherwise the C library keeps free what an input was given, and the address space does not tell of the next."""
 _COVERAGE: Final = re.compile(r" cov: ([0-9]+) ")

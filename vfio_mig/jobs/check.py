@@ -188,11 +188,10 @@ def check_image(name: str, file: str, settings: Settings | None = None, *, raw: 
     :param file: an image, ``-`` for standard input; *raw*: a bare state.
     :raises ImageError: it is no whole image.
     """
-    from vfio_mig.image.forms import FIRST, require_image
-    from vfio_mig.jobs.source import open_input, peek
+    from vfio_mig.jobs.source import look_at, open_input
 
     with open_input(file) as stream:
-        require_image(peek(stream, FIRST), raw=raw)
+        look_at(stream, raw=raw)
         return _check_stream(name, file, stream, settings, raw=raw)
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 import sys
@@ -97,11 +96,20 @@ def open_input(file: str) -> Iterator[BinaryIO]:
         yield stream
 
 
-def peek(stream: BinaryIO, size: int) -> bytes:
-    """Return the first bytes without taking them away; of a pipe what its first read brings, at least one if any."""
-    if isinstance(stream, io.BufferedReader):
-        return stream.peek(size)[:size]
-    return b"" if not stream.seekable() else os.pread(stream.fileno(), size, 0)
+def look_at(stream: BinaryIO, *, raw: bool) -> None:
+    """Refuse a file that is no image by its first bytes, before anything else is done for it; a pipe is not asked.
+
+    :param raw: whether a bare state is wanted.
+    :raises ImageError: it is empty or none.
+    """
+    from vfio_mig.image.forms import FIRST, require_image
+
+    if stream.seekable():
+        try:
+            first = os.pread(stream.fileno(), FIRST, stream.tell())
+        except OSError as error:
+            raise HostError(f"cannot read: {errno_text(error.errno or 0)}") from error
+        require_image(first, raw=raw)
 
 
 def _read_raw(stream: BinaryIO, limit: int) -> bytes:
