@@ -20,7 +20,23 @@ PACKAGE: Final = ROOT / "vfio_mig"
 PLACE: Final = PACKAGE / "cli" / "output.py"
 BAD: Final = "\x1b]0;owned\x07\x1b[2J\r\nforged line\x7f\x9b31m\u202e\udcff"
 """A window title, a cleared screen, a second line, DEL, a C1 control, reversed writing, a byte that is no text."""
-PRINTERS: Final = frozenset({"echo", "secho", "echo_via_pager", "print", "pprint", "style", "progressbar", "prompt"})
+PRINTERS: Final = frozenset(
+    [
+        "echo",
+        "secho",
+        "echo_via_pager",
+        "style",
+        "progressbar",
+        "prompt",
+        "confirm",
+        "print",
+        "pprint",
+        "print_exc",
+        "print_exception",
+        "print_stack",
+        "dump_traceback",
+    ]
+)
 STREAMS: Final = frozenset({"stdout", "stderr", "__stdout__", "__stderr__"})
 # Where the fd or a property of a standard stream is wanted, and nothing is printed
 HARMLESS: Final = frozenset({"isatty", "fileno", "encoding", "close", "reconfigure"})
@@ -99,6 +115,7 @@ def test_in_the_one_place_every_print_is_escaped_json_or_made_of_ours() -> None:
         "from sys import stdout",
         "import os\nos.write(2, b'')",
         "import rich",
+        "import traceback\ntraceback.print_exc()",
         "from rich.console import Console",
         "import logging",
     ],

@@ -8,7 +8,6 @@ import gzip
 import json
 import lzma
 import struct
-import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -153,12 +152,14 @@ def test_what_is_broken_around_it_is_said_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python unpacks zstd itself")
 def test_zstd_is_known_and_it_is_said_how_to_unpack_it(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"\x28\xb5\x2f\xfd rest")
+    path, packed = tmp_path / "file", b"\x28\xb5\x2f\xfd rest"
+    path.write_bytes(packed)
     result = run("inspect", path)
     assert "compressed with zstd, which is not read here; unpack it first: zstd -dc FILE" in str(result.exception)
+    path.write_bytes(libvirt(packed, form=5))
+    result = run("inspect", path)
+    assert "unpack it first: tail -c +1025 FILE | zstd -dc > OTHER" in str(result.exception)
 
 
 def test_a_small_file_that_unpacks_to_too_much_ends_and_says_how_to_go_on(

@@ -30,8 +30,6 @@ _STEP: Final = 1 << 14
 """Bytes that are read in one go; small, as what is behind the end of a member is read again for the next one."""
 _OUT: Final = 1 << 20
 _XZ_MEMORY: Final = 128 << 20
-_ZSTD_WINDOW: Final = 27
-"""A power of two: bytes that a zstd stream may make its reader keep, as zstd itself has it."""
 
 GZIP, BZIP2, XZ, ZSTD, LZOP, LZ4 = "gzip", "bzip2", "xz", "zstd", "lzop", "lz4"
 _MAGIC: Final = {
@@ -112,26 +110,23 @@ def _readers() -> tuple[dict[str, Callable[[], _Decompressor]], tuple[type[Excep
         XZ: lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY),
     }
     errors: tuple[type[Exception], ...] = (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError)
-    try:
-        from compression import zstd  # type: ignore[import-not-found,unused-ignore]  # Python 3.14 has it
-    except ImportError:
-        return found, errors
-    options = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}
-    found[ZSTD] = lambda: cast("_Decompressor", zstd.ZstdDecompressor(options=options))
-    return found, (*errors, zstd.ZstdError)
+    return found, errors
 
 
-def how_to_unpack(name: str) -> str:
-    """Say how the user unpacks something."""
+def how_to_unpack(name: str, offset: int = 0) -> str:
+    """Say how the user unpacks something that begins at an offset in a file."""
+    if offset:
+        return f"unpack it first: tail -c +{offset + 1} FILE | {name} -dc > OTHER"
     return f"unpack it first: {name} -dc FILE > OTHER"
 
 
 class _Unpacker:
     """Unpacks a window to a file, member by member, within bounds."""
 
-    def __init__(self, window: Window, name: str, target: BinaryIO, limit: int) -> None:
+    def __init__(self, window: Window, name: str, target: BinaryIO, limit: int, offset: int) -> None:
         self._window = window
         self._name = name
+        self._how = how_to_unpack(name, offset)
         self._target = target
         self._limit = limit
         self._at = 0
@@ -141,7 +136,7 @@ class _Unpacker:
     def run(self) -> None:
         make = self._readers.get(self._name)
         if make is None:
-            raise ImageError(f"compressed with {self._name}, which is not read here", hint=how_to_unpack(self._name))
+            raise ImageError(f"compressed with {self._name}, which is not read here", hint=self._how)
         inner, data = make(), self._next()
         while True:
             self._write(self._decompress(inner, data))
@@ -174,7 +169,7 @@ class _Unpacker:
         if self._written > self._limit:
             raise HostError(
                 f"compressed with {self._name}: more than {self._limit} bytes when unpacked",
-                hint=how_to_unpack(self._name),
+                hint=self._how,
             )
         try:
             self._target.write(piece)
@@ -182,10 +177,11 @@ class _Unpacker:
             raise host_error("cannot unpack the input to it", "temporary file", error) from error
 
 
-def unpacked(window: Window, name: str) -> BinaryIO:
+def unpacked(window: Window, name: str, offset: int = 0) -> BinaryIO:
     """Return an unnamed temporary file with what a window holds in a compressed form; the caller closes it.
 
     :param name: of the compression.
+    :param offset: of the window in the user's file, for the hint.
     :raises ImageError: it is damaged, or no program of that kind is here; the hint says how to unpack it.
     :raises HostError: it is too large, or there is no room.
     """
@@ -194,7 +190,7 @@ def unpacked(window: Window, name: str) -> BinaryIO:
     target = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115 -- the caller closes it
     try:
         free = os.fstatvfs(target.fileno())
-        _Unpacker(window, name, target, min(UNPACKED_MAX, free.f_bavail * free.f_frsize // 2)).run()
+        _Unpacker(window, name, target, min(UNPACKED_MAX, free.f_bavail * free.f_frsize // 2), offset).run()
         target.flush()
     except BaseException:
         target.close()

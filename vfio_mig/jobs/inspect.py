@@ -31,7 +31,7 @@ class InspectReport(NamedTuple):
         ``virtio``, ``mlx5-or-virtio`` (the same records), ``qemu``, or ``unknown``.
     :param sections: the state's parts, decoded.
     :param problems: what is broken or unusual; the file can be looked at all the same.
-    :param wrapping: what was taken away first, from the outside: ``gzip``, ``bzip2``, ``xz``, ``zstd``,
+    :param wrapping: what was taken away first, from the outside: ``gzip``, ``bzip2``, ``xz``,
         ``libvirt-save`` (its header), ``offset`` (a hole before a QEMU stream).
     """
 

@@ -99,7 +99,9 @@ def _unwrapped(file: BinaryIO) -> Iterator[_Unwrapped]:
             first = window.read(0, FIRST)
             form = compression(first)
             if form is not None and len(names) < _WRAPPINGS_MAX:
-                inner = stack.enter_context(unpacked(window, form))
+                # A hint can tell of what is in the user's own file alone
+                offset = header.stream_at if header is not None and len(names) == 1 else 0
+                inner = stack.enter_context(unpacked(window, form, offset))
                 one = _Unwrapped(FileWindow(inner), [*names, form], inner, header)
             elif header is None and (header := libvirt_header(window)) is not None:
                 part = PartWindow(window, header.stream_at, window.size - header.stream_at)
