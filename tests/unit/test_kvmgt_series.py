@@ -29,6 +29,10 @@ TITLES = [
     "Apply g2h adjustment during fence mmio access",
     "Patch the gma in gpu commands during command parser",
     "Align the guest gm aperture start offset for live migration",
+    "Introduce new VFIO ioctl for mdev device dirty page sync",
+    "Introduce new VFIO ioctl for device status control",
+    "Add support to VFIO region VFIO_PCI_DEVICE_STATE_REGION_INDEX",
+    "Add new flag VFIO_DEVICE_FLAGS_MIGRATABLE",
 ]
 
 
@@ -101,6 +105,28 @@ def test_a_hunk_that_fits_nowhere_is_refused(tmp_path: Path) -> None:
     patch = series.read(write(tmp_path, "0001-x.patch"))
     with pytest.raises(RunnerError, match=r"0001-x\.patch cannot be applied:\n(?s:.*)FAILED"):
         patch.apply(tree(tmp_path / "tree", "one\nfour\n"))
+
+
+def test_a_hunk_that_would_fit_in_two_other_places_is_refused(tmp_path: Path) -> None:
+    patch = series.read(write(tmp_path, "0001-x.patch"))
+    twice = "new\none\nthree\nother\none\nthree\n"
+    with pytest.raises(RunnerError, match=r"another version of .*gtt\.c: what it has at line 1 is now at 2, 5"):
+        patch.apply(tree(tmp_path / "tree", twice))
+    assert (tmp_path / "tree" / GVT / "gtt.c").read_text() == twice
+
+
+def test_a_hunk_where_the_patch_has_it_may_fit_elsewhere_too(tmp_path: Path) -> None:
+    patch = series.read(write(tmp_path, "0001-x.patch"))
+    assert patch.apply(tree(tmp_path / "tree", "one\nthree\none\nthree\n")) == ""
+    assert (tmp_path / "tree" / GVT / "gtt.c").read_text() == "one\ntwo\nthree\none\nthree\n"
+
+
+def test_a_patch_can_be_undone(tmp_path: Path) -> None:
+    patch = series.read(write(tmp_path, "0001-x.patch"))
+    there = tree(tmp_path / "tree")
+    patch.apply(there)
+    patch.apply(there, reverse=True)
+    assert (there / GVT / "gtt.c").read_text() == "one\nthree\n"
 
 
 def test_a_mutation_is_found_by_its_name(tmp_path: Path) -> None:

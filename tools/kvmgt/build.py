@@ -239,20 +239,29 @@ def file_name(mutation: str | None) -> str:
     return f"{NAME}.ko" if mutation is None else f"{NAME}-{mutation}.ko"
 
 
-def _build_one(setting: Setting, mutation: str | None, patches: list[Patch], known: list[str], target: Path) -> None:
+def _build_missing(setting: Setting, missing: Sequence[str | None], directory: Path, known: list[str]) -> None:
+    """Build in one tree, so that of a mutation only the file that it changes is compiled."""
+    patches = series.load(series_of(setting.kernel.release))
+    directory.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=setting.modules) as work:
-        what = f"{target.name} for {setting.kernel.release}"
-        setting.log(f"building {what}, {len(patches)} patches")
         tree = Tree.make(setting, Path(work) / "tree")
         tree.add_ours()
-        for patch in [*patches, *([] if mutation is None else [series.mutation(mutation)])]:
+        for patch in patches:
             _apply(patch, tree)
-        tree.compile(what, checks=False)
-        built = tree.built.rename(Path(work) / target.name)
-        if mutation is None:
-            _compile_clean(tree, what, known)
-        target.parent.mkdir(exist_ok=True)
-        built.replace(target)
+        for mutation in missing:
+            target = directory / file_name(mutation)
+            what = f"{target.name} for {setting.kernel.release}"
+            setting.log(f"building {what}, {len(patches)} patches")
+            wrong = None if mutation is None else series.mutation(mutation)
+            if wrong is not None:
+                _apply(wrong, tree)
+            tree.compile(what, checks=False)
+            built = tree.built.rename(Path(work) / target.name)
+            if wrong is None:
+                _compile_clean(tree, what, known)
+            else:
+                wrong.apply(tree.root, reverse=True)
+            built.replace(target)
 
 
 def build(setting: Setting, mutations: Sequence[str | None]) -> Path:
@@ -262,14 +271,14 @@ def build(setting: Setting, mutations: Sequence[str | None]) -> Path:
         unmodified one does not give.
     """
     name = series_of(setting.kernel.release)
-    patches = series.load(name)
+    series.load(name)  # or say at once that there is none
     directory = setting.modules / f"{NAME}-{series_key(setting, files_of(name))}"
     known = gate(setting)
     with locked(setting.modules / f".{directory.name}.lock"):
-        for mutation in mutations:
-            target = directory / file_name(mutation)
-            if not target.exists():
-                _build_one(setting, mutation, patches, known, target)
+        missing = [mutation for mutation in mutations if not (directory / file_name(mutation)).exists()]
+        if missing:
+            # The series last: with its extra warnings the objects are other ones.
+            _build_missing(setting, sorted(missing, key=lambda one: one is None), directory, known)
     return directory
 
 
@@ -280,7 +289,8 @@ def check(setting: Setting) -> None:
     """
     release = setting.kernel.release
     patches = series.load(series_of(release))
-    style(setting, [patch.path for patch in patches], sorted(series.OURS.glob("*.[ch]")))
+    ours = [path for path in files_of(series_of(release)) if path.suffix in {".c", ".h"} and path.parent != _CDEFS]
+    style(setting, [patch.path for patch in patches], ours)
     known = gate(setting)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=setting.modules) as work:
         tree = Tree.make(setting, Path(work) / "tree")

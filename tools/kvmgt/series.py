@@ -3,6 +3,7 @@
 
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,28 @@ OURS: Final = Path(__file__).with_name("gvt")
 _NAME: Final = re.compile(r"(\d{4})-[a-z0-9-]+\.patch")
 _SUBJECT: Final = re.compile(r"Subject: (drm/i915/gvt: \S.*)")
 _TARGET: Final = re.compile(r"^\+\+\+ b/(\S+)", re.MULTILINE)
+_HUNK: Final = re.compile(r"@@ -(\d+)(?:,\d+)? ")
+
+
+def hunks(text: str) -> Iterator[tuple[str, int, list[str]]]:
+    """Yield for each hunk of a patch its file, its line there, and the lines that it expects from that one on."""
+    file, line, old = "", 0, list[str]()
+    for one in text.splitlines():
+        if one.startswith(("diff ", "@@ ")) and old:
+            yield file, line, old
+            old = []
+        if target := _TARGET.match(one):
+            file, line = target[1], 0
+        elif hunk := _HUNK.match(one):
+            line = int(hunk[1])
+        elif line and one.startswith((" ", "-")):
+            old.append(one[1:])
+    if old:
+        yield file, line, old
+
+
+def _places(lines: list[str], wanted: list[str]) -> list[int]:
+    return [at + 1 for at in range(len(lines) - len(wanted) + 1) if lines[at : at + len(wanted)] == wanted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +51,33 @@ class Patch:
     title: str
     targets: tuple[str, ...]
 
-    def apply(self, tree: Path) -> str:
+    def apply(self, tree: Path, *, reverse: bool = False) -> str:
         """Apply it to *tree*; return what was said of hunks that were not where the patch has them.
 
-        :raises RunnerError: a hunk fits nowhere. Nothing fuzzy is accepted.
+        :param reverse: undo it.
+        :raises RunnerError: a hunk fits nowhere, or elsewhere than the patch has it and in more than one place.
+            Nothing fuzzy is accepted.
         """
+        if not reverse:
+            self._look(tree)
+        command = ["patch", "-p1", "--fuzz=0", "--no-backup-if-mismatch", *(["--reverse"] if reverse else [])]
         done = subprocess.run(
-            ["patch", "-p1", "--fuzz=0", "--batch", "--no-backup-if-mismatch", "-d", tree, "-i", self.path],
+            [*command, "--batch", "-d", tree, "-i", self.path],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace", check=False,
         )  # fmt: skip
         if done.returncode != 0:
             raise RunnerError(f"{self.path.name} cannot be applied:\n{done.stdout.rstrip()}")
         return "\n".join(line for line in done.stdout.splitlines() if "offset" in line)
+
+    def _look(self, tree: Path) -> None:
+        """See that no hunk can get to a wrong place, as they have little context."""
+        for name, line, old in hunks(self.path.read_text("utf-8")):
+            if (tree / name).is_file():  # or patch says it
+                places = _places((tree / name).read_text("utf-8").splitlines(), old)
+                if line not in places and len(places) > 1:
+                    where = f"{self.path.name} is for another version of {name}: what it has at line {line} is now at"
+                    raise RunnerError(f"{where} {', '.join(map(str, places))}, and which is meant must be looked at")
 
 
 def read(path: Path) -> Patch:
