@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """``--gvt``: the emulated GPU's life, its place on the bus, and the modules of the host driver."""
 
+import dataclasses
 import json
 import lzma
 import os
@@ -47,6 +48,16 @@ def test_the_gpu_is_one_of_two_and_goes_with_gvt(capsys: pytest.CaptureFixture[s
             parse(arguments)
         assert caught.value.code == 2
     assert "--gpu needs --gvt" in capsys.readouterr().err
+
+
+def test_our_kvmgt_goes_with_gvt_and_has_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["--gvt", "true"]).kvmgt == "stock"
+    assert parse(["--gvt", "--kvmgt", "ours", "--kvmgt-args", "migration=off", "true"]).kvmgt == "ours"
+    for arguments in (["--kvmgt", "ours", "true"], ["--gvt", "--kvmgt-args", "migration=off", "true"]):
+        with pytest.raises(SystemExit) as caught:
+            parse(arguments)
+        assert caught.value.code == 2
+    assert "--kvmgt needs --gvt" in capsys.readouterr().err
 
 
 # The process
@@ -173,6 +184,25 @@ def test_the_guest_loads_kvm_and_the_host_driver_and_names_the_control_port(tmp_
     assert b"i915 enable_gvt=1" in script
     assert b"/dev/virtio-ports/gpu.control" in script
     assert b"gvt=''\n" in entry_script(make_guest(tmp_path, None))
+
+
+LOAD = 'set -e\ninside() { echo "$@"; }\n'
+
+
+def loads(what: Guest) -> list[str]:
+    """Return what the guest's script does to load kvmgt."""
+    script = entry_script(what).decode()
+    head = script.partition("export PATH")[0]
+    body = script[script.index("load_kvmgt() {") : script.index("# The host driver of GVT-g")]
+    done = subprocess.run(["bash", "-c", f"{head}{LOAD}{body}\nload_kvmgt"], stdout=subprocess.PIPE, check=True)
+    return done.stdout.decode().splitlines()
+
+
+def test_kvmgt_is_the_kernel_s_own_or_another_with_its_parameters(tmp_path: Path) -> None:
+    stock = make_guest(tmp_path, Path("/cache/gvt"))
+    assert loads(stock) == ["modprobe -d /cache/gvt kvmgt"]
+    ours = dataclasses.replace(stock, kvmgt=Path("/cache/kvmgt.ko"), kvmgt_args=["migration=off", "x=a b"])
+    assert loads(ours) == ["insmod /cache/kvmgt.ko migration=off x=a b"]
 
 
 def test_command_is_told_which_gpu_it_has(tmp_path: Path) -> None:

@@ -243,6 +243,17 @@ static int gvt_describe_region(struct vgpu *vgpu, struct vfio_region_info *info,
 	return 0;
 }
 
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 19, 0)
+/* vfio copies from and to the user, and the capabilities */
+static int gvt_get_region_info_caps(struct vfio_device *vdev,
+				    struct vfio_region_info *info,
+				    struct vfio_info_cap *caps)
+{
+	if (info->index >= VFIO_PCI_RFC_NUM_REGIONS)
+		return -EINVAL;
+	return gvt_describe_region(vdev_to_vgpu(vdev), info, caps);
+}
+#else
 /* The chain behind the struct, or the size that it would take */
 static int gvt_copy_caps(struct vfio_region_info *info,
 			 struct vfio_info_cap *caps, void __user *arg)
@@ -279,6 +290,7 @@ static long gvt_get_region_info(struct vgpu *vgpu, void __user *arg)
 	kfree(caps.buf);
 	return ret;
 }
+#endif
 
 static unsigned int gvt_irq_count(unsigned int index)
 {
@@ -401,8 +413,10 @@ static long gvt_other_ioctl(struct vgpu *vgpu, unsigned int cmd,
 	switch (cmd) {
 	case VFIO_DEVICE_GET_INFO:
 		return gvt_get_info(vgpu, arg);
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
 	case VFIO_DEVICE_GET_REGION_INFO:
 		return gvt_get_region_info(vgpu, arg);
+#endif
 	case VFIO_DEVICE_GET_IRQ_INFO:
 		return gvt_get_irq_info(arg);
 	case VFIO_DEVICE_SET_IRQS:
@@ -543,6 +557,9 @@ static const struct vfio_device_ops gvt_device_ops = {
 	.read		= gvt_read,
 	.write		= gvt_write,
 	.ioctl		= gvt_ioctl,
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 19, 0)
+	.get_region_info_caps = gvt_get_region_info_caps,
+#endif
 	.device_feature	= gvt_feature,
 	.mmap		= gvt_mmap,
 	.dma_unmap	= gvt_dma_unmap,

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, Never
 
+from tools.kvmgt import build as kvmgt
+from tools.kvmgt import source
 from tools.vm import custom, guest, gvt, kernels, kvm, machine, module, mtty, newest, qemu
 from tools.vm.cache import cache_root
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT, Interrupted, RunnerError
@@ -55,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
         help="with an emulated Intel GPU, its host driver of GVT-g (the kernel's own i915 and kvmgt), and KVM",
     )  # fmt: skip
     result.add_argument("--gpu", choices=gvt.MODELS, help=f"model of --gvt's GPU; default: {gvt.MODELS[0]}")
+    result.add_argument(
+        "--kvmgt", choices=("stock", "ours"), default="stock",
+        help="with --gvt: the kernel's own, or the one that scripts/kvmgt builds; default: %(default)s",
+    )  # fmt: skip
+    result.add_argument("--kvmgt-args", default="", metavar="'migration=off'", help="parameters of our kvmgt")
     result.add_argument("--build-all", action="store_true", help="build all mutations first; alone: do only that")
     result.add_argument("--stdin", action="store_true", help="pass standard input to COMMAND, instead of /dev/null")
     result.add_argument("--memory", default="1G", help="default: %(default)s")
@@ -69,6 +76,17 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _check_gvt(options: argparse.Namespace) -> None:
+    if options.gpu and not options.gvt:
+        parser().error("--gpu needs --gvt")
+    if options.kvmgt == "ours" and not options.gvt:
+        parser().error("--kvmgt needs --gvt")
+    if options.kvmgt_args and options.kvmgt != "ours":
+        parser().error("--kvmgt-args needs --kvmgt ours")
+    if options.gvt and not options.gpu:
+        options.gpu = gvt.MODELS[0]
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; what follows the options is COMMAND's and stays as it is.
 
@@ -80,10 +98,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         del options.command[0]
     if options.stdin and not options.command:
         parser().error("--stdin needs a COMMAND")
-    if options.gpu and not options.gvt:
-        parser().error("--gpu needs --gvt")
-    if options.gvt and not options.gpu:
-        options.gpu = gvt.MODELS[0]
+    _check_gvt(options)
     if options.repeat is not None:
         if not options.command:
             parser().error("--repeat needs a COMMAND")
@@ -144,9 +159,19 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,
         cwd=Path.cwd(), environment=environment, command=options.command, stdin=options.stdin,
         mtty=other, gvt=host_driver,
+        kvmgt=_our_kvmgt(kernel, cache, say) if options.kvmgt == "ours" else None,
+        kvmgt_args=options.kvmgt_args.split(),
     )  # fmt: skip
     log(machine.environment_note(machine_options))
     return machine_options, what
+
+
+def _our_kvmgt(kernel: kernels.Kernel, cache: Path, log: kernels.Log) -> Path:
+    setting = kvmgt.Setting(
+        kernel, source.fetch(kernel, cache, log), cache, sparse=source.fetch_sparse(cache, log), log=log
+    )
+    setting.modules.mkdir(parents=True, exist_ok=True)
+    return kvmgt.build(setting, (None,)) / kvmgt.file_name(None)
 
 
 def _silent(_message: str) -> None:

@@ -43,7 +43,8 @@ BOOTSTRAP: Final = (
     f"busybox mkdir -p {_RUN} && busybox mount -t 9p -o {_9P} {RUN_TAG} {_RUN} && exec /bin/bash {_RUN}/entry.sh"
 )
 
-# Variables in front of it: tree, gvt, module, module_args (array), mtty, out, interactive, input.
+# Variables in front of it: tree, gvt, kvmgt, kvmgt_args (array), module, module_args (array), mtty, out, interactive,
+# input.
 _ENTRY: Final = f"""
 export PATH={_PATH}
 run={_RUN}
@@ -92,13 +93,22 @@ load_modules() {{
 	[[ -z $mtty ]] || inside insmod "$mtty"
 }}
 
+load_kvmgt() {{
+	if [[ -n $kvmgt ]]; then
+		inside insmod "$kvmgt" "${{kvmgt_args[@]}}"
+	else
+		inside modprobe -d "$gvt" kvmgt
+	fi
+}}
+
 # The host driver of GVT-g. kvmgt does nothing for who has no KVM, and nothing at all without enable_gvt.
 load_gvt() {{
 	local kvm=kvm_amd
 	! busybox grep -qw vmx /proc/cpuinfo || kvm=kvm_intel
 	inside modprobe -d "$gvt" $kvm &&
 		inside modprobe -d "$gvt" i915 enable_gvt=1 &&
-		inside modprobe -d "$gvt" -a vfio_iommu_type1 kvmgt || return
+		inside modprobe -d "$gvt" -a mdev vfio_iommu_type1 &&
+		load_kvmgt || return
 	[[ -d /sys/class/mdev_bus/0000:00:02.0 ]] || {{ echo 'kvmgt has registered no types of vGPUs'; return 1; }}
 	# There is no udev here to name it.
 	find_port {GPU_CONTROL}
@@ -203,6 +213,8 @@ class Guest:
     stdin: bool = False  # COMMAND has the runner's, not /dev/null
     mtty: Path | None = None
     gvt: Path | None = None  # a tree with the modules of GVT-g's host driver
+    kvmgt: Path | None = None  # another kvmgt than the one in there
+    kvmgt_args: Sequence[str] = ()
 
 
 def environment(
@@ -231,14 +243,19 @@ def _assignment(name: str, value: str | Path) -> bytes:
     return os.fsencode(f"{name}={shlex.quote(str(value))}\n")
 
 
+def _array(name: str, values: Sequence[str]) -> bytes:
+    return os.fsencode(f"{name}=({' '.join(shlex.quote(value) for value in values)})\n")
+
+
 def entry_script(guest: Guest) -> bytes:
     """Return the script that prepares the guest, runs COMMAND and turns the machine off."""
-    arguments = " ".join(shlex.quote(argument) for argument in guest.module_args)
     head = [
         _assignment("tree", guest.tree),
         _assignment("gvt", guest.gvt or ""),
+        _assignment("kvmgt", guest.kvmgt or ""),
+        _array("kvmgt_args", guest.kvmgt_args),
         _assignment("module", guest.module or ""),
-        os.fsencode(f"module_args=({arguments})\n"),
+        _array("module_args", guest.module_args),
         _assignment("mtty", guest.mtty or ""),
         _assignment("out", guest.out),
         _assignment("interactive", "0" if guest.command else "1"),
