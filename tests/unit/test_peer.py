@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from vfio_mig.errors import HostError, OpenError, UsageError, VfioMigError
+from vfio_mig.jobs import peer as peer_module
 from vfio_mig.jobs.peer import ERRORS_KEPT, Address, Peer, TargetStatus, parse_target, seconds
 
 if TYPE_CHECKING:
@@ -206,6 +207,18 @@ os._exit(7)
     with pytest.raises(HostError, match="failed there: gone"):
         remote(tmp_path, source).status()
     assert time.monotonic() - began < 10
+
+
+def test_a_command_that_does_not_want_to_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_module, "PATIENCE", 0.5)
+    source = (
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(60)\n"
+    )
+    began = time.monotonic()
+    with remote(tmp_path, source).start("restore", "x") as run, pytest.raises(HostError, match="'1' came where"):
+        run.wait_for("waiting")
+    assert run._process.returncode == -9
+    assert time.monotonic() - began < 30
 
 
 def test_nothing_of_a_peer_is_left(tmp_path: Path) -> None:

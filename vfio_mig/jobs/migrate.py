@@ -174,8 +174,8 @@ def _give_up(job: Job, session: Session) -> None:
 def _end_target(run: Run, peer: Peer, session: Session, *, start: bool) -> dict[str, Any]:
     """Let the target start, or stay as it is; the state is its own by now."""
     name = session.device.name
-    run.say("start" if start else "stay")
     try:
+        run.say("start" if start else "stay")
         report = run.finish()
     except VfioMigError as error:
         raise DeviceError(f"{peer.target} has the state, but: {error}", device=name, hint=NEVER) from error

@@ -43,6 +43,8 @@ LINES_MAX: Final = 10_000
 """Lines of them: a report of many rounds has some hundred."""
 ERRORS_KEPT: Final = 16 << 10
 """Bytes of standard error that are kept, the last ones; any more is read and dropped."""
+PATIENCE: Final = 60.0
+"""Seconds that a command has to end after SIGTERM: a restore on this host undoes what it has done."""
 SECONDS_MAX: Final = 1e9
 """No time in a report is longer: thirty years."""
 _REST_MAX: Final = 64
@@ -234,7 +236,11 @@ class Run:
                     stream.close()
                 except OSError:  # what is still in its buffer is not wanted any more
                     continue
-        self._process.wait()
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._errors.close()
 
     @property
@@ -260,6 +266,7 @@ class Run:
                 raise self._no_report(line)
         raise self.error()
 
+    @waiting
     def say(self, word: str) -> None:
         """Write a line to it and close its input; that it has gone is seen later."""
         assert self._process.stdin is not None  # noqa: S101 -- asked for with stdin=PIPE
