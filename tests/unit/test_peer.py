@@ -8,16 +8,20 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Final
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Final, cast
 
 import pytest
 
 from vfio_mig.errors import HostError, OpenError, UsageError, VfioMigError
 from vfio_mig.jobs import peer as peer_module
+from vfio_mig.jobs.migrate import _require_target
 from vfio_mig.jobs.peer import ERRORS_KEPT, Address, Peer, TargetStatus, parse_target, seconds
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from vfio_mig.jobs.session import Session
 
 STATUS: Final = json.dumps({"state": "running", "type": "t"}, indent=2)
 
@@ -101,7 +105,30 @@ def test_the_program_here_takes_it_as_a_name() -> None:
 
 
 def test_the_status_is_what_the_report_says(tmp_path: Path) -> None:
-    assert answers(tmp_path, STATUS).status() == TargetStatus("running", "t")
+    assert answers(tmp_path, STATUS).status() == TargetStatus("running", "t", None)
+    for protocol, known in ('"gvt-rfc"', "gvt-rfc"), ("null", None), ("[1]", None), ("1e400", None):
+        text = f'{{"state": "running", "type": "t", "protocol": {protocol}}}'
+        assert answers(tmp_path, text).status().protocol == known
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ({"state": "closed"}, "nobody has it open"),
+        ({"type": "other"}, "the target is a 'other', the source a 't'"),
+        ({"protocol": "mainline-v2"}, "the target speaks 'mainline-v2', the source 'gvt-rfc'"),
+    ],
+)
+def test_a_target_that_cannot_take_it_is_refused_before_the_image_is_begun(
+    tmp_path: Path, status: dict[str, str], words: str
+) -> None:
+    text = json.dumps({"state": "running", "type": "t", "protocol": "gvt-rfc", **status})
+    found = SimpleNamespace(found=SimpleNamespace(type="t"), device=SimpleNamespace(name="x"))
+    found.protocol = SimpleNamespace(name="gvt-rfc")
+    with pytest.raises(VfioMigError, match=words):
+        _require_target(cast("Session", found), answers(tmp_path, text))
+    fits = json.dumps({"state": "running", "type": "t", "protocol": "gvt-rfc"})
+    _require_target(cast("Session", found), answers(tmp_path, fits))
 
 
 @pytest.mark.parametrize("banner", ["Welcome to node7\n", "\nLast login: today\n\n", "\x1b[1mhello\x1b[0m\n"])

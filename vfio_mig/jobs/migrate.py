@@ -98,7 +98,7 @@ def _require_target(session: Session, peer: Peer) -> None:
     """Make sure before the stop that the target is there, held, and of the same type.
 
     :raises OpenError: nobody holds it, so the state would go with the restore's end.
-    :raises MismatchError: it is of another type.
+    :raises MismatchError: it is of another type, or speaks another protocol.
     """
     status = peer.status()
     if status.state == "closed":
@@ -109,6 +109,10 @@ def _require_target(session: Session, peer: Peer) -> None:
     if status.type != session.found.type:
         raise MismatchError(
             f"the target is a {status.type!r}, the source a {session.found.type!r}", device=session.device.name
+        )
+    if status.protocol not in (None, session.protocol.name):
+        raise MismatchError(
+            f"the target speaks {status.protocol!r}, the source {session.protocol.name!r}", device=session.device.name
         )
 
 

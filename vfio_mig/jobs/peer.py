@@ -102,10 +102,14 @@ def parse_target(target: str) -> Address:
 
 
 class TargetStatus(NamedTuple):
-    """What is believed of the other end's ``status``: names as they came, for comparison and for messages."""
+    """What is believed of the other end's ``status``: names as they came, for comparison and for messages.
+
+    :param protocol: None where it is not known, as that of a device that the other end may not ask.
+    """
 
     state: str
     type: str
+    protocol: str | None
 
 
 class Peer:
@@ -160,12 +164,13 @@ class Peer:
         :raises HostError: what came is no such report.
         """
         report = self.call("status", self.name)
-        state, kind = report.get("state"), report.get("type")
+        state, kind, protocol = report.get("state"), report.get("type"), report.get("protocol")
         if not isinstance(state, str) or not isinstance(kind, str):
             raise HostError(
                 f"{self.target}: the report of 'status' is none: state {excerpt(state)}, type {excerpt(kind)}"
             )
-        return TargetStatus(state[:_WORDS_MAX], kind[:_WORDS_MAX])
+        known = protocol[:_WORDS_MAX] if isinstance(protocol, str) else None
+        return TargetStatus(state[:_WORDS_MAX], kind[:_WORDS_MAX], known)
 
 
 class _Tail:
