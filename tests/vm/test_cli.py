@@ -368,6 +368,6 @@ def test_the_readme_s_script_runs(tmp_path: Path) -> None:
             )
     finally:
         memory.unlink()
-    assert re.fullmatch(r"0 dirty pages, stopped for \d\.\d{3} s, then closed\n", done.stdout)
+    assert re.fullmatch(r"0 dirty pages, stopped for \d\.\d{3} s, then running\n", done.stdout)
     assert done.stderr == ""
     assert (tmp_path / "gpu.vfm").exists()
