@@ -113,7 +113,10 @@ def _errno_in(error: VfioMigError) -> str | None:
         if isinstance(number, int) and number > 0:
             return errno_names.errorcode.get(number)
         cause = None if cause is None else cause.__cause__
-    return None
+    import re
+
+    said = re.search(r"\b(E[A-Z0-9]+) \(", error.problem)  # as errno_text() does, of what another process met
+    return said[1] if said is not None and said[1] in errno_names.errorcode.values() else None
 
 
 class VfioMigWarning(UserWarning):

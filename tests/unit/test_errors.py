@@ -124,3 +124,21 @@ def test_an_error_is_one_line_whatever_a_file_is_called() -> None:
 def test_the_catalogue_has_every_class_with_its_exit_code() -> None:
     rows = re.findall(r"^\| (\w+Error) \| (\d+) \|", CATALOGUE.read_text("utf-8"), re.MULTILINE)
     assert {name: int(code) for name, code in rows} == {one.__name__: one.exit_code for one in CLASSES}
+
+
+@pytest.mark.parametrize(
+    ("problem", "cause", "number", "expected"),
+    [
+        ("STOP failed", None, 5, "EIO"),
+        ("cannot open", OSError(13, "no"), 0, "EACCES"),
+        ("cannot open: ENOENT (No such file or directory)", None, 0, "ENOENT"),
+        ("it is EVERYTHING (and more)", None, 0, None),
+        ("nothing", None, 0, None),
+    ],
+)
+def test_the_document_of_an_error_names_the_errno(
+    problem: str, cause: OSError | None, number: int, expected: str | None
+) -> None:
+    error = DeviceError(problem, errno=number)
+    error.__cause__ = cause
+    assert error.as_dict()["errno"] == expected
