@@ -133,15 +133,14 @@ static bool cfg_may_differ(unsigned int off)
 	return off >= PCI_BASE_ADDRESS_0 && off < PCI_BASE_ADDRESS_5 + 4;
 }
 
-static int check_bar(struct intel_vgpu *vgpu, const void *cfg, unsigned int off, u64 size)
+/* The guest puts a BAR where it likes; its kind decides how that address is read. */
+static int check_bar(struct intel_vgpu *vgpu, const void *cfg, unsigned int off)
 {
 	u64 value = *(const u64 *)(cfg + off);
 	u64 own = *(const u64 *)(vgpu_cfg_space(vgpu) + off);
 
 	if ((value ^ own) & ~PCI_BASE_ADDRESS_MEM_MASK)
 		return bad(vgpu, "a BAR is of another kind");
-	if (value & PCI_BASE_ADDRESS_MEM_MASK & (size - 1))
-		return bad(vgpu, "a BAR is not aligned");
 	return 0;
 }
 
@@ -157,9 +156,9 @@ static int check_cfg(struct intel_vgpu *vgpu, const void *cfg)
 		if (!cfg_may_differ(i) && ((const u8 *)cfg)[i] != own[i])
 			return bad(vgpu, "it is of another device");
 
-	ret = check_bar(vgpu, cfg, PCI_BASE_ADDRESS_0, vgpu->cfg_space.bar[0].size);
+	ret = check_bar(vgpu, cfg, PCI_BASE_ADDRESS_0);
 	if (!ret)
-		ret = check_bar(vgpu, cfg, PCI_BASE_ADDRESS_2, vgpu->cfg_space.bar[1].size);
+		ret = check_bar(vgpu, cfg, PCI_BASE_ADDRESS_2);
 	if (ret)
 		return ret;
 
