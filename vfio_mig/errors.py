@@ -34,6 +34,16 @@ def errno_text(number: int) -> str:
     return f"{errno_names.errorcode.get(number, f'errno {number}')} ({os.strerror(number)})"
 
 
+def right_hint(otherwise: str = "") -> str:
+    """Say how to get a right that is missing; root is not told to become root.
+
+    :param otherwise: what helps as well: ``give this user /dev/kvm``.
+    """
+    if os.geteuid():
+        return f"run as root, or {otherwise}" if otherwise else "run as root"
+    return "root lacks the right here: a container's device cgroup, a user namespace or an LSM withholds it"
+
+
 def printable(text: str) -> str:
     """Return text with everything escaped that would break a line, speak to a terminal, or not be encoded at all."""
     if text.isprintable():

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,7 @@ from vfio_mig.errors import (
     UsageError,
     VfioMigError,
     errno_text,
+    right_hint,
 )
 
 CATALOGUE: Final = Path(__file__).parents[2] / "docs/errors.md"
@@ -142,3 +144,19 @@ def test_the_document_of_an_error_names_the_errno(
     error = DeviceError(problem, errno=number)
     error.__cause__ = cause
     assert error.as_dict()["errno"] == expected
+
+
+@pytest.mark.parametrize(
+    ("user", "otherwise", "expected"),
+    [
+        (1000, "", "run as root"),
+        (1000, "give this user /dev/kvm", "run as root, or give this user /dev/kvm"),
+        (0, "give this user /dev/kvm", "root lacks the right here: a container's device cgroup, a user namespace or"),
+    ],
+)
+def test_root_is_not_told_to_become_root(
+    monkeypatch: pytest.MonkeyPatch, user: int, otherwise: str, expected: str
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert right_hint(otherwise).startswith(expected)
+    assert ("run as root" in right_hint(otherwise)) is (user != 0)

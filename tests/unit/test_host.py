@@ -628,6 +628,7 @@ def test_a_node_that_cannot_be_opened_says_why(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
+        patch.setattr(os, "geteuid", lambda: 1000)
         with pytest.raises(kind) as caught:
             open_device(held)
     assert words in str(caught.value)
@@ -824,6 +825,7 @@ def test_a_refused_creation_says_what_to_do(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", refuse)
+        patch.setattr(os, "geteuid", lambda: 1000)
         with pytest.raises(kind) as caught:
             mdev.create("GVTg_V4_8", uuid=ONE, host=types_tree.host)
     assert errno.errorcode[number] in caught.value.problem

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfio_mig import uapi
 from vfio_mig.device import Device
-from vfio_mig.errors import DeviceBusyError, OpenError, errno_text
+from vfio_mig.errors import DeviceBusyError, OpenError, errno_text, right_hint
 from vfio_mig.host.dma import IommufdDma
 from vfio_mig.host.iommufd import NODE, Iommufd
 from vfio_mig.host.kvm import NO_KVM_HINT, NoKvmError, open_with_kvm, reset_for_vm
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 _NODE_HINTS: Final = {
     errno.ENOENT: "is udev running?",
-    errno.EACCES: "run as root, or give this user the device's node",
+    errno.EACCES: "give this user the device's node",
 }
 _IOMMU_HINTS: Final = {
     errno.ENOENT: "load the module: modprobe iommufd",
-    errno.EACCES: "run as root, or give this user /dev/iommu",
+    errno.EACCES: "give this user /dev/iommu",
 }
 _BIND_HINTS: Final = {
     errno.EPERM: "the IOMMU does not remap interrupts; iommufd's parameter allow_unsafe_interrupts lifts this",
@@ -76,7 +76,10 @@ def open_nodes(device: HostDevice, path: str) -> Nodes:
 
 def _cannot_open(device: HostDevice, path: str, error: OSError, hints: dict[int, str]) -> OpenError:
     number = error.errno or 0
-    return OpenError(f"cannot open {path}: {errno_text(number)}", device=device.name, hint=hints.get(number))
+    hint = hints.get(number)
+    if number == errno.EACCES:
+        hint = right_hint(hint or "")
+    return OpenError(f"cannot open {path}: {errno_text(number)}", device=device.name, hint=hint)
 
 
 def _require_same(device: HostDevice, path: str, fd: int) -> None:

@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
-from vfio_mig.errors import OpenError, errno_text
+from vfio_mig.errors import OpenError, errno_text, right_hint
 from vfio_mig.host.guest import address_of
 from vfio_mig.uapi import IoctlError, ffi, kvm
 
@@ -31,7 +31,6 @@ _ADD: Final = ffi.integer_const("KVM_DEV_VFIO_GROUP_ADD")
 _HINTS: Final = {
     errno.ENOENT: "load the module, kvm_intel or kvm_amd; it needs virtualization, which the firmware may have off",
     errno.ENODEV: "load the module, kvm_intel or kvm_amd; it needs virtualization, which the firmware may have off",
-    errno.EACCES: "run as root, or give this user /dev/kvm",
 }
 
 
@@ -91,7 +90,8 @@ def attach(device: HostDevice, file: int, memory: Sequence[GuestMemory]) -> list
         except OSError as error:
             number = error.errno or 0
             problem = f"its driver opens it only for who has a KVM, and {NODE} cannot be opened: {errno_text(number)}"
-            raise OpenError(problem, device=device.name, hint=_HINTS.get(number)) from error
+            hint = right_hint(f"give this user {NODE}") if number == errno.EACCES else _HINTS.get(number)
+            raise OpenError(problem, device=device.name, hint=hint) from error
         owned.append(node)
         vm = _fd_of(uapi.call(node, kvm.CREATE_VM))
         owned.insert(0, vm)

@@ -8,7 +8,15 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vfio_mig.errors import DeviceBusyError, DeviceError, DeviceNotFoundError, OpenError, UsageError, errno_text
+from vfio_mig.errors import (
+    DeviceBusyError,
+    DeviceError,
+    DeviceNotFoundError,
+    OpenError,
+    UsageError,
+    errno_text,
+    right_hint,
+)
 from vfio_mig.host.discover import UUID, Host
 
 if TYPE_CHECKING:
@@ -22,8 +30,6 @@ _HINTS: Final = {
     errno.EEXIST: "an mdev with this UUID exists",
     errno.ENOSPC: "the parent has no room for another; 'vfio-mig mdev types' shows how many fit",
     errno.EUSERS: "the parent has no room for another; 'vfio-mig mdev types' shows how many fit",
-    errno.EACCES: "run as root",
-    errno.EPERM: "run as root",
 }
 
 
@@ -96,7 +102,7 @@ def _write(path: str, text: str, what: str) -> None:
         number = error.errno or 0
         problem = f"{what} failed: {errno_text(number)}"
         if number in (errno.EACCES, errno.EPERM):
-            raise OpenError(problem, hint=_HINTS[number]) from error
+            raise OpenError(problem, hint=right_hint()) from error
         raise DeviceError(problem, hint=_HINTS.get(number), errno=number) from error
 
 
@@ -186,5 +192,5 @@ def _open_alone(device: HostDevice, path: str, unseen: Unseen | None) -> int:
         raise OpenError(
             f"cannot open {device.node}, to see that nobody else has: {errno_text(number)}",
             device=device.name,
-            hint=_HINTS.get(number, "is udev running?" if number == errno.ENOENT else None),
+            hint={errno.ENOENT: "is udev running?", errno.EACCES: right_hint(), errno.EPERM: right_hint()}.get(number),
         ) from error

@@ -16,6 +16,7 @@ from vfio_mig.errors import (
     OpenError,
     UnsupportedError,
     errno_text,
+    right_hint,
 )
 from vfio_mig.host.dma import ContainerDma
 from vfio_mig.host.guest import address_of
@@ -42,14 +43,14 @@ _READ_WRITE: Final = ffi.integer_const("VFIO_DMA_MAP_FLAG_READ") | ffi.integer_c
 
 _GROUP_HINTS: Final = {
     errno.ENOENT: "is the device bound to a VFIO driver, and udev running?",
-    errno.EACCES: "run as root, or give this user the group's node",
-    errno.EPERM: "a no-IOMMU group needs CAP_SYS_RAWIO",
+    errno.EACCES: "give this user the group's node",
+    errno.EPERM: "a no-IOMMU group needs CAP_SYS_RAWIO, and in a container the device cgroup must allow the node",
 }
 _CONTAINER_HINTS: Final = {
     errno.ENOENT: "load the module: modprobe vfio",
     errno.ENODEV: "load the module: modprobe vfio_iommu_type1",
     errno.EPERM: "another device of its group belongs to a host driver",
-    errno.EACCES: "run as root, or give this user /dev/vfio/vfio",
+    errno.EACCES: "give this user /dev/vfio/vfio",
 }
 _UNSAFE: Final = "the IOMMU does not remap interrupts; vfio_iommu_type1's parameter allow_unsafe_interrupts lifts this"
 
@@ -273,10 +274,11 @@ def _open_node(device: HostDevice, path: str, hints: dict[int, str]) -> int:
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise _busy(device) from error
+        hint = hints.get(error.errno or 0)
         raise OpenError(
             f"cannot open {path}: {errno_text(error.errno or 0)}",
             device=device.name,
-            hint=hints.get(error.errno or 0),
+            hint=right_hint(hint or "") if error.errno == errno.EACCES else hint,
         ) from error
 
 
