@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What every tier's tests need of this process.
 
-- ``unit/``: no root, no kernel, seconds. ``conform_device.py`` plays a v2 device, ``saved_images.py`` makes images.
+- ``unit/``: no root, no kernel, seconds. ``conform_device.py`` plays a v2 device, ``saved_images.py`` makes images,
+  ``gpu_rig.py`` lays out work for the emulated GPU and is its vfio-user client.
 - ``vm/``: on real ioctls, inside the VM (``scripts/vm``, ``scripts/test --vm``). Without the library under test:
   ``raw.py`` and ``raw_v2.py`` (requests), ``host.py`` (mdevs and the driver's truth in debugfs), ``v2.py`` (its v2
   side), ``gpu.py`` (what a guest's driver does), ``image.py`` (the RFC's image as bytes), ``mtty.py``, ``qemu_vm.py``,
