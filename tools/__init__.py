@@ -7,7 +7,7 @@
 ``gpu``           an Intel gen9 GPU in software, for i915 and kvmgt in that VM: tools/gpu/README.md
 ``kvmgt``         the real driver with migration, patched and built: tools/kvmgt/README.md
 ``demo``          ``scripts/demo``
-``qemu_host``     ``scripts/qemu-save``, ``scripts/qemu-restore``: the one that is for real hosts
+``qemu_host``     the former place of ``vfio_mig.vm``
 ``pair``          ``scripts/pair``, a migration between two VMs
 ``faults``        ``scripts/faults``, each fault on each job
 ``fuzz``          ``scripts/fuzz``

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Make the man pages of ``man/``, one per command, of the text that ``--help`` shows.
+"""Make the man pages of ``man/``, one per command and program, of the text that ``--help`` shows.
 
 ``python -m tools.man [DIRECTORY]`` writes them; a unit test compares the committed ones with a fresh run. Nothing of
 the day, the version or this machine is in them.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from vfio_mig.cli import vm
 from vfio_mig.cli.main import PROGRAM, cli
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _table(rows: tuple[tuple[str, str], ...]) -> Iterator[str]:
 def page(name: str, command: click.Command, context: click.Context, others: list[str]) -> str:
     """Return one page.
 
-    :param name: of the page: ``vfio-mig`` or ``vfio-mig-COMMAND``.
+    :param name: of the page: ``vfio-mig``, ``vfio-mig-COMMAND``, ``qemu-save`` or ``qemu-restore``.
     :param others: pages to see also.
     """
     usage = " ".join(command.collect_usage_pieces(context))
@@ -145,6 +146,11 @@ def pages() -> dict[str, str]:
         assert command is not None  # noqa: S101 -- it was listed
         context = click.Context(command, parent=root, info_name=name)
         made[f"{title}.1"] = page(title, command, context, [PROGRAM, *(one for one in every if one != title)])
+    for name, command in vm.COMMANDS.items():
+        others = [*(one for one in vm.COMMANDS if one != name), PROGRAM, f"{PROGRAM}-save", f"{PROGRAM}-restore"]
+        made[f"{name}.1"] = page(
+            name, command, click.Context(command, info_name=name, **command.context_settings), others
+        )
     return made
 
 

@@ -13,11 +13,11 @@ What the command line does, as functions; each returns a report (a named tuple) 
 Names are imported when they are first used, so ``import vfio_mig`` costs nothing.
 
 Rooms, from the top down; each imports from those below it only, and its own docstring says what is in it:
-``cli`` (parses and prints), ``conform`` (checks of a driver), ``jobs`` (whole jobs with rollback), ``protocols`` (how a
-family of devices is stopped, read and loaded), ``host`` (finding and opening devices), ``device`` (an open one),
-``pictures``, ``image`` and ``dirty`` (bytes and files alone, no device), ``uapi`` (the kernel's words). Everywhere:
-``errors``, ``interrupts`` (signals), ``threads``, ``proc`` (what /proc says of other processes). docs/concepts.md says
-what the words mean.
+``cli`` (parses and prints), ``vm`` (a QEMU around the device), ``conform`` (checks of a driver), ``jobs`` (whole jobs
+with rollback), ``protocols`` (how a family of devices is stopped, read and loaded), ``host`` (finding and opening
+devices), ``device`` (an open one), ``pictures``, ``image`` and ``dirty`` (bytes and files alone, no device), ``uapi``
+(the kernel's words). Everywhere: ``errors``, ``interrupts`` (signals), ``threads``, ``proc`` (what /proc says of other
+processes). docs/concepts.md says what the words mean.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -28,7 +28,8 @@ TRIALS: Final = {
     "inspect": "vfio-mig inspect /root/gpu.vfm",
     "library": "python3 -W error -c 'import vfio_mig; print(vfio_mig.verify_image(\"/root/gpu.vfm\").protocol)'",
     "man": "man vfio-mig-save | col -b",
-    "pages": "cd /usr/share/man/man1 && ls vfio-mig*",
+    "pages": "cd /usr/share/man/man1 && ls vfio-mig* qemu-*",
+    "qemu": "qemu-save --version && qemu-restore --version",
     "bash": (
         ". /usr/share/bash-completion/bash_completion; _completion_loader vfio-mig; COMP_WORDS=(vfio-mig sta) "
         "COMP_CWORD=1; _vfio_mig_completion vfio-mig; echo ${COMPREPLY[@]}; complete -p vfio-mig"
@@ -166,8 +167,9 @@ def test_a_new_debian_installs_them_runs_them_and_is_as_before_when_they_are_pur
     assert "workload" in found(debian, "inspect")
     assert found(debian, "library") == "gvt-rfc\n"
     assert found(debian, "man").startswith("VFIO-MIG-SAVE(1)")
-    pages = {"vfio-mig.1.gz", *(f"vfio-mig-{name}.1.gz" for name in COMMANDS)}
+    pages = {"vfio-mig.1.gz", "qemu-save.1.gz", "qemu-restore.1.gz", *(f"vfio-mig-{name}.1.gz" for name in COMMANDS)}
     assert set(found(debian, "pages").split()) == pages
+    assert found(debian, "qemu") == f"qemu-save {__version__}\nqemu-restore {__version__}\n"
     assert found(debian, "bash").splitlines()[0] == "start state status"
     assert "_vfio_mig_completion" in found(debian, "bash")
     assert found(debian, "zsh") == "_vfio-mig\n"

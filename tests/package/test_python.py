@@ -16,6 +16,7 @@ import pytest
 from tests.package.conftest import ROOT, clean_environment, environment, run
 from vfio_mig import __version__
 from vfio_mig.cli.main import COMMANDS
+from vfio_mig.cli.vm import COMMANDS as QEMU_PROGRAMS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,7 @@ TEST_NEEDS: Final = ["pytest>=8", "hypothesis", "jsonschema", "pycparser", "qemu
 SHARED: Final = {
     *(f"man/man1/vfio-mig-{name}.1" for name in COMMANDS),
     "man/man1/vfio-mig.1",
+    *(f"man/man1/{name}.1" for name in QEMU_PROGRAMS),
     "bash-completion/completions/vfio-mig",
     "zsh/site-functions/_vfio-mig",
     "fish/vendor_completions.d/vfio-mig.fish",
@@ -55,7 +57,25 @@ def check_program(program: Path, cwd: Path, image: Path) -> None:
 
 def shared(prefix: Path) -> set[str]:
     """Name our files below a prefix's share/."""
-    return {str(path.relative_to(prefix / "share")) for path in (prefix / "share").rglob("*vfio-mig*")}
+    ours = [*(prefix / "share").rglob("*vfio-mig*"), *(prefix / "share/man").rglob("qemu-*")]
+    return {str(path.relative_to(prefix / "share")) for path in ours}
+
+
+def check_qemu_programs(directory: Path, cwd: Path, *, is_whole: bool) -> None:
+    """Run qemu-save and qemu-restore as far as that goes without a QEMU.
+
+    :param is_whole: they were installed with what they need besides: the extra called qemu.
+    """
+    for name in QEMU_PROGRAMS:
+        assert f"Usage: {name} [OPTIONS] QMP-SOCKET DEVICE FILE" in run([directory / name, "--help"], cwd).stdout
+        assert run([directory / name, "--version"], cwd).stdout == f"{name} {__version__}\n"
+        done = started(directory / name, cwd, cwd / "nobody.qmp", "device", "gpu.vfm")
+        if is_whole:
+            assert done.returncode == 3, done.stderr
+            assert "nobody.qmp: cannot connect to QMP: ENOENT" in done.stderr
+        else:
+            assert done.returncode == 7, done.stderr
+            assert done.stderr == f"{name}: the Python package qemu.qmp is missing; pip install 'vfio_mig[qemu]'\n"
 
 
 def names(sdist: Path) -> list[str]:
@@ -94,6 +114,7 @@ def test_the_wheel_is_for_every_machine_and_has_the_package_alone(wheel: Path) -
 def test_the_wheel_brings_the_program_and_only_what_it_needs(wheel: Path, image: Path, tmp_path: Path) -> None:
     bare = environment(tmp_path / "venv", wheel)
     check_program(bare / "vfio-mig", tmp_path, image)
+    check_qemu_programs(bare, tmp_path, is_whole=False)
     assert shared(bare.parent) == SHARED
     listed = run([bare / "pip", "list", "--format=freeze"], tmp_path).stdout
     installed = set(re.findall(r"^[\w.-]+", listed.lower().replace("_", "-"), re.MULTILINE))
@@ -102,6 +123,11 @@ def test_the_wheel_brings_the_program_and_only_what_it_needs(wheel: Path, image:
     assert run([bare / "python", "-W", "error", "-c", use], tmp_path).stdout.startswith(str(bare.parent / "lib"))
     run([bare / "pip", "uninstall", "-q", "-y", "vfio_mig"], tmp_path)
     assert list(bare.parent.rglob("*vfio*mig*")) == []
+    assert [path for name in QEMU_PROGRAMS for path in bare.parent.rglob(f"{name}*")] == []
+
+
+def test_the_extra_called_qemu_brings_its_programs_what_they_need(wheel: Path, tmp_path: Path) -> None:
+    check_qemu_programs(environment(tmp_path / "venv", f"{wheel}[qemu]"), tmp_path, is_whole=True)
 
 
 def test_pipx_installs_it_with_its_man_pages_and_removes_it(wheel: Path, image: Path, tmp_path: Path) -> None:

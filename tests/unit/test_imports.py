@@ -30,7 +30,8 @@ ROOMS: Final[dict[str, frozenset[str]]] = {
     "protocols": FLOOR | {"uapi", "device", "host"},
     "jobs": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols"},
     "conform": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols", "jobs"},
-    "cli": FLOOR | {"uapi", "device", "host", "image", "dirty", "pictures", "protocols", "jobs", "conform"},
+    "vm": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols", "jobs"},
+    "cli": FLOOR | {"uapi", "device", "host", "image", "dirty", "pictures", "protocols", "jobs", "conform", "vm"},
 }
 NO_DEVICE_CODE: Final = frozenset({"image", "dirty", "pictures"})
 CALLERS: Final = frozenset({"uapi", "host"})  # ioctl; flock
@@ -171,6 +172,8 @@ def test_the_program_s_entry_is_nothing_but_the_command_line() -> None:
         ("vfio_mig.interrupts", "from vfio_mig.jobs import save", ["vfio_mig.jobs.save"]),
         ("vfio_mig.jobs.x", "from vfio_mig.cli.output import say", ["vfio_mig.cli.output.say"]),
         ("vfio_mig.jobs.x", "from vfio_mig.conform import check", ["vfio_mig.conform.check"]),
+        ("vfio_mig.jobs.x", "from vfio_mig.vm import machine", ["vfio_mig.vm.machine"]),
+        ("vfio_mig.vm.x", "from vfio_mig.cli.output import put", ["vfio_mig.cli.output.put"]),
         ("vfio_mig.conform.x", "from vfio_mig.cli import output", ["vfio_mig.cli.output"]),
         ("vfio_mig.conform.x", "import fcntl", ["fcntl"]),
         ("vfio_mig.jobs.x", "import fcntl", ["fcntl"]),

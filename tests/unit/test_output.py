@@ -124,15 +124,15 @@ def test_a_way_around_is_noticed(source: str) -> None:
     assert ways_around(source)
 
 
-def test_the_scripts_for_qemu_escape_what_they_print_too() -> None:
-    """They tell what a VM says of itself, and run as root."""
+def test_the_scripts_for_qemu_print_through_the_package_alone() -> None:
+    """They tell what a VM says of itself, and run as root: vfio_mig/cli/vm.py does, through the one place."""
     calls = [
         ast.unparse(node.args[0])
         for path in sorted((ROOT / "tools" / "qemu_host").glob("*.py"))
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Call) and _name(node.func) in PRINTERS
     ]
-    assert sorted(calls) == ["json_text(summary)", "printable(text)"]
+    assert calls == []
 
 
 def test_looking_at_a_stream_is_no_way_around() -> None:

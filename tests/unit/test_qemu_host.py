@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""What scripts/qemu-save and scripts/qemu-restore make of QEMU's answers and of /proc, and do in which order."""
+"""What qemu-save and qemu-restore make of QEMU's answers and of /proc, and do in which order."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from tools.qemu_host import jobs
-from tools.qemu_host.memory import GuestRange, Mapping, Piece, locate, parse_flat_view, parse_hva, parse_maps, path_of
-from tools.qemu_host.qmp import Qmp
+from vfio_mig import interrupts
 from vfio_mig.errors import (
     DeviceBusyError,
     DeviceError,
@@ -29,9 +28,23 @@ from vfio_mig.errors import (
     UsageError,
 )
 from vfio_mig.jobs.check import Finding
+from vfio_mig.vm import jobs
+from vfio_mig.vm.machine import ENDED, PAUSED, REFUSED, RUNNING, require_no_migration, run_state, vfio_devices
+from vfio_mig.vm.memory import (
+    GuestRange,
+    Mapping,
+    Piece,
+    find_memory,
+    locate,
+    parse_flat_view,
+    parse_hva,
+    parse_maps,
+    path_of,
+)
+from vfio_mig.vm.qmp import Qmp, RefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 ROOT = Path(__file__).parents[2]
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -159,7 +172,7 @@ def test_ram_that_is_not_mapped_is_no_memory() -> None:
 def test_the_file_of_a_mapping_is_the_process_s_fd_of_it(tmp_path: Path) -> None:
     with (tmp_path / "ram").open("w+b") as file:
         status = os.fstat(file.fileno())
-        mapping = Mapping(0x1000, 0x2000, True, 0, status.st_dev, status.st_ino, "ram")
+        mapping = Mapping(0x1000, 0x2000, True, 0, status.st_dev, status.st_ino, str(tmp_path / "ram"))
         found = path_of(os.getpid(), mapping)
         assert Path(found).parent == Path(f"/proc/{os.getpid()}/fd")
         assert os.path.samestat(Path(found).stat(), status)
@@ -177,19 +190,38 @@ class FakeQmp:
         self.devices = devices
         self.fails = fails
         self.asked: list[str] = []
+        self.news: list[str] = []
+        self.ignores_signals = False
+        self.migration: dict[str, Any] = {}
+        self.iommu = ""
+        self.mtree = FLAT_VIEW
+        self.after_stop = "paused"
 
     def execute(self, command: str, **arguments: str) -> Any:
         self.asked.append(command)
         if command == self.fails:
             raise HostError(f"QEMU has gone while it was asked for {command!r}")
         if command == "qom-list":
-            if not arguments["path"].endswith("-anon"):
-                return [{"name": "type", "type": "string"}, {"name": "net0", "type": "child<e1000>"}]
-            return [{"name": f"device[{one}]", "type": "child<vfio-pci-nohotplug>"} for one in self.devices]
+            return self._children(arguments["path"])
         if command == "qom-get":
-            return f"/sys/bus/mdev/devices/{arguments['path'].partition('[')[2].rstrip(']')}"
-        self.status = {"stop": "paused", "cont": "running"}.get(command, self.status)
+            if arguments["property"] == "addr":
+                return 3 << 3
+            name = arguments["path"].partition("[")[2].rstrip("]")
+            return name and f"/sys/bus/mdev/devices/{name}"
+        if command == "query-migrate":
+            return self.migration
+        self.status = {"stop": self.after_stop, "cont": "running"}.get(command, self.status)
         return {"status": self.status, "running": self.status == "running"}
+
+    def _children(self, path: str) -> list[dict[str, str]]:
+        if path.endswith("-anon"):
+            return [{"name": f"device[{one}]", "type": "child<vfio-pci-nohotplug>"} for one in self.devices]
+        iommu = [{"name": "iommu0", "type": f"child<{self.iommu}>"}] if self.iommu else []
+        return [{"name": "type", "type": "string"}, {"name": "net0", "type": "child<e1000>"}, *iommu]
+
+    def monitor(self, line: str) -> str:
+        assert line == "info mtree -f"
+        return self.mtree
 
     @property
     def changes(self) -> list[str]:
@@ -198,6 +230,9 @@ class FakeQmp:
 
 class Report(NamedTuple):
     state: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return self._asdict()
 
 
 class Played:
@@ -209,14 +244,32 @@ class Played:
         self.commits = False
         self.checks: list[Finding] = []
         self.holder_pid: int | None = FakeQmp.pid
+        self.meanwhile: Callable[[], object] = lambda: None
 
-    def save(self, name: str, file: str, settings: Any, *, memory: Any, leave_running: bool, force: bool) -> Report:
+    def save(
+        self,
+        name: str,
+        file: str,
+        settings: Any,
+        *,
+        memory: Any,
+        leave_running: bool,
+        force: bool,
+        guest_paused: bool,
+    ) -> Report:
+        assert guest_paused
         self.calls.append(("save", name, file, settings.pid, [str(one) for one in memory], leave_running, force))
+        self.meanwhile()
+        for step in ("after-stop", "after-pages", "written"):
+            settings.on_step("save", step, name)
         if self.commits:
             settings.on_commit()
         return self._end(running=leave_running)
 
-    def restore(self, name: str, file: str, settings: Any, *, memory: Any, start: bool, force: bool) -> Report:
+    def restore(
+        self, name: str, file: str, settings: Any, *, memory: Any, start: bool, force: bool, no_memory: bool
+    ) -> Report:
+        assert no_memory == (not memory)
         self.calls.append(("restore", name, file, settings.pid, [str(one) for one in memory], start, force))
         return self._end(running=start)
 
@@ -295,6 +348,75 @@ def test_a_signal_after_the_save_lets_no_vm_run_on_a_stopped_device(played: Play
         assert qmp.changes == changes
 
 
+@contextmanager
+def signals_as_a_program_has_them() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in interrupts.ENDING}
+    interrupts.install()
+    try:
+        yield
+    finally:
+        with suppress(KeyboardInterrupt):
+            interrupts.check()  # forgets what it has noted
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("cont", "changes"), [(False, ["stop"]), (True, ["stop", "cont"])])
+@pytest.mark.parametrize("when", ["committed", "finishing"])
+def test_a_signal_after_the_commit_undoes_nothing_and_stops_nothing(
+    played: Played, monkeypatch: pytest.MonkeyPatch, cont: bool, changes: list[str], when: str
+) -> None:
+    """A job returns only when it is committed, and raises only when it is undone; nothing else decides."""
+    for _ in range(2):  # also in a second job of one process
+        qmp: Any = FakeQmp()
+        end, execute = played._end, qmp.execute
+        kill = once(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+        def ends(*, running: bool, end: Any = end, kill: Any = kill) -> Report:
+            report: Report = end(running=running)
+            kill()
+            return report
+
+        def executes(command: str, *, execute: Any = execute, kill: Any = kill, qmp: Any = qmp, **words: str) -> Any:
+            if qmp.ignores_signals:
+                kill()
+            return execute(command, **words)
+
+        with signals_as_a_program_has_them(), monkeypatch.context() as patch:
+            if when == "committed":
+                patch.setattr(played, "_end", ends)
+            else:
+                patch.setattr(qmp, "execute", executes)
+            summary = jobs.save_vgpu(qmp, UUID, "gpu.vfm", cont=cont)
+        assert qmp.changes == changes
+        assert summary["vm"] == ("running" if cont else "paused")
+
+
+def once(function: Callable[[], object]) -> Callable[[], object]:
+    calls: list[object] = []
+    return lambda: calls.append(function()) if not calls else None
+
+
+@pytest.mark.parametrize("news", [["RESUME"], ["RESET"], []])
+def test_a_vm_that_somebody_lets_go_on_meanwhile_is_not_saved(played: Played, news: list[str]) -> None:
+    for status in ("running", "paused"):
+        qmp: Any = FakeQmp(status)
+        qmp.news = ["RESUME"]  # of before: no matter
+
+        def meanwhile(qmp: Any = qmp) -> None:
+            qmp.news = list(news)
+            qmp.status = qmp.status if news else "running"
+
+        played.meanwhile = meanwhile
+        with pytest.raises(HostError, match="did not stand still while its vGPU was being saved"):
+            jobs.save_vgpu(qmp, UUID, "gpu.vfm")
+    played.meanwhile = lambda: None
+    qmp = FakeQmp()
+    qmp.after_stop = "shutdown"  # the guest was quicker
+    with pytest.raises(UsageError, match="state 'shutdown'; its guest has shut down"):
+        jobs.save_vgpu(qmp, UUID, "gpu.vfm")
+
+
 def test_a_vm_that_goes_after_the_save_is_told_with_the_image(played: Played) -> None:
     qmp: Any = FakeQmp("paused", fails="cont")
     with pytest.raises(HostError, match=r"asked for 'cont'; gpu\.vfm is whole"):
@@ -334,6 +456,245 @@ def test_a_device_of_another_vm_or_process_is_refused(played: Played) -> None:
     assert qmp.changes == []
 
 
+def test_a_device_given_by_fd_is_found_by_who_has_it_open(played: Played) -> None:
+    qmp: Any = FakeQmp(devices=[""])
+    assert [one.name for one in vfio_devices(qmp)] == [""]
+    assert jobs.save_vgpu(qmp, UUID, "gpu.vfm")["pid"] == 4711
+    played.holder_pid = 12
+    with pytest.raises(DeviceBusyError, match="open in PID 12"):
+        jobs.save_vgpu(qmp, UUID, "gpu.vfm")
+
+
+@pytest.mark.parametrize(
+    ("pid", "holder", "words"),
+    [
+        (0, 4711, "in a PID namespace that is not seen from here; use the host's PID namespace"),
+        (4711, 0, "it is open in another PID namespace, and the monitor is PID 4711's"),
+        (4711, None, "nobody that is seen from here has it open, and the monitor"),
+    ],
+)
+def test_what_is_not_seen_is_not_called_a_pid(played: Played, pid: int, holder: int | None, words: str) -> None:
+    qmp: Any = FakeQmp()
+    qmp.pid = pid
+    played.holder_pid = holder
+    with pytest.raises(DeviceBusyError, match=words) as caught:
+        jobs.save_vgpu(qmp, UUID, "gpu.vfm")
+    assert "None" not in str(caught.value)
+    assert "PID 0" not in str(caught.value)
+
+
+class Answers:
+    """A monitor that gives the same answers, whatever is asked."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+
+    def execute(self, command: str, **_: object) -> Any:
+        answer = self.answers[command.replace("-", "_")]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def monitor(self, line: str) -> str:
+        return FLAT_VIEW if "mtree" in line else "Host virtual address for 0x0 (ram) is 0x7fd12f7ff000"
+
+
+CHILD = {"name": "gpu", "type": "child<vfio-pci>"}
+
+
+@pytest.mark.parametrize("sysfs", ["", "relative", "../x", "/sys/\0"])
+def test_a_path_that_names_no_device_does_not_become_a_directory_of_ours(sysfs: str) -> None:
+    qmp: Any = Answers(qom_list=[CHILD], qom_get=sysfs)
+    assert {one.name for one in vfio_devices(qmp)} == {""}
+    qmp = Answers(qom_list=[CHILD], qom_get=RefusedError("no such property"))
+    assert {one.name for one in vfio_devices(qmp)} == {""}
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_vfio"),
+    [("vfio-pci", True), ("vfio-pci-nohotplug", True), ("vfio-ap", True), ("vfio-user-pci", False), ("e1000", False)],
+)
+def test_vfio_devices_of_every_bus_are_seen(kind: str, is_vfio: bool) -> None:
+    qmp: Any = Answers(qom_list=[{"name": "x", "type": f"child<{kind}>"}], qom_get="/sys/x")
+    assert bool(vfio_devices(qmp)) == is_vfio
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, "", 7, {}, [7], [{}], [{"name": "x"}], [{"type": 7, "name": "x"}], [{"type": "child<vfio-pci>"}],
+     [{"type": "child<vfio-pci>", "name": "x" * 5000}], [{}] * 70000],
+)  # fmt: skip
+def test_an_answer_that_no_qemu_gives_is_an_error_of_one_line(answer: Any) -> None:
+    qmp: Any = Answers(qom_list=answer, qom_get=answer, query_status=answer, query_migrate=answer, query_memdev=answer)
+    with pytest.raises(HostError, match="QEMU's answer to 'qom-list' is not understood") as caught:
+        vfio_devices(qmp)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(HostError, match="QEMU's answer to 'query-status' is not understood"):
+        run_state(qmp)
+    if answer != {}:
+        with pytest.raises(HostError, match="QEMU's answer to 'query-migrate' is not understood"):
+            require_no_migration(qmp)
+
+
+@pytest.mark.parametrize("share", [{}, {"share": True}, {"share": False}, {"share": "yes"}])
+def test_a_qemu_that_does_not_tell_what_is_shared_is_no_key_error(
+    monkeypatch: pytest.MonkeyPatch, share: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(
+        "vfio_mig.vm.memory._read_maps",
+        lambda _: MAPS.replace("7fd12f7ff000-7fd1af7ff000 rw-s", "7fd12f7ff000-7fd1af7ff000 rw-p"),
+    )
+    qmp: Any = Answers(query_memdev=[{"size": 1}, {"id": "ram", "size": 67108864, "host-nodes": [], **share}])
+    if share == {"share": "yes"}:
+        with pytest.raises(HostError, match="'share' is 'yes'"):
+            find_memory(qmp, 1)
+    else:  # the kernel knows
+        with pytest.raises(UnsupportedError, match=r"'ram' is private to it \(share=off\)"):
+            find_memory(qmp, 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "0000000000100000-00000000000fffff (prio 0, ram): ram",
+        "0000000000100800-00000000001fffff (prio 0, ram): ram",
+        "0000000000100000-00000000001ff7ff (prio 0, ram): ram",
+    ],
+)
+def test_ram_that_is_not_whole_pages_is_not_taken_for_ram(line: str) -> None:
+    with pytest.raises(HostError, match="QEMU's answer to 'info mtree -f' is not understood: RAM 'ram' at"):
+        parse_flat_view(f'FlatView #0\n AS "memory", root: system\n  {line}\n', ["ram"])
+
+
+def test_what_qemu_has_mapped_read_only_is_left_out() -> None:
+    pieces = locate(
+        placed(), parse_maps(MAPS.replace("7fd300000000-7fd340000000 rw-s", "7fd300000000-7fd340000000 r--s"))
+    )
+    assert [piece.gpa for piece in pieces] == [0, 0xC0000, 4 * GIB]
+
+
+STATES = [
+    "colo",
+    "debug",
+    "finish-migrate",
+    "guest-panicked",
+    "inmigrate",
+    "internal-error",
+    "io-error",
+    "paused",
+    "postmigrate",
+    "prelaunch",
+    "restore-vm",
+    "running",
+    "save-vm",
+    "shutdown",
+    "suspended",
+    "watchdog",
+]  # qapi/run-state.json of QEMU 7.2 and 10.0
+
+
+def test_every_run_state_of_qemu_has_its_answer() -> None:
+    assert sorted([RUNNING, *PAUSED, *ENDED, *REFUSED]) == STATES
+
+
+@pytest.mark.parametrize("status", [*STATES, "of-the-future", "bad\x1b[2J\n"])
+@pytest.mark.parametrize("cont", [True, False])
+@pytest.mark.parametrize("word", ["save", "restore"])
+def test_a_vm_is_saved_and_restored_in_the_states_that_allow_it(
+    played: Played, status: str, cont: bool, word: str
+) -> None:
+    qmp: Any = FakeQmp(status)
+    may = status in PAUSED or (word == "save" and (status == RUNNING or (status in ENDED and not cont)))
+    command = {"save": jobs.save_vgpu, "restore": jobs.restore_vgpu}[word]
+    if may:
+        command(qmp, UUID, "gpu.vfm", cont=cont)
+        assert played.calls
+        return
+    with pytest.raises(UsageError, match=r"the VM is in state '.*'; ") as caught:
+        command(qmp, UUID, "gpu.vfm", cont=cont)
+    assert str(caught.value).isprintable()
+    assert (played.calls, qmp.changes) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "status", ["setup", "active", "device", "postcopy-active", "cancelling", "pre-switchover", "?"]
+)
+def test_a_vm_that_qemu_migrates_is_left_alone(played: Played, status: str) -> None:
+    for command, state in ((jobs.save_vgpu, "running"), (jobs.restore_vgpu, "paused")):
+        qmp: Any = FakeQmp(state)
+        qmp.migration = {"status": status, "ram": {}}
+        with pytest.raises(DeviceBusyError, match="QEMU is migrating the VM"):
+            command(qmp, UUID, "gpu.vfm")
+        assert (played.calls, qmp.changes) == ([], [])
+    for idle in ("none", "completed", "failed", "cancelled"):
+        qmp = FakeQmp()
+        qmp.migration = {"status": idle}
+        jobs.save_vgpu(qmp, UUID, "gpu.vfm")
+
+
+# The views that real QEMUs 7.2 give a device at 03.0; with VT-d switched on it has no RAM at all
+def with_view(spaces: str, ram: str) -> str:
+    return FLAT_VIEW + f"\nFlatView #3\n{spaces}\n Root memory region: x\n{ram}\n"
+
+
+RAM_OF_CPU = FLAT_VIEW.partition("Root memory region: system\n")[2].partition("\n\n")[0]
+NO_RAM = "  0000000000000000-ffffffffffffffff (prio 0, i/o): vtd-03.0-dmar"
+VTD = ' AS "vtd-root", root: vtd-00.0\n AS "vtd-root", root: vtd-03.0'
+
+
+@pytest.mark.parametrize(
+    ("iommu", "mtree", "is_off"),
+    [
+        ("intel-iommu", with_view(VTD, RAM_OF_CPU), True),
+        ("intel-iommu", with_view(VTD, NO_RAM), False),
+        # another device's is on, ours is not
+        ("intel-iommu", with_view(' AS "vtd-root", root: vtd-04.0', NO_RAM), True),
+        ("intel-iommu", with_view(VTD, RAM_OF_CPU.replace("@0000000080000000", "@0000000090000000")), False),
+        ("intel-iommu", FLAT_VIEW, False),  # nothing is known
+        ("amd-iommu", with_view(' AS "amd_iommu_devfn_24", root: amdvi_root', NO_RAM), False),
+        (
+            "virtio-iommu-pci",
+            FLAT_VIEW.replace(
+                ' AS "cpu-memory-0", root: system',
+                ' AS "virtio-iommu-device", root: virtio-iommu-memory-region-3-24',
+            ),
+            True,
+        ),
+        ("virtio-iommu-pci", with_view(' AS "v", root: virtio-iommu-memory-region-3-24', NO_RAM), False),
+        ("arm-smmuv3", with_view(' AS "arm-smmuv3-24-1", root: smmuv3-iommu-memory-region-24-1', NO_RAM), False),
+        ("spapr-pci-host-bridge", FLAT_VIEW, False),
+    ],
+)  # fmt: skip
+def test_behind_a_virtual_iommu_the_guest_s_pages_are_not_named_by_the_device(
+    played: Played, iommu: str, mtree: str, is_off: bool
+) -> None:
+    for command, state in ((jobs.save_vgpu, "running"), (jobs.restore_vgpu, "paused")):
+        qmp: Any = FakeQmp(state)
+        qmp.iommu, qmp.mtree = iommu, mtree
+        warned: list[str] = []
+        if is_off:
+            command(qmp, UUID, "gpu.vfm", warn=warned.append)
+            assert [f"a virtual IOMMU ({iommu}); it is off" in one for one in warned] == [True]
+            continue
+        with pytest.raises(UnsupportedError, match=rf"a virtual IOMMU \({iommu}\).*--memory none goes on"):
+            command(qmp, UUID, "gpu.vfm")
+        assert qmp.changes == []
+        command(qmp, UUID, "gpu.vfm", memory=["none"])
+    assert len(played.calls) == 2
+
+
+@pytest.mark.parametrize(
+    "kind", ["iommufd", "memory-region", "e1000", "iommu-memory-region", "qemu:iommu-memory-region"]
+)
+def test_what_is_no_iommu_is_not_taken_for_one(played: Played, kind: str) -> None:
+    del played
+    qmp: Any = FakeQmp()
+    qmp.iommu = kind
+    warned: list[str] = []
+    jobs.save_vgpu(qmp, UUID, "gpu.vfm", warn=warned.append)
+    assert warned == []
+
+
 @pytest.mark.parametrize("status", ["inmigrate", "shutdown", "guest-panicked", "finish-migrate"])
 def test_a_vm_in_another_state_is_left_alone(played: Played, status: str) -> None:
     qmp: Any = FakeQmp(status)
@@ -359,8 +720,10 @@ GREETING = '{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "
 
 
 @contextmanager
-def monitor(path: Path, greeting: str, *answers: dict[str, Any]) -> Iterator[None]:
-    """Greet, agree on nothing, give one answer to each command that comes, and hang up."""
+def monitor(
+    path: Path, greeting: str, *answers: dict[str, Any], before: Sequence[dict[str, Any]] = ()
+) -> Iterator[None]:
+    """Greet, agree on nothing, give one answer to each command that comes, with events before it, and hang up."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -372,7 +735,9 @@ def monitor(path: Path, greeting: str, *answers: dict[str, Any]) -> Iterator[Non
                 for answer in ({"return": {}}, *answers) if answers else ():
                     asked = json.loads(connected.recv(4096))  # requests have no ends of line
                     told = {**answer, "id": asked["id"]} if "id" in asked else answer
-                    connected.sendall(json.dumps(told).encode() + b"\n")
+                    with suppress(BrokenPipeError, ConnectionResetError):  # it has heard enough
+                        for one in (*(before if any(answer is one for one in answers) else ()), told):
+                            connected.sendall(json.dumps(one).encode() + b"\n")
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -397,12 +762,38 @@ def test_qmp_answers_errors_and_its_end(tmp_path: Path) -> None:
             qmp.execute("cont")
 
 
+def test_an_answer_without_end_is_told_and_events_are_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "qmp"
+    stamp = {"seconds": 1, "microseconds": 2}
+    flood = [
+        {"event": name, "timestamp": stamp} for name in ("RESUME", "RTC_CHANGE", "RESUME", "STOP") for _ in range(50)
+    ]
+    with monitor(path, GREETING, {"return": {}}, before=flood), Qmp(str(path)) as qmp:
+        assert qmp.execute("query-status") == {}
+        assert qmp.news == ["RESUME"]
+        assert qmp._client.events.empty()
+    path = tmp_path / "huge"
+    with (
+        monitor(path, GREETING, {"return": "x" * (11 << 20)}),
+        Qmp(str(path)) as qmp,
+        pytest.raises(HostError, match=r"has gone while .*'human-monitor-command'; what it said is no answer: "),
+    ):
+        qmp.monitor("info mtree -f")
+    path = tmp_path / "number"
+    with (
+        monitor(path, GREETING, {"return": 7}),
+        Qmp(str(path)) as qmp,
+        pytest.raises(HostError, match="QEMU's answer to 'info mtree -f' is not understood: 7 is no text"),
+    ):
+        qmp.monitor("info mtree -f")
+
+
 def test_a_socket_without_qemu_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OpenError, match=r"cannot connect to QMP: ENOENT .*-qmp unix:PATH"):
         Qmp(str(tmp_path / "none"))
     with pytest.raises(UsageError, match="too long"):
         Qmp("/" + "x" * 200)
-    monkeypatch.setattr("tools.qemu_host.qmp.GREETING_SECONDS", 0.05)
+    monkeypatch.setattr("vfio_mig.vm.qmp.GREETING_SECONDS", 0.05)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "silent"))
         listener.listen()
@@ -413,11 +804,8 @@ def test_a_socket_without_qemu_is_told_in_one_line(tmp_path: Path, monkeypatch: 
 
 
 def test_without_the_qemu_package_the_scripts_say_what_to_install() -> None:
-    code = (
-        "import sys; sys.modules['qemu'] = None; "
-        "import runpy; runpy.run_module('tools.qemu_host', run_name='__main__', alter_sys=True)"
-    )
-    command = [sys.executable, "-c", code, "save", "a", "b", "c"]
+    code = "import sys; sys.modules['qemu'] = None; from vfio_mig.cli.vm import save; save()"
+    command = [sys.executable, "-c", code, "a", "b", "c"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == "qemu-save: the Python package qemu.qmp is missing; pip install 'vfio_mig[qemu]'\n"
     assert done.returncode == 7

@@ -15,10 +15,10 @@ import subprocess
 from typing import IO, TYPE_CHECKING, Final, Self
 
 from tests.vm.raw import BAR0, BAR2, CONFIG, Device, Guest, Memory
-from tools.qemu_host.qmp import Qmp
+from vfio_mig.vm.qmp import Qmp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from tests.vm.host import Instance
@@ -181,10 +181,13 @@ class Qemu:
 
     @classmethod
     @contextlib.contextmanager
-    def started(cls, instance: Instance, paths: Path, *, paused: bool = False, ram: str = SHARED) -> Iterator[Self]:
+    def started(
+        cls, instance: Instance, paths: Path, *, paused: bool = False, ram: str = SHARED, more: Sequence[str] = ()
+    ) -> Iterator[Self]:
         """Start one that has *instance*; its sockets and files begin with *paths*.
 
         :param ram: the memory backend, as -object takes it.
+        :param more: options in front of the vGPU's: an IOMMU has to be there before it.
         """
         firmware = paths.with_suffix(".bin")
         firmware.write_bytes(HALT * 65536)
@@ -194,6 +197,7 @@ class Qemu:
             command = [
                 *(PROGRAM, "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"),
                 *("-M", "q35,memory-backend=ram", "-m", str(MEGABYTES), "-object", ram, "-bios", str(firmware)),
+                *more,
                 *("-device", f"vfio-pci,sysfsdev={instance.sysfs},addr={SLOT:#x}"),
                 *("-qmp", f"unix:{paths.with_suffix('.qmp')},server=on,wait=off"),
                 *("-qmp", f"unix:{paths.with_suffix('.own')},server=on,wait=off"),

@@ -37,8 +37,8 @@ HEADER: Final = {
     "program": "t",
 }
 MEMORY: Final = int(Path("/proc/meminfo").read_text().split()[1]) << 10
-# 1 GiB in a VM that has room for it: scripts/vm --memory 5G
-SIZES: Final = [2 * MIB, *([GIB] if MEMORY > 4 * GIB else [])]
+# 1 GiB in a VM that has room for it: scripts/vm --memory 9G
+SIZES: Final = [2 * MIB, *([GIB] if MEMORY > 8 * GIB else [])]
 
 
 class Pool:

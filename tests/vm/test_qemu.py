@@ -7,18 +7,19 @@ import contextlib
 import json
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import tools.qemu_host.jobs  # noqa: F401  # once, for every fork
+import vfio_mig.vm.jobs  # noqa: F401  # once, for every fork
 from tests.vm import cli, gpu, host
 from tests.vm.held import guest_view, queue_one, run_some_work
 from tests.vm.qemu_vm import COMMAND, MEGABYTES, PRIVATE, Qemu
 from tests.vm.raw import PAGE
 from tools.faults.injection import VARIABLE
-from tools.qemu_host.memory import find_memory
+from vfio_mig.vm.memory import find_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -270,6 +271,75 @@ def test_a_save_of_a_vm_that_dies_says_so_in_one_line(directory: Path, image: Pa
         assert text.endswith(f"QEMU has gone while it was asked for 'query-status'; {image} is whole\n")
         cli.run("verify", image, warm=True)
         assert js("status", vm.name)["state"] == "closed"
+
+
+# VT-d's global command register, in QEMU's q35; bit 31 switches translation on
+VTD_GCMD = 0xFED9_0018
+TRANSLATE = 1 << 31
+
+
+@pytest.mark.slow
+def test_behind_a_virtual_iommu_pages_are_saved_only_while_it_is_off(directory: Path, image: Path) -> None:
+    iommu = ["-device", "intel-iommu,caching-mode=on"]
+    with host.instance() as vgpu, Qemu.started(vgpu, directory / "iommu", more=iommu) as vm:
+        run_some_work(vm.guest, gpu.Engine(vm.guest), 1)
+        done = script("save", vm, image, "--cont")
+        assert json.loads(done.stdout)["pages_written"] > 0
+        assert (
+            "warning: the VM has a virtual IOMMU (intel-iommu); it is off for this device now" in done.stderr.decode()
+        )
+        vm.pause()
+        done = script("restore", vm, image, "--cont")
+        assert "warning: the VM has a virtual IOMMU (intel-iommu)" in done.stderr.decode()
+        image.unlink()
+        vm.qtest.ask(f"writel {VTD_GCMD:#x} {TRANSLATE:#x}")
+        text = refused("save", vm, image, rc=4)
+        assert "a virtual IOMMU (intel-iommu), so the pages that the device has written are not those" in text
+        assert not image.exists()
+        assert_running(vm)
+        saved = json.loads(script("save", vm, image, "--memory", "none", "--cont").stdout)
+        assert saved["pages_written"] == 0
+        vm.pause()
+        refused("restore", vm, image, rc=4)
+
+
+@pytest.mark.slow
+def test_a_vm_that_somebody_lets_go_on_meanwhile_is_not_saved(source: Qemu, image: Path) -> None:
+    (source.instance.debugfs / "fault").write_text("state_read 1 delay 3000")
+    state = source.instance.debugfs / "run_state"
+    words = [str(ROOT / "tools/qemu_host/__main__.py"), "save", str(source.socket), source.name, str(image)]
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(cli._forked, words, None, None, None)
+        host.wait_until("the vGPU is stopped", lambda: "stopped" in state.read_text())
+        source.cont()
+        result = done.result()
+    assert result.returncode == 7, result.stderr
+    assert b"the VM did not stand still while its vGPU was being saved (RESUME); see who else has a" in result.stderr
+    assert not image.exists()
+    assert_running(source)
+
+
+@pytest.mark.slow
+def test_a_vm_that_waits_for_a_migration_is_left_alone(directory: Path, image: Path) -> None:
+    with host.instance() as vgpu, Qemu.started(vgpu, directory / "incoming", more=["-incoming", "defer"]) as vm:
+        for word in ("save", "restore"):
+            text = refused(word, vm, image, rc=2)
+            assert "the VM is in state 'inmigrate'; it waits for a migration to come in" in text
+        assert vm.status() == "inmigrate"
+
+
+@pytest.mark.slow
+def test_from_a_sibling_container_qemu_is_not_seen_and_that_is_said(source: Qemu, image: Path) -> None:
+    program: list[str | Path] = ["unshare", "-pf", "--mount-proc", ROOT / "scripts/qemu-save"]
+    words: list[str | Path] = ["--memory", "none", "--cont", source.socket, source.name, image]
+    done = subprocess.run([*program, *words], capture_output=True, check=False, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "in a PID namespace that is not seen from here" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    for wrong in ("PID None", "PID 0", "run as root"):
+        assert wrong not in done.stderr
+    assert not image.exists()
+    assert_running(source)
 
 
 def test_a_restore_into_a_vm_that_dies_fails_in_one_line(source: Qemu, directory: Path, image: Path) -> None:

@@ -1,5 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Save and restore the vGPU of a running QEMU: what ``scripts/qemu-save`` and ``scripts/qemu-restore`` run.
-
-``jobs`` does it, ``memory`` finds the guest's RAM, ``qmp`` talks to the monitor, ``__main__`` is the command line.
-"""
+"""The former place of ``vfio_mig.vm``: ``jobs``, ``memory`` and ``qmp`` keep its names for scripts that import them."""

@@ -17,6 +17,7 @@ The others have the commands:
 ``mdev``       ``mdev types``, ``mdev create``, ``mdev remove``
 ``conform``    ``conform``
 ``doctor``     ``doctor``
+``vm``         ``qemu-save``, ``qemu-restore``, commands of their own
 =============  ==================================
 """
 
