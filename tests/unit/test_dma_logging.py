@@ -14,6 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfio_mig.device import Device
+from vfio_mig.dirty.bitmap import ranges as dirty_ranges
+from vfio_mig.dirty.fetch import fetch
+from vfio_mig.dirty.ranges import PageRange
 from vfio_mig.errors import DeviceError, UnsupportedError
 from vfio_mig.protocols.dma_logging import DmaLog, merge_closest
 
@@ -109,3 +112,120 @@ def test_a_kernel_that_accepts_a_log_and_cannot_report_ends_it_and_is_refused() 
     device.refuse[6] = errno.EINVAL
     with pytest.raises(DeviceError, match=r"starting the log .*somebody may be logging already"):
         DmaLog(device).start([(0, PAGE)])
+
+
+class PagedDevice(Device):
+    """Logs in pages of *unit* times 4 KiB, as hardware does: what is reported in part is forgotten as a whole.
+
+    :param lazy: reports the first 4 KiB of a page for all of it.
+    """
+
+    def __init__(self, unit: int, *, lazy: bool = False) -> None:
+        super().__init__("fake", -1)
+        self.unit = unit
+        self.lazy = lazy
+        self.log: set[int] = set()
+
+    def write(self, page: int) -> None:
+        self.log.add(page // self.unit)
+
+    def call(self, request: Request, arg: CData | bytearray | int = 0) -> int:
+        assert request.name == "VFIO_DEVICE_FEATURE"
+        buffer: Any = arg
+        flags = struct.unpack_from("=II", buffer)[1]
+        if flags == SET | 6:
+            self.log.clear()
+            struct.pack_into("=Q", buffer, 8, self.unit * PAGE)
+        elif flags == GET | 8:
+            iova, length, _, pointer = struct.unpack_from("=QQQQ", buffer, 8)
+            start, end = iova // PAGE, (iova + length) // PAGE
+            bits = 0
+            for number in [number for number in self.log if start // self.unit <= number <= (end - 1) // self.unit]:
+                self.log.discard(number)
+                first = max(number * self.unit, start)
+                last = first + 1 if self.lazy else min((number + 1) * self.unit, end)
+                bits |= ((1 << last - first) - 1) << first - start
+            room = (end - start + 63) // 64 * 8
+            ctypes.memmove(pointer, bits.to_bytes(room, "little"), room)
+        return 0
+
+
+def reported(log: DmaLog, start: int, nr_pages: int) -> set[int]:
+    bitmap = bytes(log.report(start, nr_pages))
+    return {page for one in dirty_ranges(bitmap, start, nr_pages) for page in range(one.start, one.end)}
+
+
+@given(
+    st.sampled_from([1, 2, 4, 8, 16, 64, 512]),
+    st.booleans(),
+    st.lists(st.tuples(st.sets(st.integers(0, 99), max_size=8), st.integers(0, 90), st.integers(1, 60)), max_size=12),
+)
+def test_a_log_in_larger_pages_loses_none_and_invents_none(
+    unit: int, lazy: bool, turns: list[tuple[set[int], int, int]]
+) -> None:
+    """Ranges that begin and end anywhere, in any order, asked for again and again."""
+    device = PagedDevice(unit, lazy=lazy)
+    log = DmaLog(device)
+    log.start([(0, 150 * PAGE)])
+    assert log.page_size == unit * PAGE
+    owed: set[int] = set()
+    for written, start, nr_pages in turns:
+        for page in written:
+            device.write(page)
+            owed |= set(range(page // unit * unit, (page // unit + 1) * unit))
+        asked = set(range(start, start + nr_pages))
+        assert reported(log, start, nr_pages) == owed & asked
+        owed -= asked
+    assert reported(log, 0, 1024) == {page for page in owed if page < 1024}
+    assert reported(log, 0, 1024) == set()
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+@pytest.mark.parametrize("chunk", [64, 100, 7])
+def test_chunks_that_cut_the_device_s_pages_lose_none(unit: int, chunk: int) -> None:
+    device = PagedDevice(unit)
+    log = DmaLog(device)
+    log.start([(3 * PAGE, 500 * PAGE)])
+    for page in (3, 70, 99, 111, 500):
+        device.write(page)
+    got = {
+        page
+        for one in fetch(log.report, [PageRange(3, 90), PageRange(93, 410)], chunk)
+        for run in one.ranges()
+        for page in range(run.start, run.end)
+    }
+    expected = {page for at in (3, 70, 99, 111, 500) for page in range(at // unit * unit, (at // unit + 1) * unit)}
+    assert got == {page for page in expected if 3 <= page < 503}
+
+
+def test_what_is_written_before_the_first_question_is_not_lost_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = PagedDevice(16)
+    log = DmaLog(device)
+    call = device.call
+
+    def call_and_write(request: Request, arg: Any = 0) -> int:
+        done = call(request, arg)
+        if struct.unpack_from("=II", arg)[1] == SET | 6:
+            device.write(33)
+        return done
+
+    monkeypatch.setattr(device, "call", call_and_write)
+    log.start([(32 * PAGE, 16 * PAGE)])
+    assert reported(log, 32, 16) == set(range(32, 48))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2048, 4097, 12288, 1 << 31, 1 << 63])
+def test_a_page_size_that_is_none_is_refused_and_the_log_ended(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = LoggingDevice()
+    call = device.call
+
+    def lie(request: Request, arg: Any = 0) -> int:
+        done = call(request, arg)
+        if struct.unpack_from("=II", arg)[1] == SET | 6:
+            struct.pack_into("=Q", arg, 8, size)
+        return done
+
+    monkeypatch.setattr(device, "call", lie)
+    with pytest.raises(UnsupportedError, match=f"in pages of {size} bytes, which is no page size"):
+        DmaLog(device).start([(0, PAGE)])
+    assert device.stops == 1

@@ -871,3 +871,29 @@ def test_dma_logging_tells_what_was_written_since_the_last_report(vgpu: V2) -> N
     engine.run(gpu.store_dword(gma, 9))
     assert log_start(vgpu, *whole) == PAGE
     assert log_report(vgpu, *whole) == set()
+
+
+def test_a_log_in_larger_pages_reports_each_4_kib_of_them_and_forgets_them_as_a_whole(vgpu: V2) -> None:
+    if KERNEL >= (6, 7) and not Path("/dev/iommu").exists():
+        return  # it has no log: the test above
+    guest = vgpu.guest
+    whole = (guest.memory.iova, guest.memory.size)
+    gma, iova = guest.bind(32)
+    vgpu.set_knob("v2_log_page", 1 << 16)
+    assert log_start(vgpu, *whole) == 1 << 16
+    first = -(-iova // (1 << 16)) << 16  # one of the log's, all of it ours
+    guest.device.write(2, gma + first - iova + 5 * PAGE, b"a")
+    of_it = {first + number * PAGE for number in range(16)}
+    assert log_report(vgpu, *whole) == of_it
+    assert log_report(vgpu, *whole) == set()
+    guest.device.write(2, gma + first - iova + 5 * PAGE, b"b")
+    assert log_report(vgpu, first + 3 * PAGE, 2 * PAGE) == {first + 3 * PAGE, first + 4 * PAGE}
+    assert log_report(vgpu, *whole) == set()
+    vgpu.set_knob("v2_log_page", PAGE)  # of the next log
+    guest.device.write(2, gma + first - iova, b"c")
+    assert log_report(vgpu, *whole) == of_it
+    vgpu.feature(SET | LOG_STOP)
+    for wrong in (0, 2048, 12288, 1 << 31):
+        with pytest.raises(OSError, match="Invalid argument"):
+            vgpu.set_knob("v2_log_page", wrong)
+    assert log_start(vgpu, *whole) == PAGE

@@ -317,6 +317,37 @@ def test_two_devices_of_one_guest_share_one_copy_and_the_newest_page_is_restored
         assert source.memory.u32(iova) == 0x1EA5E
 
 
+def test_every_4_kib_of_a_larger_page_of_the_log_is_told_and_copied(
+    source: Side, tmp_path: Path, *, has_log: bool
+) -> None:
+    if not has_log:
+        return  # the tests above
+    page, log_page = 4096, 1 << 16
+    set_knob(source, "v2_log_page", log_page)
+    # pieces that cut a page of the log, as QEMU's holes may; the GPU writes in the second
+    pieces = [(0, 0x23000), (0x25000, held.PAGES * page - 0x25000)]
+    options = [word for at, size in pieces for word in ("--memory", f"{source.file}@{at:#x}:{size:#x}+{at:#x}")]
+    source.guest._next_page = 0x26
+    engine = gpu.Engine(source.guest)
+    gma, iova = source.guest.bind()
+    assert iova // log_page == 2
+    context = engine.context(gpu.store_dword(gma, 0xABCD))
+    process = cli.Forked("--json", "dirty", source.name, *options, "--for", "3", "--list")
+    while process.runs():
+        source.memory.write(context.image + gpu.CTX_HEAD, bytes(4))  # or its commands are done already
+        engine.submit(context)
+        host.wait_until("an idle engine", lambda: not source.instance.queue())
+    report = json.loads(process.wait().stdout)
+    dirty = {at for start, size in report["ranges"] for at in range(start, start + size, page)}
+    assert report["pages_dirty"] == len(dirty) < 64
+    cut = {at for at in range(2 * log_page, 3 * log_page, page) if not 0x23000 <= at < 0x25000}
+    assert cut <= dirty
+    assert {at for at in dirty if 2 * log_page <= at < 3 * log_page} == cut
+    js("sync", source.name, tmp_path / "copy", *options, "--rounds", "2", "--all-memory")
+    content, copy = source.file.read_bytes(), (tmp_path / "copy").read_bytes()
+    assert all(copy[at : at + size] == content[at : at + size] for at, size in pieces)
+
+
 def peak(*words: str, stdin: int = subprocess.DEVNULL) -> int:
     """Run a program and return the most bytes that it had resident."""
     with subprocess.Popen(words, stdin=stdin) as process:

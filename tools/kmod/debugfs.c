@@ -9,9 +9,11 @@
 #include <linux/debugfs.h>
 #include <linux/err.h>
 #include <linux/fs.h>
+#include <linux/log2.h>
 #include <linux/module.h>
 #include <linux/overflow.h>
 #include <linux/seq_file.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/string.h>
 
@@ -195,6 +197,22 @@ static int v2_reinit_set(void *data, u64 value)
 DEFINE_DEBUGFS_ATTRIBUTE(v2_reinit_fops, v2_reinit_get, v2_reinit_set,
 			 "%llu\n");
 
+static int v2_log_page_get(void *data, u64 *value)
+{
+	*value = READ_ONCE(((struct vgpu *)data)->mig.log_page);
+	return 0;
+}
+
+static int v2_log_page_set(void *data, u64 value)
+{
+	if (!is_power_of_2(value) || value < GVT_PAGE_SIZE || value > SZ_1G)
+		return -EINVAL;
+	WRITE_ONCE(((struct vgpu *)data)->mig.log_page, value);
+	return 0;
+}
+DEFINE_DEBUGFS_ATTRIBUTE(v2_log_page_fops, v2_log_page_get, v2_log_page_set,
+			 "%llu\n");
+
 static void gvt_debugfs_add_v2(struct vgpu *vgpu)
 {
 	debugfs_create_file("v2_state", 0400, vgpu->debugfs, vgpu,
@@ -205,6 +223,8 @@ static void gvt_debugfs_add_v2(struct vgpu *vgpu)
 				   &v2_dirty_rate_fops);
 	debugfs_create_file_unsafe("v2_reinit", 0600, vgpu->debugfs, vgpu,
 				   &v2_reinit_fops);
+	debugfs_create_file_unsafe("v2_log_page", 0600, vgpu->debugfs, vgpu,
+				   &v2_log_page_fops);
 }
 
 /* --- binary files: a snapshot, taken by open() ----------------------- */

@@ -200,7 +200,9 @@ struct gvt_mig {
 	bool			info2;		/* PRECOPY_INFO may say REINIT */
 	bool			logging;	/* DMA logging is on */
 	bool			log_lost;	/* no memory to note a page */
-	struct xarray		log;		/* gfns written since reported */
+	struct xarray		log;		/* its pages written since reported */
+	unsigned int		log_shift;	/* of a page of the log, while on */
+	u64			log_page;	/* the next log's: its bytes */
 };
 
 struct vgpu {

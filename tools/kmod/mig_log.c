@@ -3,6 +3,7 @@
  * DMA logging: the pages that a vGPU wrote to, as VFIO's feature reports them.
  */
 #include <linux/iova_bitmap.h>
+#include <linux/log2.h>
 #include <linux/module.h>
 #include <linux/version.h>
 
@@ -33,13 +34,16 @@ void gvt_log_off(struct vgpu *vgpu)
 void gvt_mig_wrote(struct vgpu *vgpu, u64 iova, u64 len)
 {
 	struct gvt_mig *mig = &vgpu->mig;
-	unsigned long gfn, last;
+	unsigned long page, last;
+	unsigned int shift;
 
-	if (!READ_ONCE(mig->logging) || !len)
+	/* Pairs with gvt_log_start(): who sees the log sees its page size */
+	if (!smp_load_acquire(&mig->logging) || !len)
 		return;
-	last = (iova + len - 1) >> GVT_PAGE_SHIFT;
-	for (gfn = iova >> GVT_PAGE_SHIFT; gfn <= last; gfn++)
-		if (xa_err(xa_store(&mig->log, gfn, xa_mk_value(0),
+	shift = READ_ONCE(mig->log_shift);
+	last = (iova + len - 1) >> shift;
+	for (page = iova >> shift; page <= last; page++)
+		if (xa_err(xa_store(&mig->log, page, xa_mk_value(0),
 				    GFP_KERNEL_ACCOUNT)))
 			WRITE_ONCE(mig->log_lost, true);
 }
@@ -58,8 +62,9 @@ static int gvt_log_start(struct vfio_device *vdev,
 	    gvt_defect(vgpu, GVT_DEFECT_LOG_START_TWICE)) {
 		gvt_log_off(vgpu);	/* what came late into the last log */
 		vgpu->mig.log_lost = false;
-		WRITE_ONCE(vgpu->mig.logging, true);
-		*page_size = GVT_PAGE_SIZE;
+		*page_size = READ_ONCE(vgpu->mig.log_page);
+		WRITE_ONCE(vgpu->mig.log_shift, ilog2(*page_size));
+		smp_store_release(&vgpu->mig.logging, true);
 		ret = 0;
 	}
 	mutex_unlock(&vgpu->mig.state_mutex);
@@ -76,17 +81,21 @@ static int gvt_log_stop(struct vfio_device *vdev)
 	return 0;
 }
 
+/* As hardware does, it forgets a page of which a part was asked for */
 static void gvt_log_move(struct vgpu *vgpu, unsigned long iova,
 			 unsigned long length, struct iova_bitmap *dirty)
 {
-	unsigned long first = iova >> GVT_PAGE_SHIFT;
-	unsigned long last = (iova + length - 1) >> GVT_PAGE_SHIFT;
-	unsigned long gfn;
+	unsigned int shift = vgpu->mig.log_shift;
+	unsigned long end = iova + length - 1;
+	unsigned long page, from, to;
 	void *entry;
 
-	xa_for_each_range(&vgpu->mig.log, gfn, entry, first, last) {
-		xa_erase(&vgpu->mig.log, gfn);
-		iova_bitmap_set(dirty, max(gfn << GVT_PAGE_SHIFT, iova), 1);
+	xa_for_each_range(&vgpu->mig.log, page, entry, iova >> shift,
+			  end >> shift) {
+		xa_erase(&vgpu->mig.log, page);
+		from = max(page << shift, iova);
+		to = min((page << shift) + BIT(shift) - 1, end);
+		iova_bitmap_set(dirty, from, to - from + 1);
 		cond_resched();
 	}
 }
@@ -119,10 +128,12 @@ static const struct vfio_log_ops gvt_log_ops = {
 
 void gvt_log_init(struct vgpu *vgpu)
 {
+	vgpu->mig.log_page = GVT_PAGE_SIZE;
 	vgpu->vdev.log_ops = &gvt_log_ops;
 }
 #else
 void gvt_log_init(struct vgpu *vgpu)
 {
+	vgpu->mig.log_page = GVT_PAGE_SIZE;
 }
 #endif
