@@ -143,7 +143,8 @@ def script(block: Block) -> str:
         command, said = line.partition("  #")[0].rstrip(), _SAID.search(line)
         for old, new in {**_PCI, **(_WITHOUT_LOG if block.speaks_v2 else {})}.items():
             command = command.replace(old, new)
-        if re.search(rf"\b{PROGRAM} hold ", command):  # it is to be open before the next line
+        # It is to be open before the next line, for which some examples see themselves
+        if re.search(rf"\b{PROGRAM} hold ", command) and "--ready-fd" not in command:
             steps += [f"{command.removesuffix('&')} >held &", "until grep -q 'held open' held; do"]
             steps += ["  kill -0 $!; sleep 0.1", "done"]
         elif said is not None:
