@@ -12,6 +12,7 @@ hangs, and who has duplicated the fd cannot even be killed.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
 import signal
@@ -25,6 +26,7 @@ CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWUSER: Final = 0x10000000
 PR_SET_PDEATHSIG: Final = 1
 MS_NOSUID_NODEV: Final = 2 | 4
+MS_REC_PRIVATE: Final = 1 << 14 | 1 << 18
 LOOKUP, GETATTR, OPEN, STATFS, INIT, OPENDIR = 1, 3, 14, 17, 26, 27
 UNANSWERED: Final = (2, 36, 42)  # FORGET, INTERRUPT, BATCH_FORGET
 IN: Final = struct.Struct("=IIQQIIIHH")
@@ -74,14 +76,23 @@ def mount(source: str, target: str, kind: str, options: str) -> None:
         raise OSError(ctypes.get_errno(), f"mount {kind}")
 
 
+def leave(libc: ctypes.CDLL) -> None:
+    """Go into a user and mount namespace of its own; in a chroot, as the VM's root may be, into a mount namespace."""
+    user, group = os.geteuid(), os.getegid()
+    if not libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        for file, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path(f"/proc/self/{file}").write_text(text, encoding="ascii")
+    elif ctypes.get_errno() != errno.EPERM or libc.unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    # What is mounted here is nobody else's to see
+    if libc.mount(b"none", b"/", None, MS_REC_PRIVATE, None):
+        raise OSError(ctypes.get_errno(), "mount --make-rprivate /")
+
+
 def main() -> None:
     _, directory, name, *more = sys.argv[1:]
     libc = ctypes.CDLL(None, use_errno=True)
-    user, group = os.geteuid(), os.getegid()
-    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
-        raise OSError(ctypes.get_errno(), "unshare")
-    for file, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
-        Path(f"/proc/self/{file}").write_text(text, encoding="ascii")
+    leave(libc)
     fuse = os.open("/dev/fuse", os.O_RDWR)
     mount("none", "/mnt" if more else directory, "fuse", f"fd={fuse},rootmode=40000,user_id=0,group_id=0")
     ready, opened = os.pipe()

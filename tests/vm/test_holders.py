@@ -114,7 +114,7 @@ def test_an_fd_on_its_way_is_found_by_opening_the_group() -> None:
             "mdev", "remove", vgpu.uuid, code=3, words=("open in a process that cannot be seen", "EBUSY"), warm=True
         )
         text = cli.refused(
-            "save", vgpu.uuid, "/dev/shm/b.vfm", code=3, words=("EBUSY", "on its way in a socket"), warm=True
+            "save", vgpu.uuid, "/dev/shm/b.vfm", "--open", code=3, words=("EBUSY", "on its way in a socket"), warm=True
         )
         assert "run as root" not in text
 
@@ -125,7 +125,7 @@ def test_a_process_saves_what_it_holds_itself(tmp_path: Path) -> None:
             (report,) = vfio_mig.save_all([(vgpu.uuid, str(tmp_path / "gpu.vfm"))])
             assert (report.device, report.state) == (vgpu.uuid, "stop")
             assert vgpu.run_state() == "stopped"
-            vfio_mig.start(vgpu.uuid)
+            vfio_mig.start_device(vgpu.uuid)
             assert vgpu.run_state() == "running"
         assert (tmp_path / "gpu.vfm").stat().st_size > 0
 
