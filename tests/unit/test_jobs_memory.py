@@ -615,3 +615,14 @@ def test_a_device_that_fails_to_start_is_told_apart_from_those_that_run(
     with pytest.raises(DeviceError, match=f"START failed; started: {A}; not started: {B}"):
         start_devices([A, B], settings)
     assert (gpus[A].running, gpus[B].running) == (True, False)
+
+
+@pytest.mark.parametrize("is_hold", [True, False])
+def test_a_device_that_its_vm_may_have_stopped_for_good_is_started_with_a_warning(
+    gpus: dict[str, Vgpu], settings: Settings, warned: list[str], monkeypatch: pytest.MonkeyPatch, *, is_hold: bool
+) -> None:
+    gpus[A].holder = Holder(os.getpid(), "qemu-system-x86", is_hold=is_hold, fd=3)
+    monkeypatch.setattr(Knowing, "state", lambda _: "stop")
+    start_device(A, settings)
+    assert gpus[A].running
+    assert [("postmigrate" in text) for text in warned] == ([] if is_hold else [True])

@@ -11,7 +11,7 @@ from vfio_mig.host.lock import STOPPED, at_work, left_behind
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
-from vfio_mig.jobs.session import CLOSED, Settings, open_session, require_holder, survey
+from vfio_mig.jobs.session import CLOSED, STOP, Settings, open_session, require_holder, survey
 from vfio_mig.protocols.mainline_v2 import MainlineV2
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def start_devices(
         require_p2p(sessions, waived=without_p2p)
         for session in sessions:
             job.step("opened", session)
+            _warn_of_owner(session)
         announce_start(job, sessions)
         try:
             _wake(job, sessions)
@@ -146,6 +147,16 @@ def start_devices(
             _say_which(error, sessions, done)
             raise
     return done
+
+
+def _warn_of_owner(session: Session) -> None:
+    """Say what a device that its VM may have stopped can mean: a VMM stops it for good when it has migrated its VM."""
+    holder = session.device.holder
+    if holder is not None and not holder.is_hold and session.left is None and session.protocol.state() == STOP:
+        session.warn(
+            f"{holder} has it, and it stands still: if that VM has been migrated away (QEMU's state postmigrate), it "
+            "runs a second time now"
+        )
 
 
 def _wake(job: Job, sessions: Sequence[Session]) -> None:
