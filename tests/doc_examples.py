@@ -23,6 +23,8 @@ ELSEWHERE: Final = {
     "pipx install": "needs the network",
     "qemu-system-x86_64 ": "shortened by …; tests/vm/test_qemu.py starts one",
     "scripts/qemu-": "needs that QEMU; tests/vm/test_qemu.py",
+    "qemu-save ": "needs that QEMU; tests/vm/test_qemu.py",
+    "qemu-restore ": "needs that QEMU; tests/vm/test_qemu.py",
     "scripts/vm": "is what the test runs in",
     "scripts/demo": "starts a VM of its own; scripts/test runs it",
     "systemctl ": "no systemd in the VM; tests/vm/test_cli.py plays its side of Type=notify",
