@@ -39,7 +39,7 @@ from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
 from vfio_mig.jobs.inspect import InspectReport, inspect_image
 from vfio_mig.jobs.live import Live
 from vfio_mig.jobs.points import LISTENERS, POINTS
-from vfio_mig.jobs.restore import NOT_HELD, UNVERIFIED, RestoreReport, restore
+from vfio_mig.jobs.restore import NOT_HELD, UNVERIFIED, RestoreReport, restore, restore_all
 from vfio_mig.jobs.save import SaveReport, describe_device, save
 from vfio_mig.jobs.session import Session, Settings
 from vfio_mig.jobs.steps import Hooks
@@ -781,11 +781,11 @@ def test_a_state_as_large_as_a_header_allows_is_saved_and_read_by_all(gpu: Gpu, 
     assert diff_images(str(jobs.image), str(jobs.image)).equal
 
 
-def test_the_target_of_a_migration_refuses_a_guest_s_device_before_it_asks_for_the_image(gpu: Gpu, jobs: Jobs) -> None:
+def test_the_target_of_a_migration_refuses_a_guest_s_device_before_it_asks_for_the_image(gpu: Gpu) -> None:
     gpu.holder = Holder(os.getpid(), "qemu", is_hold=False, fd=3)
     steps: list[str] = []
     with pytest.raises(UsageError, match="would change the device under"):
-        restore(NAME, str(jobs.image), Settings(on_step=lambda _, step, __: steps.append(step)))
+        restore_all([(NAME, "-")], Settings(on_step=lambda _, step, __: steps.append(step)), await_word=True)
     assert steps == []
 
 

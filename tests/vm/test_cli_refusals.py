@@ -168,7 +168,7 @@ def test_who_may_not_open_the_device_is_told_what_to_do(nobody_s: dict[str, str]
     file = tmp_path / "gpu.vfm"
     with host.instance() as instance, never_asked(instance):
         words = (instance.uuid, f"/dev/vfio/{instance.group}", "EACCES", "run as root")
-        rest = [file] if command == "save" else ["--open"]
+        rest = [file, "--open"] if command == "save" else ["--open"]
         warm = command != "save"
         refused(command, instance.uuid, *rest, code=3, words=words, user=NOBODY, env=nobody_s, warm=warm)
     assert not file.exists()
@@ -178,7 +178,8 @@ def test_who_has_no_place_for_locks_is_told_what_to_do(tmp_path: Path) -> None:
     with host.instance() as instance, never_asked(instance):
         words = (f"/run/user/{NOBODY}", "VFIO_MIG_LOCK_DIR", "run as root")
         env = {"XDG_RUNTIME_DIR": ""}  # root's, who runs the tests
-        refused("save", instance.uuid, tmp_path / "gpu.vfm", code=7, words=words, user=NOBODY, env=env, warm=True)
+        image = tmp_path / "gpu.vfm"
+        refused("save", instance.uuid, image, "--open", code=7, words=words, user=NOBODY, env=env, warm=True)
 
 
 def test_who_may_not_see_the_holder_is_not_told_that_there_is_none(guest: Guest, nobody_s: dict[str, str]) -> None:
@@ -222,7 +223,8 @@ def test_a_closed_device_without_the_flag_is_opened_and_closed_again(
 ) -> None:
     instance, file = make_instance(), tmp_path / "gpu.vfm"
     with host.parameter_set("migratable", 0), never_asked(instance):
-        refused(command, instance.uuid, *([file] if command == "save" else []), code=4, warm=True)
+        rest: list[str | Path] = [file, "--open"] if command == "save" else []
+        refused(command, instance.uuid, *rest, code=4, warm=True)
     assert not file.exists()
     with Guest.opened(instance):  # which fails while somebody else has it open
         assert instance.run_state() == "running"

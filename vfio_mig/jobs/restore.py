@@ -98,7 +98,7 @@ class _Target:
         self._stream = job.enter(open_input(self.file))
         session = job.open(self.name, memory=guest.maps, held_for=None if open_closed else "restore")
         self.session = session
-        if not self._force:  # before the sender of an image stops anything
+        if self._await_word and not self._force:  # before the sender of an image stops anything
             _require_own(session)
         self.pause = Pause(job, session)
         job.step("waiting", session)
@@ -111,6 +111,8 @@ class _Target:
             self.warnings.insert(0, UNVERIFIED)
         if not session.device.borrowed:
             self.warnings.append(NOT_HELD)
+        if not self._force:
+            _require_own(session)
         session.protocol.prepare()
         self._chunks = image.chunks()
 
