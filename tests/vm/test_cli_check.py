@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -128,7 +129,7 @@ def test_verify_needs_no_device(image: Path, tmp_path: Path) -> None:
 def test_a_second_save_is_told_of_the_first_one_which_a_signal_ends(held: host.Instance, tmp_path: Path) -> None:
     first, second = tmp_path / "first.vfm", tmp_path / "second.vfm"
     with subprocess.Popen(
-        [cli._program(), "save", held.uuid, first],
+        [sys.executable, "-m", "tools.faults.faulty", "save", held.uuid, first],
         env={**os.environ, FAULT: "save:after-stop=wait"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

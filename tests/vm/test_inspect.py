@@ -134,7 +134,7 @@ def test_what_happens_to_a_vgpu_between_two_images_is_named_and_parts_make_an_im
     js("pack", tmp_path / "parts", tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "third").read_bytes()
     guest.device.set_reg(REGISTER, 0)
-    js("restore", side.name, tmp_path / "again", "--start")
+    js("restore", side.name, tmp_path / "again", "--memory", side.memory_option, "--start")
     assert guest.device.reg(REGISTER) == 0x1234
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vfio_mig.errors import UsageError
+from vfio_mig.errors import HostError, UsageError
 from vfio_mig.jobs.check import parse_state
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.memory import (
@@ -267,7 +268,8 @@ def _check_targets(pairs: Sequence[tuple[str, str]], *, raw: bool, memory: Seque
         raise UsageError("two devices cannot be saved to one file", hint="name one for each: DEVICE=FILE")
     for file in files:
         if file != STDOUT:
-            check_target(file, force=force)
+            with suppress(HostError):  # what the file system says is told once the device is known to be there
+                check_target(file, force=force)
 
 
 def save(
