@@ -98,8 +98,8 @@ class _Target:
         self._stream = job.enter(open_input(self.file))
         session = job.open(self.name, memory=guest.maps, held_for=None if open_closed else "restore")
         self.session = session
-        if self._await_word and not self._force:  # before the sender of an image stops anything
-            _require_own(session)
+        if self._await_word:  # before the sender of an image stops anything
+            self.require_own()
         self.pause = Pause(job, session)
         job.step("waiting", session)
         limit = None if session.protocol.streams else session.protocol.state_size_max
@@ -111,10 +111,16 @@ class _Target:
             self.warnings.insert(0, UNVERIFIED)
         if not session.device.borrowed:
             self.warnings.append(NOT_HELD)
-        if not self._force:
-            _require_own(session)
         session.protocol.prepare()
         self._chunks = image.chunks()
+
+    def require_own(self) -> None:
+        """Refuse somebody else's device, unless by force.
+
+        :raises UsageError: it is open in a process that is not our holder.
+        """
+        if not self._force:
+            _require_own(self.session)
 
     def begin_to_load(self) -> None:
         """Write down that the device, or its guest's memory, holds a part of an image from now on."""
@@ -293,6 +299,8 @@ def restore_all(
         sessions = [target.session for target in targets]
         require_p2p(sessions, waived=without_p2p)
         load = _plan_memory(targets, guest, no_memory=no_memory)
+        for target in targets:
+            target.require_own()
         for session in sessions:
             job.step("verified", session)
         try:
