@@ -26,6 +26,7 @@ ELSEWHERE: Final = {
     "qemu-save ": "needs that QEMU; tests/vm/test_qemu.py",
     "qemu-restore ": "needs that QEMU; tests/vm/test_qemu.py",
     "scripts/vm": "is what the test runs in",
+    "scripts/test": "is what runs these examples",
     "scripts/demo": "starts a VM of its own; scripts/test runs it",
     "systemctl ": "no systemd in the VM; tests/vm/test_cli.py plays its side of Type=notify",
     "mkfifo ready;": "waits for its holder by itself; tests/vm/test_cli.py holds one so",
