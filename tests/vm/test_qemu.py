@@ -213,7 +213,7 @@ def test_a_failed_restore_leaves_the_vm_paused(
 def test_a_device_in_a_vm_is_changed_by_force_only(source: Qemu, target: Qemu, image: Path) -> None:
     script("save", source, image, "--cont")
     view = guest_view(target.guest.device)
-    for words in (("restore", target.name, image), ("reset", target.name)):
+    for words in (("restore", target.name, image, "--no-memory"), ("reset", target.name)):
         cli.refused(*words, code=2, words=(f"PID {target.pid}", COMMAND, "--force"), warm=True)
     assert guest_view(target.guest.device) == view
 
