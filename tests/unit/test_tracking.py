@@ -30,7 +30,11 @@ HWPT, FD = 9, 77
 
 
 class FakeIommu:
-    """A :class:`Iommufd` whose IOMMU is a set of pages; to begin twice empties it, as Linux 6.12 does."""
+    """A :class:`Iommufd` whose IOMMU is a set of pages; to begin twice empties it, as Linux 6.12 does.
+
+    Its page table has one entry for each mapping. As in the kernel (drivers/iommu/amd/io_pgtable.c,
+    read_and_clear_dirty), a question for a part of an entry clears all of it.
+    """
 
     def __init__(self) -> None:
         self.dirty: set[int] = set()
@@ -45,7 +49,9 @@ class FakeIommu:
         assert (hwpt, page_size) == (HWPT, PAGE)
         assert set(range(iova // PAGE, (iova + length) // PAGE)) <= MAPPED  # else the kernel answers 0, and nothing
         bits = sum(1 << page - iova // PAGE for page in self.dirty if iova <= page * PAGE < iova + length)
-        self.dirty -= set(range(iova // PAGE, (iova + length) // PAGE))
+        for start, size in PIECES:
+            if start < iova + length and iova < start + size:
+                self.dirty -= set(range(start // PAGE, (start + size) // PAGE))
         return bytearray(bits.to_bytes((length // PAGE + 63) // 64 * 8, "little"))
 
 
@@ -85,6 +91,10 @@ def iommu_tracker() -> tuple[FakeIommu, DmaTracker]:
 def pages(tracker: DmaTracker, start: int, number: int) -> set[int]:
     bitmap = tracker.fetch(start, number)
     assert len(bitmap) == (number + 7) // 8
+    return bits_of(bitmap, start)
+
+
+def bits_of(bitmap: memoryview, start: int) -> set[int]:
     return {start + at for at in range(8 * len(bitmap)) if bitmap[at // 8] >> at % 8 & 1}
 
 
@@ -116,6 +126,26 @@ def test_every_written_page_is_told_once_whatever_ranges_are_asked_for(
         assert pages(tracker, 0, 200) == owed
         tracker.stop()
         assert fake.calls == [True, False]
+
+
+def test_many_ranges_are_taken_from_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, tracker = iommu_tracker()
+    questions: list[tuple[int, int]] = []
+    asked = fake.take_dirty
+
+    def ask(hwpt: int, iova: int, length: int, page_size: int) -> bytearray:
+        questions.append((iova, length))
+        return asked(hwpt, iova, length, page_size)
+
+    monkeypatch.setattr(fake, "take_dirty", ask)
+    tracker.start()
+    fake.dirty = {3, 15, 120}
+    tracker.collect()
+    fake.dirty = {4}  # written after the question: for the next one
+    found = [page for at in range(0, 200, 7) for page in sorted(bits_of(tracker.take(at, 7), at))]
+    assert found == [3, 15, 120]
+    assert questions == list(PIECES)
+    assert pages(tracker, 0, 200) == {4}
 
 
 def test_a_second_start_is_none() -> None:

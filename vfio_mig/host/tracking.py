@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vfio_mig.device import Device
 
 PAGE: Final = 4096
+_BYTE: Final = 8
 _START: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_START")
 _STOP: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP")
 _GET: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP")
@@ -31,6 +32,10 @@ _GET_BITMAP: Final = struct.Struct("=IIQQQQQ")  # and vfio_iommu_type1_dirty_bit
 
 class DmaTracker(ABC):
     """The pages that one device has written of the guest memory that we mapped for it.
+
+    What collects the writes is read for whole mappings only, and forgets what it has told: a container answers nothing
+    else, and an IOMMU clears a whole entry of its page table (2 MiB, 1 GiB, on AMD any power of two) when a part of it
+    is asked for. What was not asked for is kept here.
 
     :param name: the device's, for errors.
     :param pieces: (IOVA, bytes) of each mapping; pages elsewhere the device cannot reach, and they are never dirty.
@@ -42,6 +47,7 @@ class DmaTracker(ABC):
     def __init__(self, name: str, pieces: Sequence[tuple[int, int]]) -> None:
         self._name = name
         self._pieces = tuple(pieces)
+        self._kept = [bytearray((size // PAGE + _BYTE - 1) // _BYTE) for _, size in self._pieces]
         self._is_on = False
 
     def start(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
@@ -64,33 +70,63 @@ class DmaTracker(ABC):
             self._is_on = False
             self._switch(on=False)
 
-    def fetch(self, start_page: int, nr_pages: int) -> memoryview:
-        """Return the pages written since the start or since they were last asked for.
+    def collect(self) -> None:
+        """Read what was written up to now, for :meth:`take`.
 
-        :returns: ceil(nr_pages / 8) bytes, bit *i* of byte *j* is page 8*j* + *i* from *start_page*; 4096 bytes each.
         :raises DeviceError: refused; what was written is not known any more.
         :raises ValueError: it was not started.
         """
         if not self._is_on:
             raise ValueError("tracking was not started: every page would seem clean")
+        for number, kept in enumerate(self._kept):
+            told = self._read(number)
+            if any(kept):
+                both = int.from_bytes(kept, "little") | int.from_bytes(told[: len(kept)], "little")
+                told = bytearray(both.to_bytes(len(kept), "little"))
+            kept[:] = told[: len(kept)]
+
+    def take(self, start_page: int, nr_pages: int) -> memoryview:
+        """Return which of these pages were written when :meth:`collect` was last called, and forget that.
+
+        :returns: ceil(nr_pages / 8) bytes, bit *i* of byte *j* is page 8*j* + *i* from *start_page*; 4096 bytes each.
+        """
         bits = 0
-        for number, (iova, size) in enumerate(self._pieces):
+        for kept, (iova, size) in zip(self._kept, self._pieces, strict=True):
             first = max(start_page, iova // PAGE)
             end = min(start_page + nr_pages, (iova + size) // PAGE)
             if first < end:
-                bits |= self._take(number, first, end - first) << (first - start_page)
-        return memoryview(bits.to_bytes((nr_pages + 7) // 8, "little"))
+                bits |= _cut_out(kept, first - iova // PAGE, end - first) << (first - start_page)
+        return memoryview(bits.to_bytes((nr_pages + _BYTE - 1) // _BYTE, "little"))
+
+    def fetch(self, start_page: int, nr_pages: int) -> memoryview:
+        """Return which of these pages were written since the start or since they were last asked for.
+
+        :returns: as :meth:`take`. For many ranges call :meth:`collect` once and :meth:`take` for each of them.
+        :raises DeviceError: refused; what was written is not known any more.
+        :raises ValueError: it was not started.
+        """
+        self.collect()
+        return self.take(start_page, nr_pages)
 
     @abstractmethod
     def _switch(self, *, on: bool) -> None:
         """Begin or end to track."""
 
     @abstractmethod
-    def _take(self, piece: int, start_page: int, nr_pages: int) -> int:
-        """Return the written pages of a part of a mapping as a number, bit 0 for *start_page*, and forget them."""
+    def _read(self, number: int) -> bytearray:
+        """Return the written pages of a whole mapping, at least a bit for each page; the kernel forgets them."""
 
     def _failed(self, error: IoctlError) -> DeviceError:
         return DeviceError(f"tracking its writes: {error}", device=self._name, errno=error.errno or 0)
+
+
+def _cut_out(bitmap: bytearray, first: int, number: int) -> int:
+    """Return so many bits of a bitmap from one on as a number, and clear them."""
+    begin, end = first // _BYTE, (first + number + _BYTE - 1) // _BYTE
+    bits = int.from_bytes(bitmap[begin:end], "little")
+    shift, mask = first - begin * _BYTE, (1 << number) - 1
+    bitmap[begin:end] = (bits & ~(mask << shift)).to_bytes(end - begin, "little")
+    return bits >> shift & mask
 
 
 class IommuTracker(DmaTracker):
@@ -107,20 +143,16 @@ class IommuTracker(DmaTracker):
         except IoctlError as error:
             raise self._failed(error) from error
 
-    def _take(self, piece: int, start_page: int, nr_pages: int) -> int:
-        del piece
+    def _read(self, number: int) -> bytearray:
+        iova, size = self._pieces[number]
         try:
-            bitmap = self._iommufd.take_dirty(self._hwpt, start_page * PAGE, nr_pages * PAGE, PAGE)
+            return self._iommufd.take_dirty(self._hwpt, iova, size, PAGE)
         except IoctlError as error:
             raise self._failed(error) from error
-        return int.from_bytes(bitmap, "little")
 
 
 class ContainerTracker(DmaTracker):
-    """The pages a type1 container takes for dirty (VFIO_IOMMU_DIRTY_PAGES, since Linux 5.8): those that are pinned.
-
-    It answers for whole mappings only, and forgets all of them: what was not asked for is kept here.
-    """
+    """The pages a type1 container takes for dirty (VFIO_IOMMU_DIRTY_PAGES, since Linux 5.8): those that are pinned."""
 
     caution = (
         "a type1 container cannot tell writes: of a device behind an IOMMU every mapped page counts as dirty each time"
@@ -129,7 +161,6 @@ class ContainerTracker(DmaTracker):
     def __init__(self, name: str, dma: ContainerDma) -> None:
         super().__init__(name, dma.pieces)
         self._fd = dma.fd
-        self._kept = [0] * len(dma.pieces)
 
     def _switch(self, *, on: bool) -> None:
         self._call(bytearray(_HEAD.pack(_HEAD.size, _START if on else _STOP)))
@@ -140,15 +171,12 @@ class ContainerTracker(DmaTracker):
         except IoctlError as error:
             raise self._failed(error) from error
 
-    def _take(self, piece: int, start_page: int, nr_pages: int) -> int:
-        iova, size = self._pieces[piece]
+    def _read(self, number: int) -> bytearray:
+        iova, size = self._pieces[number]
         bitmap = bytearray((size // PAGE + 63) // 64 * 8)
         where = uapi.address_of(bitmap)
         self._call(bytearray(_GET_BITMAP.pack(_GET_BITMAP.size, _GET, iova, size, PAGE, len(bitmap), where)))
-        bits = self._kept[piece] | int.from_bytes(bitmap, "little")
-        shift, mask = start_page - iova // PAGE, (1 << nr_pages) - 1
-        self._kept[piece] = bits & ~(mask << shift)
-        return bits >> shift & mask
+        return bitmap
 
 
 def find_tracker(device: Device) -> DmaTracker:

@@ -123,7 +123,9 @@ class DirtyLog:
         """
         try:
             tracker = self._tracker
-            source = self._session.protocol.dirty if tracker is None else tracker.fetch
+            if tracker is not None:
+                tracker.collect()
+            source = self._session.protocol.dirty if tracker is None else tracker.take
             return list(self._fetch(source, self._ranges))
         except DeviceError as error:
             if not self._is_begun:
