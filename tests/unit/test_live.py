@@ -175,8 +175,11 @@ class Tracker:
     def start(self, ranges: Sequence[tuple[int, int]]) -> None:
         self.did.append(("start", list(ranges)))
 
-    def fetch(self, start_page: int, nr_pages: int) -> memoryview:
-        self.did.append(("fetch", start_page, nr_pages))
+    def collect(self) -> None:
+        self.did.append("collect")
+
+    def take(self, start_page: int, nr_pages: int) -> memoryview:
+        self.did.append(("take", start_page, nr_pages))
         return memoryview(bytes((nr_pages + 7) // 8))
 
     def stop(self) -> None:
@@ -200,7 +203,7 @@ def test_where_the_device_has_no_log_what_else_knows_is_asked(
     log.begin()
     assert sum(chunk.total() for chunk in log.fetch()) == 0
     log.end()
-    assert tracker.did == [("start", [(16 * 4096, 8 * 4096)]), ("fetch", 16, 8), "stop"]
+    assert tracker.did == [("start", [(16 * 4096, 8 * 4096)]), "collect", ("take", 16, 8), "stop"]
     assert warned == ["fake: it tells too much"]
 
 
