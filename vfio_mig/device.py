@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vfio_mig.uapi._generated import CData
 
     class Closeable(Protocol):
-        """An open file that is no bare fd."""
+        """An open file that is not a bare fd."""
 
         def close(self) -> None:
             """Close it; a second call does nothing."""

@@ -130,7 +130,7 @@ def _errno_in(error: VfioMigError) -> str | None:
 
 
 class VfioMigWarning(UserWarning):
-    """What the user of the library must read, and what is no failure. A ``Settings.warn`` gets it in its place."""
+    """What the user of the library must read, and what is not a failure. A ``Settings.warn`` gets it in its place."""
 
 
 def warn(text: str) -> None:

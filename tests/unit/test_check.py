@@ -460,7 +460,7 @@ def test_a_state_of_unknown_layout_is_verified_as_far_as_it_goes(tmp_path: Path)
 @pytest.mark.parametrize("name", ["", "fifo"])
 def test_what_is_no_file_is_no_image(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(UsageError, match="no regular file"):
+    with pytest.raises(UsageError, match="not a regular file"):
         verify_image(str(tmp_path / name))
 
 

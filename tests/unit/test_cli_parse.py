@@ -162,7 +162,7 @@ def refused(*arguments: str) -> VfioMigError:
 def test_a_nonsense_name_is_wrong_usage_everywhere(command: str, name: str) -> None:
     error = refused(command, name, *ON_DEVICES[command])
     assert isinstance(error, UsageError)
-    assert "is no device name" in str(error)
+    assert "is not a device name" in str(error)
 
 
 @pytest.mark.parametrize("command", ON_DEVICES)
@@ -243,7 +243,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["info", "nonsense"], 2, "'nonsense' is no device name"),
+        (["info", "nonsense"], 2, "'nonsense' is not a device name"),
         (["stop", MISSING], 3, f"{MISSING}: there is no such mdev; 'vfio-mig list'"),
         (["save", MISSING, "image", "--memory", "guest"], 2, "memory 'guest' is not FILE@GPA"),
         (["dirty", MISSING, "--range", "5"], 2, "'5'"),
@@ -251,7 +251,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
         (["save", MISSING, "image", "--raw", "--memory", "guest@0"], 2, "--raw"),
         (["dirty", MISSING, "--memory", "nowhere@0"], 7, "nowhere: cannot open guest memory: ENOENT"),
         (["restore", MISSING, "nowhere"], 7, "nowhere: cannot open: ENOENT"),
-        (["mdev", "create", "no-such-type", "x"], 2, "'x' is no UUID"),
+        (["mdev", "create", "no-such-type", "x"], 2, "'x' is not a UUID"),
         (["mdev", "create", "no-such-type"], 3, "no parent offers mdev type 'no-such-type'"),
         (["--uapi-header", "nowhere", "info", MISSING], 7, "nowhere: cannot open the header: ENOENT"),
         (["--uapi-header", "guest", "info", MISSING], 2, "guest does not define VFIO_DEVICE_FLAGS_MIGRATABLE"),

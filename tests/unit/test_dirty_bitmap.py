@@ -59,7 +59,7 @@ def test_a_bitmap_that_is_too_short_is_a_value_error() -> None:
         module.count,
         lambda b, n: list(module.ranges(b, 0, n)),
     ):
-        with pytest.raises(ValueError, match="1 bytes are no bitmap of 9 pages"):
+        with pytest.raises(ValueError, match="1 bytes are not a bitmap of 9 pages"):
             call(b"\xff", 9)
 
 

@@ -33,7 +33,7 @@ def test_numbers_are_read(text: str, value: int) -> None:
     ["", "K", "0x", "0xK", "-1", "+1", " 1", "1 ", "1_000", "1.5G", "4KB", "0b1", "1e3", "\u0664", "x", "٣K", "²"],
 )
 def test_what_is_no_number_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no number; write 4096, 0x1000, 64M or 0x10G"):
+    with pytest.raises(UsageError, match="is not a number; write 4096, 0x1000, 64M or 0x10G"):
         parse_number(text)
 
 

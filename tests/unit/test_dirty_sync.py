@@ -124,7 +124,7 @@ def test_a_file_that_is_too_short_or_crooked_is_refused(length: int, size: int, 
 def test_memory_must_be_a_regular_file_that_is_there(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, "/dev/zero"):
-        with pytest.raises(UsageError, match="is no regular file; guest memory must be one"):
+        with pytest.raises(UsageError, match="is not a regular file; guest memory must be one"):
             MemoryMap(str(path), 0).open()
     with pytest.raises(HostError, match="cannot open guest memory: ENOENT"):
         MemoryMap(str(tmp_path / "no"), 0).open()

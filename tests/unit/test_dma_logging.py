@@ -226,6 +226,6 @@ def test_a_page_size_that_is_none_is_refused_and_the_log_ended(size: int, monkey
         return done
 
     monkeypatch.setattr(device, "call", lie)
-    with pytest.raises(UnsupportedError, match=f"in pages of {size} bytes, which is no page size"):
+    with pytest.raises(UnsupportedError, match=f"in pages of {size} bytes, which is not a page size"):
         DmaLog(device).start([(0, PAGE)])
     assert device.stops == 1

@@ -292,7 +292,7 @@ def test_the_client_passes_over_what_is_not_its_answer(served: Served) -> None:
 
 
 def test_the_client_asks_over_a_serial_line(rig: Rig) -> None:
-    """A terminal's two ends are no sockets; the far one is served as QEMU's port would."""
+    """A terminal's two ends are not sockets; the far one is served as QEMU's port would."""
     ours, theirs = os.openpty()
     tty.setraw(ours)
     tty.setraw(theirs)

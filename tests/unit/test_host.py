@@ -186,15 +186,15 @@ def test_a_device_is_found_by_its_directory(tree: Tree, path: str, found: str) -
         ("83b8f4f2-509f-382f-3c1e-e6bfe0fa1003", "there is no such mdev; 'vfio-mig list'"),
         ("0000:3b:00.3", "there is no such PCI device"),
         ("0001:3b:00.1", "there is no such PCI device"),
-        ("00:02.0", "its driver is i915, which is no VFIO driver"),
-        (BARE, "its driver is none, which is no VFIO driver"),
+        ("00:02.0", "its driver is i915, which is not a VFIO driver"),
+        (BARE, "its driver is none, which is not a VFIO driver"),
         ("/dev/vfio/99", "no VFIO device is in this group"),
         ("/dev/vfio/devices/vfio9", "no VFIO device has this node"),
         ("/dev/vfio/devices/", "no VFIO device has this node"),
-        ("/dev/vfio/vfio", "is no directory of a VFIO device"),
-        ("/dev/vfio/1234567890", "is no directory of a VFIO device"),
-        ("/", "is no directory of a VFIO device"),
-        ("./nowhere", "is no directory of a VFIO device"),
+        ("/dev/vfio/vfio", "is not a directory of a VFIO device"),
+        ("/dev/vfio/1234567890", "is not a directory of a VFIO device"),
+        ("/", "is not a directory of a VFIO device"),
+        ("./nowhere", "is not a directory of a VFIO device"),
     ],
 )
 def test_a_device_that_is_not_there_is_not_found(tree: Tree, name: str, words: str) -> None:
@@ -212,7 +212,7 @@ def test_a_device_that_is_not_there_is_not_found(tree: Tree, name: str, words: s
     ],
 )
 def test_what_is_no_name_of_a_device_is_wrong_usage(tree: Tree, name: str) -> None:
-    with pytest.raises(UsageError, match="is no device name") as caught:
+    with pytest.raises(UsageError, match="is not a device name") as caught:
         tree.host.find(name)
     assert str(caught.value).isprintable()
 
@@ -773,7 +773,7 @@ def test_an_mdev_without_a_given_uuid_gets_a_new_one(types_tree: Tree) -> None:
 
 @pytest.mark.parametrize("uuid", ["", "x", ONE[:-1], ONE + "0", f"{ONE}\n", f"{{{ONE}}}", ONE.replace("-", "")])
 def test_what_is_no_uuid_is_not_written(types_tree: Tree, uuid: str) -> None:
-    with pytest.raises(UsageError, match="is no UUID"):
+    with pytest.raises(UsageError, match="is not a UUID"):
         mdev.create("GVTg_V4_8", uuid=uuid, host=types_tree.host)
     assert created(types_tree, GPU, "i915-GVTg_V4_8") == ""
 
@@ -916,7 +916,7 @@ def test_a_parent_that_does_not_say_whether_it_has_room_may_have_some(types_tree
 def test_a_pci_function_is_not_removed(mdev_tree: Tree) -> None:
     mdev_tree.pci(NIC, driver="vfio-pci", group=12, cdev="vfio3")
     removal = mdev_tree.write(f"sys/devices/pci0000:00/{NIC}/remove", "")
-    with pytest.raises(UsageError, match=f"^{NIC}: is no mdev"):
+    with pytest.raises(UsageError, match=f"^{NIC}: is not an mdev"):
         mdev.remove(NIC, host=mdev_tree.host)
     assert removal.read_text() == ""
 

@@ -335,7 +335,7 @@ def test_the_devices_of_a_qemu_stream_are_extracted(tmp_path: Path) -> None:
         ("header.json", b"{}", "format is None"),
         ("pages/0000", b"short", "pages/0000: too short"),
         ("pages/0000", "link", "cannot open: ELOOP"),
-        ("pages/0000", "fifo", "no regular file"),
+        ("pages/0000", "fifo", "not a regular file"),
     ],
 )
 def test_parts_that_make_no_image_are_refused_and_leave_no_file(

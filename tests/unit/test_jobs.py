@@ -81,7 +81,7 @@ class Gpu:
         self.after.pop(name, int)()
 
     def step(self, name: str) -> None:
-        """Write down what is no request, once, and whether the device ran then."""
+        """Write down what is not a request, once, and whether the device ran then."""
         text = f"{name} {'running' if self.running else 'stopped'}"
         if self.calls[-1:] != [text]:
             self.calls.append(text)

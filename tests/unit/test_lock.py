@@ -265,7 +265,7 @@ NO_NOTES: Final[dict[str, bytes | dict[str, Any]]] = {
     "a job with a command": note(job="save; echo"),
     "a PID that is a text": note(pid="4711"),
     "a PID that is true": note(pid=True),
-    "a PID that is no whole number": note(pid=1.5),
+    "a PID that is not a whole number": note(pid=1.5),
 }
 NOTHING_LEFT: Final[dict[str, dict[str, Any]]] = {
     "nothing": note(left=None),

@@ -182,7 +182,7 @@ def test_by_hand_only_states_without_a_stream_are_reached(name: str) -> None:
         protocol.go_to(name)
         assert protocol.state() == name
     else:
-        with pytest.raises(UsageError, match="no state to be left in"):
+        with pytest.raises(UsageError, match="not a state to be left in"):
             protocol.go_to(name)
         assert device.walked == []
 

@@ -143,7 +143,7 @@ def test_devices_of_other_buses_are_found_too(tree: Tree) -> None:
     assert (device.node, device.cdev) == ("/dev/vfio/21", "/dev/vfio/devices/vfio9")
     assert tree.host.find("/dev/vfio/devices/vfio9") == tree.host.find("/dev/vfio/21") == device
     assert look([device], tree.host) == [Known(False, "driver", None)]
-    with pytest.raises(UsageError, match="is no device name"):
+    with pytest.raises(UsageError, match="is not a device name"):
         tree.host.find("fff52000.dma")
 
 
@@ -268,7 +268,9 @@ def test_a_better_driver_is_one_that_it_does_not_have(tree: Tree) -> None:
 def test_a_function_without_a_vfio_driver_is_told_its_variant(tree: Tree) -> None:
     bare = "0000:06:00.0"
     tree.pci(bare, driver="i915")
-    with pytest.raises(DeviceNotFoundError, match=r"its driver is i915, which is no VFIO driver; bind it to vfio-pci$"):
+    with pytest.raises(
+        DeviceNotFoundError, match=r"its driver is i915, which is not a VFIO driver; bind it to vfio-pci$"
+    ):
         tree.host.find(bare)
     with pytest.raises(DeviceNotFoundError, match=r"bind it to close_vfio_pci$"):
         with_aliases(tree, bare)

@@ -19,7 +19,7 @@ ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = ROOT / "vfio_mig"
 PLACE: Final = PACKAGE / "cli" / "output.py"
 BAD: Final = "\x1b]0;owned\x07\x1b[2J\r\nforged line\x7f\x9b31m\u202e\udcff"
-"""A window title, a cleared screen, a second line, DEL, a C1 control, reversed writing, a byte that is no text."""
+"""A window title, a cleared screen, a second line, DEL, a C1 control, reversed writing, a byte that is not text."""
 PRINTERS: Final = frozenset(
     [
         "echo",

@@ -85,7 +85,7 @@ def test_a_target_is_understood(target: str, destination: str, name: str) -> Non
     ],
 )
 def test_what_is_no_target_is_refused(target: str) -> None:
-    with pytest.raises(UsageError, match=r"ssh://|no port"):
+    with pytest.raises(UsageError, match=r"ssh://|not a port"):
         parse_target(target)
 
 
@@ -100,7 +100,7 @@ def test_a_name_is_never_an_option_of_the_other_side(tmp_path: Path, name: str) 
 
 
 def test_the_program_here_takes_it_as_a_name() -> None:
-    with pytest.raises(UsageError, match="'--help' is no device name"):
+    with pytest.raises(UsageError, match="'--help' is not a device name"):
         Peer("--help").status()
 
 
@@ -174,7 +174,7 @@ def test_a_command_that_ends_before_a_step_is_heard_in_its_own_words(tmp_path: P
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(HostError, match=r"report of 'status'|is no report"):
+    with pytest.raises(HostError, match=r"report of 'status'|is not a report"):
         answers(tmp_path, text).status()
 
 
@@ -201,7 +201,7 @@ ENDLESS: Final = {
 @pytest.mark.parametrize("waits", [True, False])
 def test_endless_output_is_ended(tmp_path: Path, kind: str, *, waits: bool) -> None:
     peer = remote(tmp_path, f"import os\nw = lambda piece: os.write(1, piece)\n{ENDLESS[kind]}\n")
-    with peer.start("restore", "x") as run, pytest.raises(HostError, match=r"no vfio-mig|should begin|is no report"):
+    with peer.start("restore", "x") as run, pytest.raises(HostError, match=r"not vfio-mig|should begin|not a report"):
         run.wait_for("waiting") if waits else run.finish()
     assert run._process.poll() is not None
 

@@ -142,10 +142,10 @@ def test_all_missing_names_are_told_at_once(header: Path) -> None:
         ("VFIO_DEVICE_PCI_STOP", "(1 << 32)", "have impossible values"),
         ("VFIO_DEVICE_PCI_START", "0x100000000", "have impossible values"),
         ("VFIO_DEVICE_PCI_START", "0x10", "have impossible values"),
-        ("VFIO_DEVICE_PCI_STATUS_SET", "_IO(VFIO_TYPE, VFIO_BASE + 100)", "is no VFIO ioctl number"),
-        ("VFIO_DEVICE_PCI_GET_DIRTY_BITMAP", "_IO(VFIO_TYPE, VFIO_BASE + 100)", "is no VFIO ioctl number"),
-        ("VFIO_DEVICE_PCI_STATUS_SET", "15", "is no VFIO ioctl number"),
-        ("VFIO_DEVICE_PCI_GET_DIRTY_BITMAP", "0x3b63", "is no VFIO ioctl number"),
+        ("VFIO_DEVICE_PCI_STATUS_SET", "_IO(VFIO_TYPE, VFIO_BASE + 100)", "is not a VFIO ioctl number"),
+        ("VFIO_DEVICE_PCI_GET_DIRTY_BITMAP", "_IO(VFIO_TYPE, VFIO_BASE + 100)", "is not a VFIO ioctl number"),
+        ("VFIO_DEVICE_PCI_STATUS_SET", "15", "is not a VFIO ioctl number"),
+        ("VFIO_DEVICE_PCI_GET_DIRTY_BITMAP", "0x3b63", "is not a VFIO ioctl number"),
         ("VFIO_PCI_DEVICE_STATE_REGION_INDEX", "11", "is not below"),
         ("VFIO_PCI_NUM_REGIONS", "10", "is not below"),
         ("VFIO_PCI_NUM_REGIONS", "65537", "is not below"),
@@ -262,7 +262,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     signal.alarm(5)
     try:
-        with pytest.raises(UsageError, match="is no regular file, hence no header"):
+        with pytest.raises(UsageError, match="is not a regular file, hence no header"):
             load_profile(str(path))
     finally:
         signal.alarm(0)

@@ -776,14 +776,14 @@ def test_an_answer_without_end_is_told_and_events_are_not_kept(tmp_path: Path) -
     with (
         monitor(path, GREETING, {"return": "x" * (11 << 20)}),
         Qmp(str(path)) as qmp,
-        pytest.raises(HostError, match=r"has gone while .*'human-monitor-command'; what it said is no answer: "),
+        pytest.raises(HostError, match=r"has gone while .*'human-monitor-command'; what it said is not an answer: "),
     ):
         qmp.monitor("info mtree -f")
     path = tmp_path / "number"
     with (
         monitor(path, GREETING, {"return": 7}),
         Qmp(str(path)) as qmp,
-        pytest.raises(HostError, match="QEMU's answer to 'info mtree -f' is not understood: 7 is no text"),
+        pytest.raises(HostError, match="QEMU's answer to 'info mtree -f' is not understood: 7 is not text"),
     ):
         qmp.monitor("info mtree -f")
 

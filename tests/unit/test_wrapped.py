@@ -124,7 +124,7 @@ def test_offsets_of_mapped_memory_are_those_of_the_file(tmp_path: Path) -> None:
         (libvirt(b"", form=7), "libvirt has stored the stream in form 7, which is not known"),
         (libvirt(b"")[:500], "libvirt's header promises 932 bytes of XML, 408 are there"),
         (libvirt(b""), "empty"),
-        (libvirt(b"nothing of QEMU's"), "behind libvirt's header is no QEMU stream"),
+        (libvirt(b"nothing of QEMU's"), "what follows libvirt's header is not a QEMU stream"),
         (libvirt(b"x").replace(b"QemudSave", b"QemudPart"), "libvirt has not finished this save; save it again"),
         (gzip.compress(b"x" * 1000, mtime=0)[:-9], "compressed with gzip: cut off"),
         (gzip.compress(b"x" * 1000, mtime=0)[:-8] + bytes(8), "compressed with gzip: damaged"),

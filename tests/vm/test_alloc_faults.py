@@ -229,7 +229,7 @@ def test_a_failed_allocation_is_enomem_and_changes_nothing(name: str, vgpu: Vgpu
 
 
 def test_an_entry_whose_page_cannot_be_pinned_is_scratch(vgpu: Vgpu) -> None:
-    """As in GVT-g the write itself is no error; an entry is present if and only if its page is pinned."""
+    """As in GVT-g the write itself is not an error; an entry is present if and only if its page is pinned."""
     guest = vgpu.guest
     gma, _ = guest.bind()
     slot = (gma - guest.device.guest_low()) >> 12

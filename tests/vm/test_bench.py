@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`scripts/bench --in-vm` measures every pair; here once, on small sizes, and what it finds is no test's matter."""
+"""`scripts/bench --in-vm` measures every pair; here once, on small sizes, and what it finds is not a test's matter."""
 
 from __future__ import annotations
 

@@ -383,7 +383,7 @@ BAD_IMAGES: Final[dict[str, tuple[Callable[[bytes], bytes], tuple[str, ...]]]] =
         lambda image: _flipped(image, _content(image, "state/0000").start - 512 + 110),
         ("member header", "damaged"),
     ),
-    "a text": (lambda _: b"This is no image.\n" * 100, ("member header at 0x0",)),
+    "a text": (lambda _: b"This is not an image.\n" * 100, ("member header at 0x0",)),
     "a bare state": (_bare_state, ("member header at 0x0",)),
     "another program's tar": (_other_tar, ("of another program",)),
     "of another protocol": (_of_protocol, ("'mainline-v2'", "'gvt-rfc'")),
@@ -451,7 +451,7 @@ def test_pages_that_memory_has_no_room_for_are_refused_before_the_device_is_stop
 
 @pytest.mark.parametrize(
     ("name", "code", "words"),
-    [("none.vfm", 7, ("ENOENT",)), ("", 2, ("no regular file",)), ("/dev/zero", 2, ("no regular file",))],
+    [("none.vfm", 7, ("ENOENT",)), ("", 2, ("not a regular file",)), ("/dev/zero", 2, ("not a regular file",))],
     ids=["missing", "a directory", "a device node"],
 )
 def test_an_image_that_is_no_file_is_refused(
@@ -605,7 +605,7 @@ WRONG_MEMORY: Final[dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]]] = {
     "too small behind an offset": (("{}/memory@0:4K+1M",), 2, ("has 1048576 bytes",)),
     "no whole pages": (("{}/odd@0",), 2, ("whole pages",)),
     "empty": (("{}/empty@0",), 2, ("has 0 bytes",)),
-    "a directory": (("{}@0",), 2, ("no regular file",)),
+    "a directory": (("{}@0",), 2, ("not a regular file",)),
     "no address": (("{}/memory",), 2, ("FILE@GPA",)),
     "a broken address": (("{}/memory@0x",), 2, ("'0x'",)),
     "no size": (("{}/memory@0:",), 2, ("FILE@GPA",)),
@@ -648,7 +648,7 @@ def test_an_mdev_in_use_is_not_removed(guest: Guest) -> None:
     [
         ("GVTg_V4_3", None, 3, ("'GVTg_V4_3'", "vfio-mig mdev types")),
         (host.SMALL, "EXISTING", 5, ("EEXIST", "exists")),
-        (host.SMALL, "gpu-1", 2, ("'gpu-1' is no UUID",)),
+        (host.SMALL, "gpu-1", 2, ("'gpu-1' is not a UUID",)),
     ],
     ids=["an unknown type", "a UUID in use", "no UUID"],
 )

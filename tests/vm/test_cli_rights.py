@@ -122,7 +122,7 @@ def held_by(user: User, *args: str, memlock: int | None = None) -> Iterator[None
 def test_pages_that_the_device_uses_are_locked_memory_of_who_opened_it(
     make_guest: MakeGuest, user: User, missing: int
 ) -> None:
-    """A page too many is no error of the kernel's: the vGPU just does not have it, as GVT-g does."""
+    """A page too many is not an error of the kernel's: the vGPU just does not have it, as GVT-g does."""
     guest = make_guest(pages=64)
     guest.bind(8)
     image, memory = user.directory / "gpu.vfm", user.directory / "memory"

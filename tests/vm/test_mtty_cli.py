@@ -99,7 +99,7 @@ def test_a_stream_that_the_driver_refuses_ends_in_a_reset_and_never_in_stop(
     set_scratch(source, 0x77)
     js("save", "--raw", source, good)
     bad.write_bytes(good.read_bytes()[:50] if content == b"cut" else content)
-    # Nothing at all is no state, whatever the driver would say of it
+    # Nothing at all is not a state, whatever the driver would say of it
     code, words = (5, (reason,)) if content else (6, ("empty",))
     cli.refused("restore", "--raw", target, bad, code=code, words=words, warm=True)
     assert state(target) in {"running", "stop"}

@@ -51,7 +51,7 @@ class _Session:
         self.device = protocol.device
 
     def note(self, effect: str) -> None:
-        """Write nothing down: that is no part of the window."""
+        """Write nothing down: that is not part of the window."""
 
     def step(self, job: str, name: str) -> None:
         """Tell nobody."""

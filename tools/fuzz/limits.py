@@ -55,7 +55,7 @@ def require_line(text: str, quoted: int = 0) -> None:
     :param quoted: bytes of input that it may repeat.
     """
     require(text and text.isprintable(), f"not one printable line: {text!r}")
-    require(len(text) <= MESSAGE_CONSTANT + MESSAGE_FACTOR * quoted, f"{len(text)} characters are no message")
+    require(len(text) <= MESSAGE_CONSTANT + MESSAGE_FACTOR * quoted, f"{len(text)} characters are not a message")
 
 
 def _allowed(size: int) -> int:

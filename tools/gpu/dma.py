@@ -65,7 +65,7 @@ class DmaSpace:
         """Map *size* bytes of a file at a DMA address; *fd* stays the caller's.
 
         :param fd: a regular file or memfd that is at least ``offset + size`` bytes long, or None.
-        :raises RefusedError: EINVAL for what is not page aligned, is empty, wraps around, or is no such file;
+        :raises RefusedError: EINVAL for what is not page aligned, is empty, wraps around, or is not such a file;
             EEXIST for an overlap; ENOSPC for one map too many; what mmap(2) said.
         """
         if size <= 0 or (address | size | offset) % PAGE:

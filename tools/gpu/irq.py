@@ -60,7 +60,7 @@ class Interrupts:
     def set(self, flags: int, index: int, start: int, count: int, *, data: bytes, fds: list[int]) -> None:
         """Do what VFIO_DEVICE_SET_IRQS asks for; file descriptors that are kept are taken out of *fds*.
 
-        :raises RefusedError: EINVAL for what VFIO does not define, and for an fd that is no eventfd.
+        :raises RefusedError: EINVAL for what VFIO does not define, and for an fd that is not an eventfd.
         """
         kind, action = flags & _DATA_BITS, flags & _ACTION_BITS
         if index >= len(COUNTS) or start + count > COUNTS[index]:
@@ -84,7 +84,7 @@ class Interrupts:
             self._disconnect(index)
 
     def reset(self) -> None:
-        """Forget what is pending; the client's eventfds stay, as they are no part of the function."""
+        """Forget what is pending; the client's eventfds stay, as they are not part of the function."""
         self._masked = self._pending = False
 
     def fire(self) -> None:
@@ -103,7 +103,7 @@ class Interrupts:
 
     def _connect(self, index: int, fds: list[int]) -> None:
         if fds and not _is_eventfd(fds[0]):
-            raise RefusedError(errno.EINVAL, "an interrupt's file descriptor is no eventfd")
+            raise RefusedError(errno.EINVAL, "an interrupt's file descriptor is not an eventfd")
         self._disconnect(index)
         if fds:
             self._fds[index] = fds.pop(0)

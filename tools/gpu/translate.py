@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 PAGE: Final = 4096
 _OFFSET: Final = PAGE - 1
 _PRESENT: Final = 1 << 0
-_LARGE: Final = 1 << 7  # the entry is no table's but memory's: 2 MiB, 1 GiB
+_LARGE: Final = 1 << 7  # the entry points to memory, not to a table: 2 MiB, 1 GiB
 _IPS_64K: Final = 1 << 11  # in a page directory entry: its table has pages of 64 KiB
 _ADDRESS: Final = 0x7F_FFFF_F000  # 39 bits
 _INDEX: Final = 0x1FF

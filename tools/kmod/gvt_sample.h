@@ -410,7 +410,7 @@ void gvt_mig_fini(struct vgpu *vgpu);
 bool gvt_mig_enabled(const struct vgpu *vgpu);
 void gvt_mig_close(struct vgpu *vgpu);	/* the last device fd */
 void gvt_mig_reset(struct vgpu *vgpu);	/* VFIO_DEVICE_RESET */
-/* the RFC's START and STOP; -EBUSY in a state of v2 that is no run state */
+/* the RFC's START and STOP; -EBUSY in a state of v2 that is not a run state */
 int gvt_mig_set_active(struct vgpu *vgpu, bool active);
 /* the hardware has written guest memory; any lock but gtt_lock's inner ones */
 void gvt_mig_wrote(struct vgpu *vgpu, u64 iova, u64 len);

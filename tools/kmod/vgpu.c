@@ -374,7 +374,7 @@ static int gvt_reset(struct vgpu *vgpu)
 	return gvt_fault_end(&fault, 0);
 }
 
-/* Mistakes: flags that are no request are one for nothing */
+/* Mistakes: flags that name no request ask for nothing */
 static bool gvt_status_passes(struct vgpu *vgpu, u32 flags)
 {
 	if (!flags)

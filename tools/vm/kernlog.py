@@ -5,7 +5,7 @@ import re
 from typing import Final
 
 # What the kernel's own checks print, at the start of a message. A driver's message that merely contains such a word
-# ("Spectre V2 : WARNING: …", "traps: sh[1] general protection fault" for a process) is no complaint of the kernel.
+# ("Spectre V2 : WARNING: …", "traps: sh[1] general protection fault" for a process) is not a complaint of the kernel.
 _FAULT: Final = re.compile(
     r"""(?:\[\s*\d+\.\d+\]\s*(?:\[\s*[TC]\d+\]\s*)?)?  # time and, with CONFIG_PRINTK_CALLER, task or CPU
     (?:

@@ -206,7 +206,7 @@ def diff_command(options: Options, first: str, second: str, *, exit_code: bool) 
 
 def _difference_line(one: Difference) -> str:
     old, new = (_side(value, is_bitmap=one.section == "dirty") for value in (one.old, one.new))
-    size = f" {one.size} bytes" if one.size > 8 else ""  # noqa: PLR2004 -- a register is no run
+    size = f" {one.size} bytes" if one.size > 8 else ""  # noqa: PLR2004 -- a register is not a run
     return f"{one.section} {one.name}{size}: {old} -> {new}"
 
 

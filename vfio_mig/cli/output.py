@@ -157,7 +157,7 @@ class Meter:
     @staticmethod
     def _draw(text: str) -> None:
         """Print what is meant to move the cursor: characters and numbers of ours alone."""
-        with suppress(OSError):  # a terminal that has gone is no reason to end a copy
+        with suppress(OSError):  # a terminal that has gone is not a reason to end a copy
             click.echo(text, err=True, nl=False)
 
 

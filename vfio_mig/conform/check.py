@@ -67,7 +67,7 @@ class Result(NamedTuple):
     """What came of a check.
 
     :param seen: what was seen; of a skipped check why it was not run.
-    :param note: of a warning, why it is no failure, or what follows from it; else empty.
+    :param note: of a warning, why it is not a failure, or what follows from it; else empty.
     :param seconds: time it took.
     """
 
@@ -96,7 +96,7 @@ class Deviation(Exception):  # noqa: N818 -- not an error of this program
 class Weakness(Deviation):
     """The device does otherwise than recommended, or than every other does.
 
-    :param note: why that is no failure.
+    :param note: why that is not a failure.
     """
 
 

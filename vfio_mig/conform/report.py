@@ -58,7 +58,7 @@ def _tap(text: str) -> str:
 
 
 def as_tap(report: Report) -> str:
-    """TAP 14; a warning is a TODO, which is no failure."""
+    """TAP 14; a warning is a TODO, which is not a failure."""
     lines = ["TAP version 14", f"1..{len(report.checks)}", f"# {_title(report)}"]
     for number, result in enumerate(report.checks, 1):
         word = "ok" if result.outcome in (PASS, SKIP) else "not ok"

@@ -54,7 +54,7 @@ def trim(bitmap: Buffer, nr_pages: int) -> bytes:
     """
     length = size(nr_pages)
     if len(bitmap) < length:
-        raise ValueError(f"{len(bitmap)} bytes are no bitmap of {nr_pages} pages")
+        raise ValueError(f"{len(bitmap)} bytes are not a bitmap of {nr_pages} pages")
     trimmed = bytearray(bitmap[:length])
     if nr_pages % 8:
         trimmed[-1] &= (1 << nr_pages % 8) - 1

@@ -128,7 +128,7 @@ def _require_same(path: str, fd: int, mapping: proc.Mapping, find: Callable[[], 
 
 def _require_answering(path: str, pid: int, file: proc.File, mount: int | None) -> None:
     if not stat.S_ISREG(file.mode):
-        raise UsageError(f"{path} is no regular file; guest memory must be one")
+        raise UsageError(f"{path} is not a regular file; guest memory must be one")
     _require_file_system(path, proc.file_system(pid, device=file.device, mount=mount))
 
 

@@ -31,7 +31,7 @@ _ALIGNMENT_END: Final = 1 << 40
 
 
 def data_extents(fd: int, start: int, end: int, largest: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """Yield (offset, bytes) of what is no hole between two offsets, at most *largest* bytes at a time.
+    """Yield (offset, bytes) of what is not a hole between two offsets, at most *largest* bytes at a time.
 
     :raises OSError: the file cannot be asked.
     """
@@ -335,7 +335,7 @@ class MemoryMap:
                 hint="put the guest's memory into a file of a file system on it (mount -o dax)",
             )
         if not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"{self.path} is no regular file; guest memory must be one")
+            raise UsageError(f"{self.path} is not a regular file; guest memory must be one")
         left = status.st_size - self.offset
         if left <= 0 or left < self.size:
             raise UsageError(f"{self.path} has {status.st_size} bytes, memory {self} needs more")
@@ -433,7 +433,7 @@ class Memory:
             map_.reserve(range_.start * PAGE, range_.nr_pages * PAGE)
 
     def write(self, gpa: int, view: memoryview) -> int:
-        """Store whole pages from address *gpa* on; what is no memory of ours is left out.
+        """Store whole pages from address *gpa* on; what is not memory of ours is left out.
 
         :returns: how many pages were stored.
         """

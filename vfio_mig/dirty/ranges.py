@@ -36,7 +36,7 @@ def parse_number(text: str) -> int:
     try:
         value = int(plain, 16 if plain[:2].lower() == "0x" else 10)
     except ValueError:
-        raise UsageError(f"{text!r} is no number", hint="write 4096, 0x1000, 64M or 0x10G") from None
+        raise UsageError(f"{text!r} is not a number", hint="write 4096, 0x1000, 64M or 0x10G") from None
     if value << shift > ADDRESS_END:
         raise UsageError(f"{text!r} is beyond 64 bits")
     return value << shift

@@ -170,10 +170,10 @@ class Host:
 
         :param devices: those there are, where that is known already.
         :raises DeviceNotFoundError: there is none.
-        :raises UsageError: it is no form of name, or the group has several devices.
+        :raises UsageError: it is not a form of name, or the group has several devices.
         """
         if not name or "\0" in name:
-            raise UsageError(f"{name!r} is no device name")
+            raise UsageError(f"{name!r} is not a device name")
         if "/" not in name:
             return self._find_by_name(name, devices or ())
         if devices is None:
@@ -203,7 +203,7 @@ class Host:
             if device.name == name:
                 return device
         raise UsageError(
-            f"{name!r} is no device name",
+            f"{name!r} is not a device name",
             hint="give an mdev UUID, a PCI address, a path in /sys, /dev/vfio/devices/vfioN, or /dev/vfio/N",
         )
 
@@ -228,7 +228,7 @@ class Host:
             )
         variant = better_driver(device, self.root)
         raise DeviceNotFoundError(
-            f"its driver is {device.driver or 'none'}, which is no VFIO driver",
+            f"its driver is {device.driver or 'none'}, which is not a VFIO driver",
             device=name,
             hint="bind it to vfio-pci" if variant is None else f"bind it to {variant}",
         )
@@ -273,7 +273,7 @@ def _find_by_path(path: str, devices: Sequence[HostDevice]) -> HostDevice:
     for device in devices:
         if device.sysfs == real:
             return device
-    raise DeviceNotFoundError("is no directory of a VFIO device", device=path)
+    raise DeviceNotFoundError("is not a directory of a VFIO device", device=path)
 
 
 class Snapshot:

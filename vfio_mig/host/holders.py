@@ -162,7 +162,7 @@ class _Scan:
 
 
 def _character_device(path: str) -> int:
-    """Return the device number of what an fd leads to, 0 for what is no character device."""
+    """Return the device number of what an fd leads to, 0 for what is not a character device."""
     try:
         file = proc.look_at(path)
     except OSError as error:

@@ -264,7 +264,7 @@ class DeviceLock:
 
 
 def _read_note(fd: int) -> dict[str, Any]:
-    """Read a note; empty for none and for what is no note of ours."""
+    """Read a note; empty for none and for what is not a note of ours."""
     try:
         value = json.loads(os.pread(fd, _NOTE_MAX, 0))
     except (OSError, ValueError, RecursionError):

@@ -121,7 +121,7 @@ def create(type_name: str, *, parent: str | None = None, uuid: str | None = None
         uuid = str(uuid4())
     uuid = uuid.lower()
     if not UUID.fullmatch(uuid):
-        raise UsageError(f"{uuid!r} is no UUID")
+        raise UsageError(f"{uuid!r} is not a UUID")
     chosen = _choose(type_name, parent, host)
     path = host.path("sys/class/mdev_bus", chosen.parent, "mdev_supported_types", chosen.type, "create")
     _write(path, uuid, f"creating a {chosen.type} on {chosen.parent}")
@@ -141,7 +141,7 @@ def remove(uuid: str, *, host: Host | None = None, seen: Snapshot | None = None)
     seen = seen or host.snapshot([uuid])
     device = seen.find(uuid)
     if device.kind != "mdev":
-        raise UsageError("is no mdev", device=device.name)
+        raise UsageError("is not an mdev", device=device.name)
     holder = seen.holder_of(device)
     if holder is not None:
         raise DeviceBusyError(f"it is open in {holder}", device=device.name, hint="end that process first")

@@ -126,7 +126,7 @@ class Archive:
 
         Its content is not verified again, so it is for planning only.
 
-        :raises ImageError: the file has changed meanwhile, and this is no index any more.
+        :raises ImageError: the file has changed meanwhile, and this is not an index any more.
         """
         head = self._peek(member, min(member.size, COUNT.size))
         if len(head) == COUNT.size:
@@ -276,7 +276,7 @@ class _Reader:
         return name, content, Member(name, size, hashlib.sha256(content).hexdigest(), offset, {})
 
     def _first(self) -> bytes:
-        """Read the first block, and tell what the file is if it is no image."""
+        """Read the first block, and tell what the file is if it is not an image."""
         block = _read(self.file, tar.BLOCK)
         self.offset += len(block)
         require_image(block)

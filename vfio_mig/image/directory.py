@@ -36,7 +36,7 @@ class NewDirectory:
     it or in it can have this put a file elsewhere, or remove one there.
 
     :param path: does not exist, or is an empty directory of root's or this user's.
-    :raises UsageError: there is something in it, it is another user's, or it is no directory.
+    :raises UsageError: there is something in it, it is another user's, or it is not a directory.
     :raises HostError: anything the file system refuses.
     """
 
@@ -76,7 +76,7 @@ class NewDirectory:
         try:
             fd = os.open(self._name, _DIRECTORY, dir_fd=self._parent)
         except NotADirectoryError:
-            raise UsageError(f"{self._path} is no directory, or is a symbolic link") from None
+            raise UsageError(f"{self._path} is not a directory, or is a symbolic link") from None
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise UsageError(f"{self._path} is a symbolic link, which is not followed") from None
@@ -158,7 +158,7 @@ class Directory:
         try:
             self._fd = open_directory(path)
         except NotADirectoryError:
-            raise ImageError(f"{path} is no directory of what 'vfio-mig extract' has written") from None
+            raise ImageError(f"{path} is not a directory of what 'vfio-mig extract' has written") from None
         except OSError as error:
             raise host_error("cannot open the directory", path, error) from error
 
@@ -192,7 +192,7 @@ class Directory:
             raise host_error("cannot open", os.path.join(self._path, name), error) from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
-            raise ImageError(f"{self._path}: {name} is no regular file")
+            raise ImageError(f"{self._path}: {name} is not a regular file")
         with os.fdopen(fd, "rb", _BUFFER) as file:
             yield file
 

@@ -70,7 +70,7 @@ def committed(path: str | os.PathLike[str], *, force: bool = False) -> NewFile:
     was. So it is after a kill, except that a file system without O_TMPFILE keeps a hidden file beside it.
 
     :param force: replace an existing file. Links, directories, devices and FIFOs are refused even then.
-    :raises UsageError: *path* exists and *force* is not given, or it is no regular file.
+    :raises UsageError: *path* exists and *force* is not given, or it is not a regular file.
     :raises HostError: the disk is full, permission is missing, or any other failure of the file system.
     """
     return NewFile(os.fspath(path), force=force)

@@ -17,7 +17,7 @@ _HEADER: Final = b"header.json\0"
 
 
 def _other_form(first: bytes) -> tuple[str, str] | None:
-    """Tell what something is that is no image, and how to go on; None for what is not known."""
+    """Tell what something is that is not an image, and how to go on; None for what is not known."""
     hint = "'vfio-mig inspect' looks into it, 'vfio-mig extract' takes its devices' states out"
     if first.startswith(_QEMU):
         return "it is a QEMU migration stream", hint

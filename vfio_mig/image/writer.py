@@ -39,7 +39,7 @@ class ArchiveWriter:
     :param header: what ``header.json`` says beside format and version; values that JSON can carry.
     :param digests: takes the digests of a streamed state beside the job; if it can read *file*, which is empty then,
         nothing of the state is kept in memory, and no digest is waited for before :meth:`finish`.
-    :raises HostError: a write failed; what is in the file is no archive.
+    :raises HostError: a write failed; what is in the file is not an archive.
     """
 
     def __init__(self, file: BinaryIO, header: Mapping[str, Any], digests: Digests | None = None) -> None:

@@ -186,7 +186,7 @@ def check_image(name: str, file: str, settings: Settings | None = None, *, raw: 
     """Tell whether an image fits a device, without touching the device's state.
 
     :param file: an image, ``-`` for standard input; *raw*: a bare state.
-    :raises ImageError: it is no whole image.
+    :raises ImageError: it is not a whole image.
     """
     from vfio_mig.jobs.source import look_at, open_input
 

@@ -157,7 +157,7 @@ class _Destination:
             raise HostError(f"{self._path}: cannot open the destination: {errno_text(error.errno or 0)}") from error
         if not stat.S_ISREG(os.fstat(self.fd).st_mode):
             os.close(self.fd)
-            raise UsageError(f"{self._path} is no regular file", hint="the destination must be one")
+            raise UsageError(f"{self._path} is not a regular file", hint="the destination must be one")
         return self
 
     def open_sink(

@@ -143,7 +143,7 @@ class DirtyLog:
         return self._fetch(ones, self._ranges)
 
     def end(self) -> None:
-        """End the log, if there is one; that it cannot be ended is no reason to undo anything."""
+        """End the log, if there is one; that it cannot be ended is not a reason to undo anything."""
         if not self._is_begun:
             return
         self._is_begun = False

@@ -93,7 +93,7 @@ def _vfio(host: Host) -> Iterator[Diagnosis]:
     else:
         yield Diagnosis("vfio", PROBLEM, "neither /dev/vfio/vfio nor /dev/iommu; load a driver: modprobe vfio-pci")
     if has_container and not host.names("sys/module/vfio_iommu_type1"):
-        yield Diagnosis("type1", NOTE, "vfio_iommu_type1 is no loaded module; if groups cannot be opened, load it")
+        yield Diagnosis("type1", NOTE, "vfio_iommu_type1 is not a loaded module; if groups cannot be opened, load it")
     elif has_container:
         yield Diagnosis("type1", OK, "vfio_iommu_type1")
     cdevs = host.names("dev/vfio/devices")

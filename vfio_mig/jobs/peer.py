@@ -92,7 +92,7 @@ def parse_target(target: str) -> Address:
         raise UsageError(f"{target!r} is not {FORM}")
     user, v6, host, port = match.groups()
     if port is not None and not 0 < int(port) <= _PORT_MAX:
-        raise UsageError(f"{target!r}: {port} is no port")
+        raise UsageError(f"{target!r}: {port} is not a port")
     who = "" if user is None else f"{user}@"
     # Of all names of a device only paths have a slash, and each of those begins with one
     name = name if "/" not in name else "/" + name.lstrip("/")
@@ -161,7 +161,7 @@ class Peer:
         """Ask for the target's status.
 
         :raises VfioMigError: of the class that belongs to its exit code.
-        :raises HostError: what came is no such report.
+        :raises HostError: what came is not such a report.
         """
         report = self.call("status", self.name)
         state, kind, protocol = report.get("state"), report.get("type"), report.get("protocol")
@@ -292,7 +292,7 @@ class Run:
                 self._process.kill()
                 raise HostError(
                     f"{self._peer.target}: '{self._what}' there prints more than {OUTPUT_MAX} bytes or {LINES_MAX} "
-                    "lines: it is no vfio-mig"
+                    "lines: it is not vfio-mig"
                 )
             yield line
 
@@ -300,7 +300,7 @@ class Run:
         """Say what came instead of a report: as a rule a greeting."""
         first = next((line for line in text.splitlines() if line.strip()), b"")
         if not first or first[:1] in b"{[":
-            return HostError(f"{self._peer.target}: what came back of '{self._what}' is no report")
+            return HostError(f"{self._peer.target}: what came back of '{self._what}' is not a report")
         hint = "the login shell there prints it, as a rule: have its start-up files print on terminals only"
         return HostError(
             f"{self._peer.target}: '{_words(first)}' came where the report of '{self._what}' should begin",
@@ -312,7 +312,7 @@ class Run:
         """Wait for its end and return its report.
 
         :raises VfioMigError: of the class that belongs to its exit code.
-        :raises HostError: it has said something that is no report.
+        :raises HostError: it has said something that is not a report.
         """
         if self._process.stdin is not None:
             self._process.stdin.close()
@@ -356,7 +356,7 @@ def _words(line: bytes) -> str:
 
 
 def _no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number")
+    raise ValueError(f"{word} is not a number")
 
 
 def _step_of(line: bytes) -> str:

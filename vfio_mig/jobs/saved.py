@@ -118,7 +118,7 @@ def _unwrapped(file: BinaryIO) -> Iterator[_Unwrapped]:
 def open_saved(file: str) -> Iterator[Saved]:
     """Open a file, ``-`` for standard input, whatever form it has.
 
-    :raises ImageError: it is empty, or begins like an image or a QEMU stream and is no whole one.
+    :raises ImageError: it is empty, or begins like an image or a QEMU stream and is not a whole one.
     :raises UsageError, HostError: as :func:`vfio_mig.jobs.source.open_input`.
     """
     from vfio_mig.image.archive import read_archive
@@ -135,7 +135,7 @@ def open_saved(file: str) -> Iterator[Saved]:
         if first.startswith(qemu.MAGIC):
             yield Saved(QEMU, size, window, wrapping, header, stream=qemu.read_stream(window))
         elif header is not None:
-            raise ImageError("behind libvirt's header is no QEMU stream")
+            raise ImageError("what follows libvirt's header is not a QEMU stream")
         elif first == _FIRST_MEMBER and source is not None:
             source.seek(0)
             with read_archive(source) as archive:

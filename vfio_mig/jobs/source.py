@@ -91,13 +91,13 @@ def open_input(file: str) -> Iterator[BinaryIO]:
         raise HostError(f"{file}: cannot open: {errno_text(error.errno or 0)}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):  # before fdopen(), which fails in its own way on a directory
         os.close(fd)
-        raise UsageError(f"{file} is no regular file", hint="use - to read from a pipe")
+        raise UsageError(f"{file} is not a regular file", hint="use - to read from a pipe")
     with os.fdopen(fd, "rb") as stream, _named(file):
         yield stream
 
 
 def look_at(stream: BinaryIO, *, raw: bool) -> None:
-    """Refuse a file that is no image by its first bytes, before anything else is done for it; a pipe is not asked.
+    """Refuse a file that is not an image by its first bytes, before anything else is done for it; a pipe is not asked.
 
     :param raw: whether a bare state is wanted.
     :raises ImageError: it is empty or none.

@@ -174,7 +174,7 @@ class MigrationProtocol(ABC):
     def read_state(self) -> memoryview:
         """Return the device's internal state; the device must be stopped, and keeps its state.
 
-        :raises DeviceError: the kernel refused, or what it gave is no state.
+        :raises DeviceError: the kernel refused, or what it gave is not a state.
         """
 
     @abstractmethod

@@ -114,7 +114,7 @@ class DmaLog:
             size, self.page_size = self.page_size, PAGE
             self.stop()
             raise UnsupportedError(
-                f"logs its writes in pages of {size} bytes, which is no page size", device=self._device.name
+                f"logs its writes in pages of {size} bytes, which is not a page size", device=self._device.name
             )
         try:
             page = merged[0][0] // PAGE

@@ -207,7 +207,7 @@ class MainlineV2(MigrationProtocol):
         :raises UnsupportedError: the device does not have it.
         """
         if name not in BY_HAND:
-            raise UsageError(f"{name!r} is no state to be left in", hint=f"choose one of {', '.join(BY_HAND)}")
+            raise UsageError(f"{name!r} is not a state to be left in", hint=f"choose one of {', '.join(BY_HAND)}")
         if name == NAMES[RUNNING_P2P] and not self.flags & _P2P:
             raise UnsupportedError("it has no P2P states", device=self.device.name)
         self._rest(next(state for state, its in NAMES.items() if its == name))

@@ -259,7 +259,7 @@ def _enumerate(body: str, values: dict[str, int]) -> None:
 def read_header(path: str) -> str:
     """Return a header's text.
 
-    :raises UsageError: it is no regular file, or larger than HEADER_MAX.
+    :raises UsageError: it is not a regular file, or larger than HEADER_MAX.
     :raises HostError: it cannot be read.
     """
     try:
@@ -268,7 +268,7 @@ def read_header(path: str) -> str:
         raise HostError(f"{path}: cannot open the header: {errno_text(error.errno or 0)}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):  # before fdopen(), which fails in its own way on a directory
         os.close(fd)
-        raise UsageError(f"{path} is no regular file, hence no header")
+        raise UsageError(f"{path} is not a regular file, hence no header")
     with os.fdopen(fd, "rb") as file:
         text = file.read(HEADER_MAX + 1)
     if len(text) > HEADER_MAX:
@@ -291,7 +291,7 @@ def _check(path: str, values: dict[str, int]) -> None:
         raise UsageError(f"{path}: {FLAG}, {STOP} or {START} have impossible values")
     lowest = (VFIO_TYPE << 8) | VFIO_BASE
     if any(not lowest <= values[name] < lowest + 100 for name in (STATUS_SET, GET_DIRTY)):
-        raise UsageError(f"{path}: {STATUS_SET} or {GET_DIRTY} is no VFIO ioctl number")
+        raise UsageError(f"{path}: {STATUS_SET} or {GET_DIRTY} is not a VFIO ioctl number")
     if not values[STATE_INDEX] < values[NUM_REGIONS] <= 1 << 16:
         raise UsageError(f"{path}: {STATE_INDEX} is not below {NUM_REGIONS}")
     _check_meaning(path, values)
@@ -321,7 +321,7 @@ def _check_meaning(path: str, values: dict[str, int]) -> None:
 def load_profile(path: str) -> RfcProfile:
     """Take the numbers from a patched kernel's ``linux/vfio.h``.
 
-    :raises UsageError: it is no such header; the message names what is missing.
+    :raises UsageError: it is not such a header; the message names what is missing.
     :raises HostError: it cannot be read.
     """
     values = parse_header(read_header(path))

@@ -106,7 +106,7 @@ def ram_of(view: FlatView) -> list[tuple[str, ...]]:
 def parse_flat_view(text: str, backends: Iterable[str]) -> list[GuestRange]:
     """Take from ``info mtree -f`` where the CPU sees the RAM of these memory backends, in order of address.
 
-    What the chip set shadows (below 1 MiB, ``rom``) is RAM as well. Video memory and firmware are no backends.
+    What the chip set shadows (below 1 MiB, ``rom``) is RAM as well. Video memory and firmware are not backends.
 
     :raises HostError: there is no such view, or its RAM is not made of whole pages.
     """
@@ -156,7 +156,7 @@ def locate(ranges: Iterable[tuple[GuestRange, int]], mappings: list[Mapping]) ->
 
     What QEMU itself cannot write (``readonly=on``) no device of its has written, and it is left out.
 
-    :raises UnsupportedError: it is no file that others can see.
+    :raises UnsupportedError: it is not a file that others can see.
     """
     pieces: list[Piece] = []
     for range_, hva in ranges:

@@ -132,7 +132,7 @@ class Qmp:
         """Run a command of the human monitor and return what it prints, at most the 10 MB that an answer may have."""
         answer = self.execute("human-monitor-command", **{"command-line": line})
         if not isinstance(answer, str):
-            raise unknown_answer(line, f"{excerpt(answer)} is no text")
+            raise unknown_answer(line, f"{excerpt(answer)} is not text")
         return answer.replace("\r\n", "\n")
 
     @interrupts.protected
@@ -149,13 +149,13 @@ class Qmp:
             ) from error
 
     def _hang_up(self) -> str | None:
-        """End the connection; tells a QEMU that has said too much, or what is no QMP, from one that has ended."""
+        """End the connection; tells a QEMU that has said too much, or what is not QMP, from one that has ended."""
         try:
             self._wait(self._client.disconnect(), GREETING_SECONDS)
         except (TimeoutError, QMPError, OSError, EOFError):
             return None
-        except ValueError as error:  # asyncio's, of a line longer than it keeps (10 MB); or what is no text
-            return f"what it said is no answer: {' '.join(str(error).split())[:200]}"
+        except ValueError as error:  # asyncio's, of a line longer than it keeps (10 MB); or what is not text
+            return f"what it said is not an answer: {' '.join(str(error).split())[:200]}"
         return None
 
     def _wait(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
@@ -173,12 +173,12 @@ def entries_of(answer: object, command: str) -> list[dict[str, Any]]:
     :raises HostError: it is something else, or endless.
     """
     if not isinstance(answer, list):
-        raise unknown_answer(command, f"{excerpt(answer)} is no list")
+        raise unknown_answer(command, f"{excerpt(answer)} is not a list")
     if len(answer) > LIST_MAX:
         raise unknown_answer(command, f"it has {len(answer)} entries")
     for one in answer:
         if not isinstance(one, dict):
-            raise unknown_answer(command, f"{excerpt(one)} is no object")
+            raise unknown_answer(command, f"{excerpt(one)} is not an object")
     return answer
 
 
@@ -189,7 +189,7 @@ def text_of(entry: object, key: str, command: str, default: str | None = None) -
     :raises HostError: it is not there, no text, or endless.
     """
     if not isinstance(entry, dict):
-        raise unknown_answer(command, f"{excerpt(entry)} is no object")
+        raise unknown_answer(command, f"{excerpt(entry)} is not an object")
     value = entry.get(key, default)
     if not isinstance(value, str) or len(value) > TEXT_MAX:
         raise unknown_answer(command, f"{key!r} is {excerpt(value)}" if key in entry else f"it has no {key!r}")
@@ -199,7 +199,7 @@ def text_of(entry: object, key: str, command: str, default: str | None = None) -
 def flag_of(entry: dict[str, Any], key: str, command: str) -> bool | None:
     """Return a flag of an answer, None for one that this QEMU does not tell.
 
-    :raises HostError: it is no flag.
+    :raises HostError: it is not a flag.
     """
     value = entry.get(key)
     if value is not None and not isinstance(value, bool):

@@ -175,7 +175,7 @@ def decode(config: bytes) -> dict[str, Any]:
     :raises ValueError: it is shorter.
     """
     if len(config) < SIZE:
-        raise ValueError(f"{len(config)} bytes are no configuration space")
+        raise ValueError(f"{len(config)} bytes are not a configuration space")
     vendor, device, command, status, revision, interface, subclass, base, _, _, header, _ = _HEADER.unpack_from(config)
     values: dict[str, Any] = {
         "vendor": vendor,

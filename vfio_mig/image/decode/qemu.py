@@ -487,7 +487,7 @@ class _Reader:
 def read_stream(window: Window) -> QemuStream:
     """Take a stream apart.
 
-    :raises ImageError: it is no stream of version 3.
+    :raises ImageError: it is not a stream of version 3.
     """
     try:
         return _Reader(window).read()

@@ -153,7 +153,7 @@ def find_description(window: Window) -> Description | None:
     """Find the description that a stream ends with; None where there is none.
 
     It is known by its length, which must end where the stream does, and by being JSON as a whole: neither can be made
-    up by what a guest has in its memory or a device in its state, as sections that are no text follow that.
+    up by what a guest has in its memory or a device in its state, as sections that are not text follow that.
     """
     base = max(0, window.size - DESCRIPTION_MAX - PADDING_MAX)
     tail = window.read(base, window.size - base)

@@ -110,7 +110,7 @@ class Ram:
         """Tell whether a block's page size stands here: QEMU writes it if it is not the page size of the host.
 
         A page size begins with a zero byte. What else may follow: the length of the next name, which is none; behind
-        the last block the end of the list, whose flags are no page size; or, of ignored memory, an address. If that
+        the last block the end of the list, whose flags hold no page size; or, of ignored memory, an address. If that
         could be a page size too, what stands behind it tells: a name or the end, or else that address.
         """
         size = int.from_bytes(cursor.look(cursor.at, 8), "big")

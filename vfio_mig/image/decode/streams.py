@@ -233,7 +233,7 @@ def decode(stream: Window, read_page: PageReader = gvt_words.no_page, *, driver:
     """
     for one in _candidates(stream.read(0, FIRST), driver):
         decoded = one(stream, read_page)
-        # Two zero words are no magic number: without a good first record it is nobody's
+        # Two zero words are not a magic number: without a good first record it is nobody's
         if decoded.layout == "mlx5-or-virtio":
             if not decoded.sections[0].values["records"]["count"]:
                 continue
