@@ -16,9 +16,9 @@ from tests.unit.test_image_gvt import CFG, GTT, SREG, VREG
 from tools.fuzz import saved
 from vfio_mig.errors import UsageError
 from vfio_mig.image.archive import read_archive
+from vfio_mig.image.bytesource import BufferSource
 from vfio_mig.image.differences import state_differences
 from vfio_mig.image.pagemap import PageMap, intersect, merge, pages_in, runs, subtract
-from vfio_mig.image.window import BytesWindow
 from vfio_mig.image.writer import ArchiveWriter
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ WORTH_CHANGING = [  # HEAD and CFG_SPACE, the beginnings of other records, PVINF
 def test_every_byte_counts_but_those_left_to_chance(at: int, flip: int) -> None:
     changed = bytearray(STATE)
     changed[at] ^= flip
-    found = list(state_differences(BytesWindow(STATE), BytesWindow(bytes(changed))))
+    found = list(state_differences(BufferSource(STATE), BufferSource(bytes(changed))))
     assert bool(found) == (at not in LEFT_TO_CHANCE)
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tests.unit.test_image_gvt import image
 from tools.fuzz import saved
 from vfio_mig.errors import ImageError
+from vfio_mig.image.bytesource import BufferSource, FileSource, PartSource, PiecesSource, find
 from vfio_mig.image.decode import qemu, qemu_parts, streams
-from vfio_mig.image.window import BytesWindow, FileWindow, FramesWindow, PartWindow, find
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,7 @@ QEMU = "qemu-system-x86_64"
 
 
 def decode(content: bytes, driver: str = "") -> Decoded:
-    return streams.decode(BytesWindow(content), driver=driver)
+    return streams.decode(BufferSource(content), driver=driver)
 
 
 def values(decoded: Decoded, name: str) -> dict[str, Any]:
@@ -161,10 +161,10 @@ def test_records_that_do_not_fit_end_the_walk() -> None:
 
 def test_a_search_finds_what_lies_across_its_blocks() -> None:
     content = bytes((1 << 20) - 2) + b"mark" + bytes(10)
-    assert find(BytesWindow(content), b"mark", 0) == (1 << 20) - 2
-    assert find(BytesWindow(content), b"mark", (1 << 20) - 1) == -1
-    assert find(BytesWindow(content), b"mark", 0, (1 << 20) + 1) == -1
-    assert find(BytesWindow(content), b"mark", 0, (1 << 20) + 2) == (1 << 20) - 2
+    assert find(BufferSource(content), b"mark", 0) == (1 << 20) - 2
+    assert find(BufferSource(content), b"mark", (1 << 20) - 1) == -1
+    assert find(BufferSource(content), b"mark", 0, (1 << 20) + 1) == -1
+    assert find(BufferSource(content), b"mark", 0, (1 << 20) + 2) == (1 << 20) - 2
 
 
 @settings(deadline=None)
@@ -172,18 +172,18 @@ def test_a_search_finds_what_lies_across_its_blocks() -> None:
 def test_pieces_of_a_window_read_as_if_they_were_joined(content: bytes, frames: list[tuple[int, int]]) -> None:
     frames = [(at, min(size, max(0, len(content) - at))) for at, size in frames]
     joined = b"".join(content[at : at + size] for at, size in frames)
-    window = FramesWindow(BytesWindow(content), frames)
-    assert window.size == len(joined)
+    source = PiecesSource(BufferSource(content), frames)
+    assert source.size == len(joined)
     for at, size in [(0, len(joined)), *frames]:
-        assert window.read(at, size) == joined[at : at + size]
-        assert PartWindow(window, at, size).read(1, 5) == joined[at : at + size][1:6]
+        assert source.read(at, size) == joined[at : at + size]
+        assert PartSource(source, at, size).read(1, 5) == joined[at : at + size][1:6]
 
 
 # QEMU ----------------------------------------------------------------------------------------------------------------
 
 
 def read(content: bytes) -> QemuStream:
-    return qemu.read_stream(BytesWindow(content))
+    return qemu.read_stream(BufferSource(content))
 
 
 def states(stream: QemuStream, content: bytes) -> list[bytes]:
@@ -323,7 +323,7 @@ def test_a_stream_of_qemus_own_is_walked_to_its_end(own_stream: bytes, tmp_path:
     path = tmp_path / "stream"
     path.write_bytes(own_stream)
     with path.open("rb") as file:
-        stream = qemu.read_stream(FileWindow(file))
+        stream = qemu.read_stream(FileSource(file))
     assert stream.complete
     assert stream.problems == []
     assert stream.machine is not None

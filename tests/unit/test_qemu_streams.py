@@ -12,9 +12,9 @@ import pytest
 from tests.unit.qemu_streams import NAMES, stream
 from tools.fuzz import saved
 from tools.fuzz.saved import be64, begin, named, part
+from vfio_mig.image.bytesource import BufferSource, PartSource, PiecesSource
 from vfio_mig.image.decode import qemu, qemu_description, qemu_parts, streams
 from vfio_mig.image.decode.cursor import Cursor
-from vfio_mig.image.window import BytesWindow, FramesWindow, PartWindow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,12 +29,12 @@ HEAD = b"QEVM\0\0\0\3"
 
 
 def read(content: bytes) -> QemuStream:
-    return qemu.read_stream(BytesWindow(content))
+    return qemu.read_stream(BufferSource(content))
 
 
 def read_own(name: str) -> QemuStream:
     content, at = stream(name), EARLIER.get(name, 0)
-    return qemu.read_stream(PartWindow(BytesWindow(content), at, len(content) - at))
+    return qemu.read_stream(PartSource(BufferSource(content), at, len(content) - at))
 
 
 def described(content: bytes) -> list[tuple[str, int]]:
@@ -82,7 +82,7 @@ def test_the_real_devices_in_it_are_taken_out_whole(name: str, sizes: list[int])
     assert [device.state_size for device in found.devices] == sizes
     for device in found.devices:
         assert device.problem is None
-        decoded = streams.decode(FramesWindow(BytesWindow(content), device.frames))
+        decoded = streams.decode(PiecesSource(BufferSource(content), device.frames))
         assert (decoded.layout, decoded.problems) == ("mtty", [])
         assert device.config is not None
         at, size = device.config
@@ -397,19 +397,19 @@ def test_configurations_without_an_end_are_linear_in_a_large_stream_too() -> Non
 
 def test_a_search_looks_at_no_byte_twice() -> None:
     content = (b"x" * 999 + b"!") * 1000
-    cursor, at, found = Cursor(BytesWindow(content)), 0, 0
+    cursor, at, found = Cursor(BufferSource(content)), 0, 0
     while (at := cursor.find(b"!", at, len(content))) >= 0:
         at, found = at + 1, found + 1
     assert found == 1000
     assert cursor.work <= 4 * len(content)
-    assert Cursor(BytesWindow(content)).find(b"!", 0, 999) == -1
-    assert Cursor(BytesWindow(content)).find(b"!", 0, 1000) == 999
-    assert Cursor(BytesWindow(b"")).find(b"!", 0, 10) == -1
+    assert Cursor(BufferSource(content)).find(b"!", 0, 999) == -1
+    assert Cursor(BufferSource(content)).find(b"!", 0, 1000) == 999
+    assert Cursor(BufferSource(b"")).find(b"!", 0, 10) == -1
 
 
 def test_a_pattern_across_two_blocks_is_found() -> None:
     content = b"x" * 65535 + b"mark" + b"x" * 70000 + b"mark"
-    cursor = Cursor(BytesWindow(content))
+    cursor = Cursor(BufferSource(content))
     assert cursor.find(b"mark", 0, len(content)) == 65535
     assert cursor.find(b"mark", 65536, len(content)) == len(content) - 4
     assert cursor.look(65535, 4) == b"mark"
@@ -419,7 +419,7 @@ def test_a_pattern_across_two_blocks_is_found() -> None:
 
 
 def find(content: bytes) -> qemu_description.Description | None:
-    return qemu_description.find_description(BytesWindow(content))
+    return qemu_description.find_description(BufferSource(content))
 
 
 def json_section(value: Any) -> bytes:

@@ -21,8 +21,8 @@ from tests.unit.saved_images import js, run, text, write
 from tools.fuzz import saved
 from vfio_mig.errors import HostError, ImageError
 from vfio_mig.image import wrapped
+from vfio_mig.image.bytesource import BufferSource
 from vfio_mig.image.decode import qemu
-from vfio_mig.image.window import BytesWindow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -181,10 +181,10 @@ def test_a_small_file_that_unpacks_to_too_much_ends_and_says_how_to_go_on(
 @given(st.binary(max_size=200), st.integers(0, 120), st.sampled_from(sorted(COMPRESS)))
 def test_any_bytes_behind_a_good_beginning_give_a_report_or_an_error_of_ours(junk: bytes, at: int, form: str) -> None:
     content = COMPRESS[form](b"some content that is packed")
-    window = BytesWindow(content[:at] + junk)
-    if wrapped.compression(window.read(0, 16)) is not None:
+    source = BufferSource(content[:at] + junk)
+    if wrapped.compression(source.read(0, 16)) is not None:
         with suppress(ImageError):
-            wrapped.unpacked(window, form).close()
+            wrapped.unpacked(source, form).close()
 
 
 # What is not whole is not passed on as if it were ---------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_any_bytes_behind_a_good_beginning_give_a_report_or_an_error_of_ours(jun
 
 def cut(name: str) -> bytes:
     content = stream("mtty_pc")
-    (device,) = qemu.read_stream(BytesWindow(content)).devices
+    (device,) = qemu.read_stream(BufferSource(content)).devices
     (_, (at, size)) = device.frames  # a header before the VM was stopped, the ports behind it
     return {"memory": content[:20_000], "state": content[: at + 10], "behind": content[: at + size + 400]}[name]
 

@@ -17,9 +17,9 @@ from tools.fuzz.corpus import Choices
 from tools.fuzz.limits import INPUT_FACTOR, bounded, require, require_line, require_linear
 from tools.fuzz.printed import printed
 from vfio_mig.cli.inspect import print_report
+from vfio_mig.image.bytesource import BufferSource
 from vfio_mig.image.decode import qemu
 from vfio_mig.image.differences import state_differences
-from vfio_mig.image.window import BytesWindow
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs.inspect import inspect_image
 
@@ -85,7 +85,7 @@ def _queued(choices: Choices) -> bytes:
 
 def _compare(first: bytes | bytearray, second: bytes | bytearray) -> None:
     with bounded(len(first) + len(second)):
-        for found in state_differences(BytesWindow(bytes(first)), BytesWindow(bytes(second))):
+        for found in state_differences(BufferSource(bytes(first)), BufferSource(bytes(second))):
             require(0 < len(found.listed) <= found.total, "what is listed is there")
             json.dumps([one._asdict() for one in found.listed], allow_nan=False)
 
@@ -116,7 +116,7 @@ def qemu_stream(data: bytes) -> None:
     """Take a QEMU migration stream apart and look at its devices; the magic number is there already."""
     content = qemu.MAGIC + b"\0\0\0\3" + data
     with bounded(len(content)):
-        stream = qemu.read_stream(BytesWindow(content))
+        stream = qemu.read_stream(BufferSource(content))
         for device in stream.devices:
             places: list[tuple[int, int]] = [*device.frames, *([device.config] if device.config else [])]
             for at, size in places:

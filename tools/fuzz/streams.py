@@ -15,8 +15,8 @@ from tools.fuzz import looking, saved
 from tools.fuzz.corpus import Choices
 from tools.fuzz.limits import bounded, require, require_linear
 from tools.fuzz.saved import be64, named, part
+from vfio_mig.image.bytesource import BufferSource
 from vfio_mig.image.decode import qemu
-from vfio_mig.image.window import BytesWindow
 from vfio_mig.image.wrapped import HEADER_SIZE
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def qemu_capabilities(data: bytes) -> None:
     choices = Choices(data)
     made = _Maker(choices).make()
     with bounded(len(made.content)):
-        stream = qemu.read_stream(BytesWindow(made.content))
+        stream = qemu.read_stream(BufferSource(made.content))
         require((stream.complete, stream.problems) == (True, []), f"a good stream is understood: {stream.problems}")
         require(stream.proved == made.is_described, "a description proves it")
         require((stream.capabilities, stream.page_size) == (made.capabilities, made.page_size), "it is kept")
@@ -157,7 +157,7 @@ def qemu_capabilities(data: bytes) -> None:
         change = choices.text()
         changed[at : at + len(change)] = change[: len(changed) - at]
     with bounded(len(changed)):
-        stream = qemu.read_stream(BytesWindow(bytes(changed)))
+        stream = qemu.read_stream(BufferSource(bytes(changed)))
         require(stream.complete or bool(stream.problems), "a stream is whole, or it is said why not")
         for device in stream.devices:
             for at, size in device.frames:

@@ -6,7 +6,7 @@ Works on bytes and files alone: nothing in here knows a device.
 - An archive: ``layout`` specifies it, ``tar`` is the form, ``writer`` writes, ``archive`` reads and verifies,
   ``digests`` hashes beside the job.
 - Files: ``places`` (directories as fds), ``files`` (output that is whole or not there), ``directory`` (the same for
-  several), ``window`` (bytes that may be too many for memory), ``forms`` (what a file is that is not an archive),
+  several), ``bytesource`` (bytes that may be too many for memory), ``forms`` (what a file is that is not an archive),
   ``wrapped`` (compression, libvirt's header).
 - Guest memory: ``memoryplan`` (what is written when one or several archives are loaded).
 - A GVT-g state: ``gvt`` is the strict parser, before anything reaches a device. ``decode`` says in words what is in a

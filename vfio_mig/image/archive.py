@@ -3,8 +3,10 @@
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import accumulate
 from threading import Lock
 from typing import Any, BinaryIO, Final, Self, cast
 
@@ -410,3 +412,30 @@ def _split_pages(name: str, member: memoryview) -> Iterator[tuple[int, memoryvie
     for gpa, size in ranges:
         yield gpa, member[content_at : content_at + size]
         content_at += size
+
+
+class StateSource:
+    """The state of an archive; keeps one member of it in memory."""
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+        self._members = [member for member in archive.members if member.kind == "state"]
+        self._starts = [0, *accumulate(member.size for member in self._members)]
+        self._loaded: tuple[int, bytes] = (-1, b"")
+        self.size: int = self._starts[-1]
+
+    def read(self, at: int, size: int) -> bytes:
+        """Read a part of the state.
+
+        :raises ImageError: the file has changed meanwhile.
+        """
+        parts: list[bytes] = []
+        end = min(at + size, self.size)
+        while at < end:
+            number = bisect_right(self._starts, at) - 1
+            if self._loaded[0] != number:
+                self._loaded = (number, self._archive.content(self._members[number]))
+            start = at - self._starts[number]
+            parts.append(self._loaded[1][start : start + end - at])
+            at += len(parts[-1])
+        return b"".join(parts)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.errors import ImageError
 from vfio_mig.image import gvt
+from vfio_mig.image.bytesource import PartSource
 from vfio_mig.image.decode import pci, registers, streams
 from vfio_mig.image.decode.gtt import ADDRESS, PAGE, PRESENT, Table, changed_runs
 from vfio_mig.image.decode.section import LISTED_MAX, plain
-from vfio_mig.image.window import PartWindow
 from vfio_mig.uapi.profile import IMAGE_LARGEST
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vfio_mig.image.archive import Archive
+    from vfio_mig.image.bytesource import ByteSource
     from vfio_mig.image.decode.section import Section
     from vfio_mig.image.gvt import GvtImage
-    from vfio_mig.image.window import Window
 
 _HEADER_KEYS: Final = ("protocol", "kernel", "machine")
 _DEVICE_KEYS: Final = ("kind", "type", "driver")
@@ -93,10 +93,10 @@ def _header(first: dict[str, Any], second: dict[str, Any]) -> Iterator[Differenc
             yield Difference("image", f"device.{key}", 0, 0, plain(old), plain(new))
 
 
-def state_differences(first: Window, second: Window, driver: str = "") -> Iterator[Found]:
+def state_differences(first: ByteSource, second: ByteSource, driver: str = "") -> Iterator[Found]:
     """Compare two states: by name where both are of a layout that is known, else by byte."""
     if first.size <= IMAGE_LARGEST and second.size <= IMAGE_LARGEST:
-        contents = [window.read(0, window.size) for window in (first, second)]
+        contents = [source.read(0, source.size) for source in (first, second)]
         if contents[0] == contents[1]:
             return
         try:
@@ -106,9 +106,9 @@ def state_differences(first: Window, second: Window, driver: str = "") -> Iterat
         else:
             yield from gvt_differences(images[0], images[1])
             return
-    decoded = [streams.decode(window, driver=driver) for window in (first, second)]
+    decoded = [streams.decode(source, driver=driver) for source in (first, second)]
     if decoded[0].layout == decoded[1].layout == "gvt_sample":
-        inner = [_inner_image(window, one.sections) for window, one in zip((first, second), decoded, strict=True)]
+        inner = [_inner_image(source, one.sections) for source, one in zip((first, second), decoded, strict=True)]
         if inner[0] is not None and inner[1] is not None:
             yield from gvt_differences(inner[0], inner[1])
             yield from _collect("stream", _sample_stream(first, second, decoded[0].sections, decoded[1].sections))
@@ -120,28 +120,30 @@ def state_differences(first: Window, second: Window, driver: str = "") -> Iterat
     yield from _collect("state", _bytes("state", first, second))
 
 
-def _inner_image(window: Window, sections: list[Section]) -> GvtImage | None:
+def _inner_image(source: ByteSource, sections: list[Section]) -> GvtImage | None:
     """Parse the RFC's image at the end of our sample's stream; None for one that is not as it should be."""
     for section in sections:
         if section.name == "records":
             at, size = section.values["image_at"], section.values["image"]
-            if size > IMAGE_LARGEST or at + size != window.size:
+            if size > IMAGE_LARGEST or at + size != source.size:
                 return None
             try:
-                return gvt.parse(memoryview(window.read(at, size)), image_max=IMAGE_LARGEST)
+                return gvt.parse(memoryview(source.read(at, size)), image_max=IMAGE_LARGEST)
             except ImageError:
                 return None
     return None
 
 
-def _sample_stream(first: Window, second: Window, old: list[Section], new: list[Section]) -> Iterator[Difference]:
+def _sample_stream(
+    first: ByteSource, second: ByteSource, old: list[Section], new: list[Section]
+) -> Iterator[Difference]:
     """Compare what is before the image: another seed makes another filler, so it is compared if the rest is equal."""
     parts = [{one.name: one.values for one in sections if one.name in _STREAM_PARTS} for sections in (old, new)]
     if parts[0] != parts[1]:
         yield from _values("stream", parts[0], parts[1])
         return
     before = parts[0]["records"]["image_at"]
-    yield from _bytes("stream", *(PartWindow(window, 0, before) for window in (first, second)))
+    yield from _bytes("stream", *(PartSource(source, 0, before) for source in (first, second)))
 
 
 def _values(section: str, first: Any, second: Any, name: str = "") -> Iterator[Difference]:
@@ -153,11 +155,11 @@ def _values(section: str, first: Any, second: Any, name: str = "") -> Iterator[D
         yield Difference(section, name, 0, 0, first, second)
 
 
-def _bytes(section: str, first: Window, second: Window) -> Iterator[Difference]:
+def _bytes(section: str, first: ByteSource, second: ByteSource) -> Iterator[Difference]:
     """Compare byte by byte: runs of bytes that differ, and what one has more than the other."""
     common = min(first.size, second.size)
     for at in range(0, common, _STEP):
-        old, new = (window.read(at, min(_STEP, common - at)) for window in (first, second))
+        old, new = (source.read(at, min(_STEP, common - at)) for source in (first, second))
         if old != new:
             for start, end in _runs(_unequal(old, new, "u1")):
                 yield _bytes_changed(section, at + start, old[start:end], new[start:end])

@@ -20,7 +20,7 @@ from vfio_mig.image.files import host_error
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfio_mig.image.window import Window
+    from vfio_mig.image.bytesource import ByteSource
 
 FIRST: Final = 16
 """Bytes that tell what something is."""
@@ -121,10 +121,10 @@ def how_to_unpack(name: str, offset: int = 0) -> str:
 
 
 class _Unpacker:
-    """Unpacks a window to a file, member by member, within bounds."""
+    """Unpacks a source to a file, member by member, within bounds."""
 
-    def __init__(self, window: Window, name: str, target: BinaryIO, limit: int, offset: int) -> None:
-        self._window = window
+    def __init__(self, source: ByteSource, name: str, target: BinaryIO, limit: int, offset: int) -> None:
+        self._source = source
         self._name = name
         self._how = how_to_unpack(name, offset)
         self._target = target
@@ -143,7 +143,7 @@ class _Unpacker:
             if inner.eof:
                 self._at -= len(inner.unused_data)
                 data = self._next().lstrip(b"\0")  # zeros fill a last block
-                while not data and self._at < self._window.size:
+                while not data and self._at < self._source.size:
                     data = self._next().lstrip(b"\0")
                 if not data:
                     return
@@ -154,7 +154,7 @@ class _Unpacker:
                 raise ImageError(f"compressed with {self._name}: cut off", hint="save it again")
 
     def _next(self) -> bytes:
-        data = self._window.read(self._at, _STEP)
+        data = self._source.read(self._at, _STEP)
         self._at += len(data)
         return data
 
@@ -177,11 +177,11 @@ class _Unpacker:
             raise host_error("cannot unpack the input to it", "temporary file", error) from error
 
 
-def unpacked(window: Window, name: str, offset: int = 0) -> BinaryIO:
-    """Return an unnamed temporary file with what a window holds in a compressed form; the caller closes it.
+def unpacked(source: ByteSource, name: str, offset: int = 0) -> BinaryIO:
+    """Return an unnamed temporary file with what a source holds in a compressed form; the caller closes it.
 
     :param name: of the compression.
-    :param offset: of the window in the user's file, for the hint.
+    :param offset: of the source in the user's file, for the hint.
     :raises ImageError: it is damaged, or no program of that kind is here; the hint says how to unpack it.
     :raises HostError: it is too large, or there is no room.
     """
@@ -190,7 +190,7 @@ def unpacked(window: Window, name: str, offset: int = 0) -> BinaryIO:
     target = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115 -- the caller closes it
     try:
         free = os.fstatvfs(target.fileno())
-        _Unpacker(window, name, target, min(UNPACKED_MAX, free.f_bavail * free.f_frsize // 2), offset).run()
+        _Unpacker(source, name, target, min(UNPACKED_MAX, free.f_bavail * free.f_frsize // 2), offset).run()
         target.flush()
     except BaseException:
         target.close()
@@ -223,12 +223,12 @@ class LibvirtHeader(NamedTuple):
 HEADER_SIZE: Final = struct.calcsize("<" + _LIBVIRT)
 
 
-def libvirt_header(window: Window) -> LibvirtHeader | None:
+def libvirt_header(source: ByteSource) -> LibvirtHeader | None:
     """Take libvirt's header apart; None where there is none.
 
     :raises ImageError: the save was not finished, or it is of a kind that is not known.
     """
-    first = window.read(0, HEADER_SIZE)
+    first = source.read(0, HEADER_SIZE)
     if first.startswith(LIBVIRT_PARTIAL):
         raise ImageError("libvirt has not finished this save", hint="save it again")
     if not first.startswith(LIBVIRT):
@@ -243,17 +243,17 @@ def libvirt_header(window: Window) -> LibvirtHeader | None:
         raise ImageError(f"libvirt's header has version {struct.unpack_from('<I', first, 16)[0]}, which is not known")
     if form >= len(_FORMATS):
         raise ImageError(f"libvirt has stored the stream in form {form}, which is not known")
-    if size > min(_XML_MAX, window.size - HEADER_SIZE):
-        raise ImageError(f"libvirt's header promises {size} bytes of XML, {window.size - HEADER_SIZE} are there")
-    xml = window.read(HEADER_SIZE, min(size, cookie) if cookie else size)
+    if size > min(_XML_MAX, source.size - HEADER_SIZE):
+        raise ImageError(f"libvirt's header promises {size} bytes of XML, {source.size - HEADER_SIZE} are there")
+    xml = source.read(HEADER_SIZE, min(size, cookie) if cookie else size)
     xml = xml.partition(b"\0")[0]
     name = _NAME.search(xml)
     domain = None if name is None else name[1].decode("utf-8", "backslashreplace")
     return LibvirtHeader(version, HEADER_SIZE + size, bool(was_running), _FORMATS[form], domain, len(xml))
 
 
-def hole_before_stream(window: Window) -> int:
+def hole_before_stream(source: ByteSource) -> int:
     """Return how many zero bytes are in front of a QEMU stream that was written at an offset; 0 for anything else."""
-    first = window.read(0, _HOLE_MAX + len(_QEMU))
+    first = source.read(0, _HOLE_MAX + len(_QEMU))
     at = first.find(_QEMU)
     return at if at > 0 and not first[:at].strip(b"\0") else 0

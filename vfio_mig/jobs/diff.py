@@ -51,7 +51,7 @@ def diff_images(first: str, second: str) -> DiffReport:
             if one.kind == QEMU:
                 raise UsageError(f"{file} is a QEMU stream", hint="'vfio-mig extract' writes its devices' states")
         found = [*header_differences(old.archive, new.archive)]
-        found += state_differences(old.window, new.window, old.driver if old.driver == new.driver else "")
+        found += state_differences(old.source, new.source, old.driver if old.driver == new.driver else "")
         if old.archive is not None and new.archive is not None:
             found += [*dirty_differences(old.archive, new.archive), *page_differences(old.archive, new.archive)]
     return DiffReport(

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vfio_mig.image.archive import Archive
+    from vfio_mig.image.bytesource import ByteSource
     from vfio_mig.image.decode.qemu_parts import QemuStream
     from vfio_mig.image.decode.section import Decoded, Section
-    from vfio_mig.image.window import Window
     from vfio_mig.jobs.saved import Saved
 
 _NAMES_MAX: Final = 40
@@ -69,7 +69,7 @@ class _Content(NamedTuple):
     """A decoded state, and where the bytes of each section are."""
 
     decoded: Decoded
-    windows: list[Window]
+    sources: list[ByteSource]
     state_bytes: int
 
 
@@ -80,26 +80,26 @@ def _look(saved: Saved) -> _Content:
     if saved.stream is not None:
         return _look_at_stream(saved, saved.stream)
     if saved.archive is None:
-        decoded = streams.decode(saved.window)
+        decoded = streams.decode(saved.source)
     else:
-        decoded = streams.decode(saved.window, GuestPages(saved.archive).page, driver=saved.driver)
-    return _Content(decoded, [saved.window] * len(decoded.sections), saved.window.size)
+        decoded = streams.decode(saved.source, GuestPages(saved.archive).page, driver=saved.driver)
+    return _Content(decoded, [saved.source] * len(decoded.sections), saved.source.size)
 
 
 def _look_at_stream(saved: Saved, stream: QemuStream) -> _Content:
     """Decode every VFIO device of a QEMU stream; its sections have ``vfioN.`` in front of their names."""
+    from vfio_mig.image.bytesource import PartSource, PiecesSource
     from vfio_mig.image.decode import qemu_parts, streams
     from vfio_mig.image.decode.section import LISTED_MAX, Decoded, Section
-    from vfio_mig.image.window import FramesWindow, PartWindow
 
-    window = saved.window
+    source = saved.source
     sections: list[Section] = list(stream.sections())
     if saved.libvirt is not None:
         sections.append(Section("libvirt", 0, 0, saved.libvirt.values()))
-    windows: list[Window] = [window] * len(sections)
+    sources: list[ByteSource] = [source] * len(sections)
     problems = list(stream.problems)
     for number, device in enumerate(stream.devices[:LISTED_MAX]):
-        state = FramesWindow(window, device.frames)
+        state = PiecesSource(source, device.frames)
         decoded = streams.decode(state)
         values = {
             "name": device.name,
@@ -111,16 +111,16 @@ def _look_at_stream(saved: Saved, stream: QemuStream) -> _Content:
             "layout": decoded.layout,
         }
         found = [Section("device", 0, state.size, values), *decoded.sections]
-        places: list[Window] = [state] * len(found)
+        places: list[ByteSource] = [state] * len(found)
         if device.config is not None:
-            part = PartWindow(window, *device.config)
+            part = PartSource(source, *device.config)
             found.append(Section("config", 0, part.size, qemu_parts.device_config(part.read(0, part.size))))
             places.append(part)
         sections += [section._replace(name=f"vfio{number}.{section.name}") for section in found]
-        windows += places
+        sources += places
         own = [] if device.problem is None else [device.problem]
         problems += [f"vfio{number}: {problem}" for problem in (*own, *decoded.problems)]
-    return _Content(Decoded("qemu", sections, problems), windows, sum(device.state_size for device in stream.devices))
+    return _Content(Decoded("qemu", sections, problems), sources, sum(device.state_size for device in stream.devices))
 
 
 def problems_of(saved: Saved) -> list[str]:
@@ -204,7 +204,7 @@ def section_bytes(
             problems += map(printable, content.decoded.problems)
         if name not in names:
             raise _no_section(file, name, content.decoded.sections)
-        section, window = content.decoded.sections[names.index(name)], content.windows[names.index(name)]
+        section, source = content.decoded.sections[names.index(name)], content.sources[names.index(name)]
         for at in range(0, max(1, section.size), step):
-            piece = window.read(section.offset + at, min(step, section.size - at))
+            piece = source.read(section.offset + at, min(step, section.size - at))
             yield SectionBytes(file, name, section.offset + at, section.size, piece)

@@ -14,9 +14,9 @@ from vfio_mig.jobs.saved import open_saved
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vfio_mig.image.bytesource import ByteSource
     from vfio_mig.image.decode.qemu_parts import QemuStream
     from vfio_mig.image.directory import NewDirectory
-    from vfio_mig.image.window import Window
     from vfio_mig.jobs.saved import Saved
 
 _STEP: Final = 1 << 20
@@ -84,18 +84,18 @@ def _extract_stream(saved: Saved, stream: QemuStream, problems: list[str], into:
 
     A state that is not whole is named so: nobody should take it for one that can be restored.
     """
-    from vfio_mig.image.window import FramesWindow, PartWindow
+    from vfio_mig.image.bytesource import PartSource, PiecesSource
 
     if not stream.devices:
         raise ImageError("no VFIO device in this QEMU stream", hint=stream.problems[0] if stream.problems else None)
-    window = saved.window
+    source = saved.source
     names: list[str] = []
     devices = []
     for number, device in enumerate(stream.devices):
         state = f"vfio{number}.state{'' if device.problem is None else INCOMPLETE}"
-        kept: list[tuple[str, Window]] = [(state, FramesWindow(window, device.frames))]
+        kept: list[tuple[str, ByteSource]] = [(state, PiecesSource(source, device.frames))]
         if device.config is not None:
-            kept.append((f"vfio{number}.config", PartWindow(window, *device.config)))
+            kept.append((f"vfio{number}.config", PartSource(source, *device.config)))
         for name, part in kept:
             into.write(name, _pieces(part))
             names.append(name)
@@ -121,9 +121,9 @@ def _extract_stream(saved: Saved, stream: QemuStream, problems: list[str], into:
     return [*names, "stream.json"]
 
 
-def _pieces(window: Window) -> Iterator[bytes]:
-    for at in range(0, window.size, _STEP):
-        yield window.read(at, _STEP)
+def _pieces(source: ByteSource) -> Iterator[bytes]:
+    for at in range(0, source.size, _STEP):
+        yield source.read(at, _STEP)
 
 
 def pack_image(directory: str, file: str, *, force: bool = False) -> PackReport:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vfio_mig.image.archive import Archive
+    from vfio_mig.image.bytesource import ByteSource
     from vfio_mig.image.decode.qemu_parts import QemuStream
-    from vfio_mig.image.window import Window
     from vfio_mig.image.wrapped import LibvirtHeader
 
 IMAGE: Final = "image"
@@ -34,14 +34,14 @@ class Saved(NamedTuple):
 
     :param kind: ``image``, ``state`` (bare), or ``qemu-stream``.
     :param size: bytes of the file.
-    :param window: the device's state; of a QEMU stream, the stream.
+    :param source: the device's state; of a QEMU stream, the stream.
     :param wrapping: what was taken away from it, from the outside: a compression, ``libvirt-save``, ``offset``.
     :param libvirt: the header that libvirt has put in front of a stream.
     """
 
     kind: str
     size: int
-    window: Window
+    source: ByteSource
     wrapping: list[str]
     libvirt: LibvirtHeader | None = None
     archive: Archive | None = None
@@ -77,10 +77,10 @@ class _Unwrapped(NamedTuple):
     """What was inside of something.
 
     :param names: of what was taken away, from the outside.
-    :param file: what the window is of, if it is the whole of a file.
+    :param file: what the source is of, if it is the whole of a file.
     """
 
-    window: Window
+    source: ByteSource
     names: list[str]
     file: BinaryIO | None
     header: LibvirtHeader | None
@@ -89,25 +89,25 @@ class _Unwrapped(NamedTuple):
 @contextmanager
 def _unwrapped(file: BinaryIO) -> Iterator[_Unwrapped]:
     """Take away what a saved device is wrapped in: compression, libvirt's header, and compression inside of that."""
-    from vfio_mig.image.window import FileWindow, PartWindow
+    from vfio_mig.image.bytesource import FileSource, PartSource
     from vfio_mig.image.wrapped import FIRST, compression, hole_before_stream, libvirt_header, unpacked
 
-    one = _Unwrapped(FileWindow(file), [], file, None)
+    one = _Unwrapped(FileSource(file), [], file, None)
     with ExitStack() as stack:
         while True:
-            window, names, _, header = one
-            first = window.read(0, FIRST)
+            source, names, _, header = one
+            first = source.read(0, FIRST)
             form = compression(first)
             if form is not None and len(names) < _WRAPPINGS_MAX:
                 # A hint can tell of what is in the user's own file alone
                 offset = header.stream_at if header is not None and len(names) == 1 else 0
-                inner = stack.enter_context(unpacked(window, form, offset))
-                one = _Unwrapped(FileWindow(inner), [*names, form], inner, header)
-            elif header is None and (header := libvirt_header(window)) is not None:
-                part = PartWindow(window, header.stream_at, window.size - header.stream_at)
+                inner = stack.enter_context(unpacked(source, form, offset))
+                one = _Unwrapped(FileSource(inner), [*names, form], inner, header)
+            elif header is None and (header := libvirt_header(source)) is not None:
+                part = PartSource(source, header.stream_at, source.size - header.stream_at)
                 one = _Unwrapped(part, [*names, LIBVIRT], None, header)
-            elif LIBVIRT not in names and first[:1] == b"\0" and (hole := hole_before_stream(window)):
-                yield _Unwrapped(PartWindow(window, hole, window.size - hole), [*names, OFFSET], None, header)
+            elif LIBVIRT not in names and first[:1] == b"\0" and (hole := hole_before_stream(source)):
+                yield _Unwrapped(PartSource(source, hole, source.size - hole), [*names, OFFSET], None, header)
                 return
             else:
                 yield one
@@ -121,24 +121,23 @@ def open_saved(file: str) -> Iterator[Saved]:
     :raises ImageError: it is empty, or begins like an image or a QEMU stream and is not a whole one.
     :raises UsageError, HostError: as :func:`vfio_mig.jobs.source.open_input`.
     """
-    from vfio_mig.image.archive import read_archive
+    from vfio_mig.image.archive import StateSource, read_archive
     from vfio_mig.image.decode import qemu
     from vfio_mig.image.forms import EMPTY
-    from vfio_mig.image.window import StateWindow
 
     with _seekable(file) as stream, _unwrapped(stream) as inside:
-        window, wrapping, source, header = inside
+        source, wrapping, inner, header = inside
         size = os.fstat(stream.fileno()).st_size
-        first = window.read(0, len(_FIRST_MEMBER))
+        first = source.read(0, len(_FIRST_MEMBER))
         if not first:
             raise ImageError(EMPTY)
         if first.startswith(qemu.MAGIC):
-            yield Saved(QEMU, size, window, wrapping, header, stream=qemu.read_stream(window))
+            yield Saved(QEMU, size, source, wrapping, header, stream=qemu.read_stream(source))
         elif header is not None:
             raise ImageError("what follows libvirt's header is not a QEMU stream")
-        elif first == _FIRST_MEMBER and source is not None:
-            source.seek(0)
-            with read_archive(source) as archive:
-                yield Saved(IMAGE, size, StateWindow(archive), wrapping, archive=archive)
+        elif first == _FIRST_MEMBER and inner is not None:
+            inner.seek(0)
+            with read_archive(inner) as archive:
+                yield Saved(IMAGE, size, StateSource(archive), wrapping, archive=archive)
         else:
-            yield Saved(STATE, size, window, wrapping)
+            yield Saved(STATE, size, source, wrapping)

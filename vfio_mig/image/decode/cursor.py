@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from vfio_mig.image.window import Window
+    from vfio_mig.image.bytesource import ByteSource
 
 _BLOCK: Final = 1 << 16
 
@@ -16,21 +16,21 @@ class CutError(Exception):
 
 
 class Cursor:
-    """A place in a window. One block of it is kept, so that what is near is not read again.
+    """A place in a source. One block of it is kept, so that what is near is not read again.
 
     :ivar at: the offset of the next byte.
-    :ivar work: bytes looked at so far; a parser whose work is linear keeps it below some multiple of the window's size.
+    :ivar work: bytes looked at so far; a parser whose work is linear keeps it below some multiple of the source's size.
     """
 
-    def __init__(self, window: Window, at: int = 0) -> None:
-        self.window = window
+    def __init__(self, source: ByteSource, at: int = 0) -> None:
+        self.source = source
         self.at = at
         self.work = 0
         self._block = b""
         self._start = at
 
     def look(self, at: int, size: int) -> bytes:
-        """Return bytes from anywhere, fewer at the end of the window; few, at most 64 KiB. Nothing moves."""
+        """Return bytes from anywhere, fewer at the end of the source; few, at most 64 KiB. Nothing moves."""
         self.work += size
         inside = at - self._start
         if inside < 0 or inside + size > len(self._block):
@@ -39,7 +39,7 @@ class Cursor:
         return self._block[inside : inside + size]
 
     def _load(self, at: int) -> None:
-        self._block = self.window.read(at, _BLOCK)
+        self._block = self.source.read(at, _BLOCK)
         self._start = at
         self.work += len(self._block)
 
@@ -63,14 +63,14 @@ class Cursor:
 
         :raises CutError: there are not so many.
         """
-        if size > self.window.size - self.at:
-            raise CutError(f"{size} bytes promised at {self.at:#x}, {max(0, self.window.size - self.at)} left")
+        if size > self.source.size - self.at:
+            raise CutError(f"{size} bytes promised at {self.at:#x}, {max(0, self.source.size - self.at)} left")
         self.at += size
 
     def go(self, at: int) -> None:
         """Go forward to an offset.
 
-        :raises CutError: the window ends before it.
+        :raises CutError: the source ends before it.
         """
         self.skip(at - self.at)
 
@@ -80,7 +80,7 @@ class Cursor:
 
     def find(self, pattern: bytes, at: int, end: int) -> int:
         """Return where *pattern* begins next, from *at* on and whole before *end*; -1 if nowhere. Nothing moves."""
-        end = min(end, self.window.size)
+        end = min(end, self.source.size)
         while at + len(pattern) <= end:
             if not self._start <= at <= at + len(pattern) <= self._start + len(self._block):
                 self._load(at)

@@ -29,7 +29,7 @@ from vfio_mig.image.decode.qemu_ram import KNOWN_CAPABILITIES, MAPPED_RAM, PAGE,
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfio_mig.image.window import Window
+    from vfio_mig.image.bytesource import ByteSource
 
 MAGIC: Final = b"QEVM"
 _VERSION: Final = 3
@@ -68,9 +68,9 @@ class _StopError(CutError):
 class _Reader:
     """One pass over a stream."""
 
-    def __init__(self, window: Window) -> None:
-        self.window = window
-        self.cursor = Cursor(window)
+    def __init__(self, source: ByteSource) -> None:
+        self.source = source
+        self.cursor = Cursor(source)
         self.machine: str | None = None
         self.kinds: dict[int, SectionKind] = {}
         self.devices: dict[int, VfioDevice] = {}
@@ -85,11 +85,11 @@ class _Reader:
         self.package_end = 0
         """Where a package of sections ends, in which there is no guest memory."""
         self.frames = 0
-        self.ahead = Cursor(window)
+        self.ahead = Cursor(source)
         """Looks for that end, far from where the stream is read, so with a block of its own."""
         self.no_mark_before = 0
         """Where the search for the end of a configuration record need not begin again."""
-        self.description = find_description(window)
+        self.description = find_description(source)
         self.compared = Comparison(self.description)
 
     def read(self) -> QemuStream:
@@ -123,7 +123,7 @@ class _Reader:
             self.ram.page_size,
             self.cursor.work
             + self.ahead.work
-            + (0 if self.description is None else self.window.size - self.description.at),
+            + (0 if self.description is None else self.source.size - self.description.at),
         )
 
     def _note(self, problem: str) -> None:
@@ -169,7 +169,7 @@ class _Reader:
 
     def _end(self) -> None:
         """See to it that the end is one: nothing follows but QEMU's description, and zeros that fill a block."""
-        at, left = self.cursor.at, self.window.size - self.cursor.at
+        at, left = self.cursor.at, self.source.size - self.cursor.at
         self.complete = True
         if self.description is not None:
             if self.description.at != at:
@@ -311,7 +311,7 @@ class _Reader:
 
     def _is_behind(self, number: int, at: int) -> bool:
         """Tell whether a section's content ends here."""
-        if at > self.window.size:
+        if at > self.source.size:
             return False
         if self.cursor.look(at, _FOOTER_SIZE) == struct.pack(">BI", _FOOTER, number):
             return True
@@ -322,7 +322,7 @@ class _Reader:
         name = excerpt(self.kinds[number].name)
         if self.has_footers is False:
             raise CutError(f"{name}: its length is not known, and the stream has no footers")
-        end = self.window.size if self.ram_ended else self.package_end
+        end = self.source.size if self.ram_ended else self.package_end
         if self.cursor.at >= end:
             raise CutError(f"{name}: its length is not known")
         footer = struct.pack(">BI", _FOOTER, number)
@@ -426,7 +426,7 @@ class _Reader:
         limit = start + CONFIG_MAX
         found = self.ahead.find(mark, max(start, self.no_mark_before), limit)
         if found < 0:
-            self.no_mark_before = max(start, min(limit, self.window.size) - len(mark) + 1)
+            self.no_mark_before = max(start, min(limit, self.source.size) - len(mark) + 1)
         if found < 0 or not self._is_behind(number, found + len(pattern)):
             self.cursor.at = start if found < 0 else found
             raise CutError("the configuration record has no end")
@@ -435,7 +435,7 @@ class _Reader:
 
     def _search(self, at: int) -> None:
         """Find VFIO sections by their markers: what stands before one is the header of a section."""
-        end = self.window.size
+        end = self.source.size
         while (at := self.cursor.find(_MARK_PREFIX, at, end)) >= 0:
             number = self._header_before(at)
             if number is None:
@@ -484,12 +484,12 @@ class _Reader:
         return number
 
 
-def read_stream(window: Window) -> QemuStream:
+def read_stream(source: ByteSource) -> QemuStream:
     """Take a stream apart.
 
     :raises ImageError: it is not a stream of version 3.
     """
     try:
-        return _Reader(window).read()
+        return _Reader(source).read()
     except CutError as error:
         raise ImageError(f"no QEMU migration stream: {error}") from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from vfio_mig.errors import excerpt
 
 if TYPE_CHECKING:
-    from vfio_mig.image.window import Window
+    from vfio_mig.image.bytesource import ByteSource
 
 DESCRIPTION_MAX: Final = 8 << 20
 """Bytes of a description that is read, at most: parsed JSON is up to 40 times as large. A guest of 100 processors has
@@ -149,14 +149,14 @@ class Comparison:
             self.problem = f"QEMU's own description of the stream has a section {name}, which was not found"
 
 
-def find_description(window: Window) -> Description | None:
+def find_description(source: ByteSource) -> Description | None:
     """Find the description that a stream ends with; None where there is none.
 
     It is known by its length, which must end where the stream does, and by being JSON as a whole: neither can be made
     up by what a guest has in its memory or a device in its state, as sections that are not text follow that.
     """
-    base = max(0, window.size - DESCRIPTION_MAX - PADDING_MAX)
-    tail = window.read(base, window.size - base)
+    base = max(0, source.size - DESCRIPTION_MAX - PADDING_MAX)
+    tail = source.read(base, source.size - base)
     end = len(tail.rstrip(b"\0"))
     if len(tail) - end > PADDING_MAX or tail[end - 1 : end] != b"}":
         return None

@@ -17,8 +17,8 @@ from vfio_mig.uapi.profile import IMAGE_LARGEST
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from vfio_mig.image.bytesource import ByteSource
     from vfio_mig.image.decode.commands import PageReader
-    from vfio_mig.image.window import Window
 
 FIRST: Final = 64
 """Bytes that are shown of a stream whose layout is not known."""
@@ -47,7 +47,7 @@ _XE_TYPES: Final = {1: "descriptor", 2: "trailer", 3: "ggtt", 4: "mmio", 5: "guc
 _XE_DESCRIPTOR: Final = 1
 
 
-def _mtty(stream: Window, _: PageReader) -> Decoded:
+def _mtty(stream: ByteSource, _: PageReader) -> Decoded:
     header = stream.read(0, _MTTY_HEADER.size)
     problems = []
     _, major, minor, ports, flags = _MTTY_HEADER.unpack(header)
@@ -82,7 +82,7 @@ def _mtty_port(content: bytes) -> dict[str, Any]:
     }
 
 
-def _gvt_sample(stream: Window, read_page: PageReader) -> Decoded:
+def _gvt_sample(stream: ByteSource, read_page: PageReader) -> Decoded:
     content = stream.read(0, _GVT_HEADER.size)
     if len(content) < _GVT_HEADER.size:
         return Decoded("gvt_sample", [], [f"the header is cut off at byte {len(content)}"])
@@ -114,7 +114,7 @@ def _gvt_sample(stream: Window, read_page: PageReader) -> Decoded:
     return Decoded("gvt_sample", sections, [*problems, f"more than {RECORDS_MAX} records"])
 
 
-def _gvt_image(stream: Window, so_far: Decoded, read_page: PageReader) -> Decoded:
+def _gvt_image(stream: ByteSource, so_far: Decoded, read_page: PageReader) -> Decoded:
     """Decode the RFC's image inside our sample's stream; its sections keep their names, their offsets move."""
     at, size = (so_far.sections[-1].values[key] for key in ("image_at", "image"))
     problems = list(so_far.problems)
@@ -127,13 +127,13 @@ def _gvt_image(stream: Window, so_far: Decoded, read_page: PageReader) -> Decode
     return Decoded("gvt_sample", sections, problems + inner.problems)
 
 
-def _hisi(stream: Window, _: PageReader) -> Decoded:
+def _hisi(stream: ByteSource, _: PageReader) -> Decoded:
     (magic,) = struct.unpack("<Q", stream.read(0, 8))
     values = {"magic": magic, "version": _HISI[magic], "size": stream.size}
     return Decoded("hisi_acc", [Section("header", 0, 8, values)], [])
 
 
-def _qat(stream: Window, _: PageReader) -> Decoded:
+def _qat(stream: ByteSource, _: PageReader) -> Decoded:
     content = stream.read(0, _QAT.size)
     if len(content) < _QAT.size:
         return Decoded("qat", [], [f"the header is cut off at byte {len(content)}"])
@@ -142,7 +142,9 @@ def _qat(stream: Window, _: PageReader) -> Decoded:
     return Decoded("qat", [Section("header", 0, len(content), values)], [])
 
 
-def _walk(stream: Window, layout: str, step: Callable[[bytes], tuple[dict[str, Any], int] | str], head: int) -> Decoded:
+def _walk(
+    stream: ByteSource, layout: str, step: Callable[[bytes], tuple[dict[str, Any], int] | str], head: int
+) -> Decoded:
     """Walk over records that follow each other.
 
     :param head: bytes of a record's own header.
@@ -173,11 +175,11 @@ def _tagged_step(content: bytes) -> tuple[dict[str, Any], int] | str:
     return {"tag": tag, "tag_name": _TAGS.get(tag, "unknown"), "flags": flags}, size
 
 
-def _mlx5(stream: Window, _: PageReader) -> Decoded:
+def _mlx5(stream: ByteSource, _: PageReader) -> Decoded:
     return _walk(stream, "mlx5", _tagged_step, _TAGGED.size)
 
 
-def _tagged(stream: Window, _: PageReader) -> Decoded:
+def _tagged(stream: ByteSource, _: PageReader) -> Decoded:
     return _walk(stream, "mlx5-or-virtio", _tagged_step, _TAGGED.size)
 
 
@@ -190,20 +192,20 @@ def _xe_step(content: bytes) -> tuple[dict[str, Any], int] | str:
     return {"type": kind, "name": name, "tile": tile, "gt": gt, "flags": flags, "at": offset}, size
 
 
-def _xe(stream: Window, _: PageReader) -> Decoded:
+def _xe(stream: ByteSource, _: PageReader) -> Decoded:
     return _walk(stream, "xe", _xe_step, _XE.size)
 
 
-def _unknown(stream: Window, _: PageReader) -> Decoded:
+def _unknown(stream: ByteSource, _: PageReader) -> Decoded:
     first = stream.read(0, FIRST)
     return Decoded("unknown", [Section("state", 0, stream.size, {"size": stream.size, "first_bytes": first.hex()})], [])
 
 
-def _rfc(stream: Window, read_page: PageReader) -> Decoded:
+def _rfc(stream: ByteSource, read_page: PageReader) -> Decoded:
     return gvt_words.decode(stream.read(0, IMAGE_LARGEST), read_page)
 
 
-def _candidates(first: bytes, driver: str) -> Iterator[Callable[[Window, PageReader], Decoded]]:
+def _candidates(first: bytes, driver: str) -> Iterator[Callable[[ByteSource, PageReader], Decoded]]:
     """Yield what a stream may be, the surest first."""
     if gvt_words.is_image(first):
         yield _rfc
@@ -225,7 +227,7 @@ def _candidates(first: bytes, driver: str) -> Iterator[Callable[[Window, PageRea
             yield _tagged
 
 
-def decode(stream: Window, read_page: PageReader = gvt_words.no_page, *, driver: str = "") -> Decoded:
+def decode(stream: ByteSource, read_page: PageReader = gvt_words.no_page, *, driver: str = "") -> Decoded:
     """Decode a state of any driver, as far as its layout is known.
 
     :param read_page: gives pages of guest memory, for what a GVT-g vGPU has queued.

@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Bytes that may be too many for memory, read by offset: a buffer, a file, or the state in an archive's members."""
+"""Bytes that may be too many for memory, read by offset: a buffer, a file, or parts of either."""
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_right
 from itertools import accumulate
-from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
+from typing import BinaryIO, Final, Protocol
 
 from vfio_mig.image.files import host_error
-
-if TYPE_CHECKING:
-    from vfio_mig.image.archive import Archive
 
 STEP: Final = 1 << 20
 """Bytes that a search looks at in one go."""
 
 
-class Window(Protocol):
+class ByteSource(Protocol):
     """Bytes by offset."""
 
     @property
@@ -28,8 +25,8 @@ class Window(Protocol):
         """Return the bytes from *at* on: at most *size*, fewer at the end."""
 
 
-class BytesWindow:
-    """A buffer as a window."""
+class BufferSource:
+    """A buffer as a source."""
 
     def __init__(self, content: bytes) -> None:
         self._content = content
@@ -40,8 +37,8 @@ class BytesWindow:
         return self._content[at : at + size]
 
 
-class FileWindow:
-    """A regular file as a window, as long as it was at first; it must stay open."""
+class FileSource:
+    """A regular file as a source, as long as it was at first; it must stay open."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -59,10 +56,10 @@ class FileWindow:
             raise host_error("cannot read", name if isinstance(name, str) else "input", error) from error
 
 
-class PartWindow:
-    """A part of a window."""
+class PartSource:
+    """A part of a source."""
 
-    def __init__(self, whole: Window, at: int, size: int) -> None:
+    def __init__(self, whole: ByteSource, at: int, size: int) -> None:
         self._whole = whole
         self._at = at
         self.size: int = max(0, min(size, whole.size - at))
@@ -72,37 +69,10 @@ class PartWindow:
         return self._whole.read(self._at + at, max(0, min(size, self.size - at)))
 
 
-class StateWindow:
-    """The state of an archive; keeps one member of it in memory."""
+class PiecesSource:
+    """Pieces of a source, one behind the other: (offset, bytes) each."""
 
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
-        self._members = [member for member in archive.members if member.kind == "state"]
-        self._starts = [0, *accumulate(member.size for member in self._members)]
-        self._loaded: tuple[int, bytes] = (-1, b"")
-        self.size: int = self._starts[-1]
-
-    def read(self, at: int, size: int) -> bytes:
-        """Read a part of the state.
-
-        :raises ImageError: the file has changed meanwhile.
-        """
-        parts: list[bytes] = []
-        end = min(at + size, self.size)
-        while at < end:
-            number = bisect_right(self._starts, at) - 1
-            if self._loaded[0] != number:
-                self._loaded = (number, self._archive.content(self._members[number]))
-            start = at - self._starts[number]
-            parts.append(self._loaded[1][start : start + end - at])
-            at += len(parts[-1])
-        return b"".join(parts)
-
-
-class FramesWindow:
-    """Pieces of a window, one behind the other: (offset, bytes) each."""
-
-    def __init__(self, whole: Window, frames: list[tuple[int, int]]) -> None:
+    def __init__(self, whole: ByteSource, frames: list[tuple[int, int]]) -> None:
         self._whole = whole
         self._frames = [frame for frame in frames if frame[1]]
         self._starts = [0, *accumulate(size for _, size in self._frames)]
@@ -123,11 +93,11 @@ class FramesWindow:
         return b"".join(parts)
 
 
-def find(window: Window, pattern: bytes, at: int, end: int | None = None) -> int:
+def find(source: ByteSource, pattern: bytes, at: int, end: int | None = None) -> int:
     """Return where *pattern* begins next, from *at* on and whole before *end*; -1 if nowhere."""
-    end = window.size if end is None else min(end, window.size)
+    end = source.size if end is None else min(end, source.size)
     while at + len(pattern) <= end:
-        block = window.read(at, min(STEP, end - at))
+        block = source.read(at, min(STEP, end - at))
         place = block.find(pattern)
         if place >= 0:
             return at + place
