@@ -12,7 +12,7 @@ from vfio_mig.conform.registry import all_checks
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vfio_mig.conform.check import Check
+    from vfio_mig.conform.kit.check import Check
 
 DOCS: Final = Path(__file__).parents[1] / "docs/conform.md"
 BEGIN: Final = "<!-- checks: python -m tools.conform_table -->"

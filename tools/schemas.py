@@ -13,9 +13,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from vfio_mig.conform.check import Check as ConformCheck
-from vfio_mig.conform.check import Result
-from vfio_mig.conform.runner import Report
+from vfio_mig.conform.kit.check import Check as ConformCheck
+from vfio_mig.conform.kit.check import Result
+from vfio_mig.conform.kit.runner import Report
 from vfio_mig.device import Region
 from vfio_mig.dirty.sync import Round
 from vfio_mig.errors import VfioMigError

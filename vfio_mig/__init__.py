@@ -23,7 +23,7 @@ processes). docs/concepts.md says what the words mean.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vfio_mig.conform.runner import conform_device
+    from vfio_mig.conform.kit.runner import conform_device
     from vfio_mig.dirty.memory import MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.errors import (
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
-    "conform.runner": ("conform_device",),
+    "conform.kit.runner": ("conform_device",),
     "dirty.memory": ("MemoryMap",),
     "dirty.ranges": ("PageRange",),
     "errors": (

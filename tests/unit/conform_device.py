@@ -10,8 +10,8 @@ import struct
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from vfio_mig import uapi
-from vfio_mig.conform.bench import Bench
-from vfio_mig.conform.raw import (
+from vfio_mig.conform.kit.rig import Rig
+from vfio_mig.conform.kit.v2_device import (
     DATA_SIZE,
     DEVICE_STATE,
     ERROR,
@@ -410,7 +410,7 @@ class Played(Kernel):
 
 
 class PlayedDevice(Device):
-    """What the bench has open; closing it does what the last close does."""
+    """What the rig has open; closing it does what the last close does."""
 
     def __init__(self, kernel: Played) -> None:
         super().__init__("played", -1)
@@ -430,10 +430,10 @@ class PlayedDevice(Device):
         return DeviceInfo(2 if "no reset flag" in self.kernel else 3, 9, 5)
 
 
-def bench_of(kernel: Played, second: Played | None = None, *, dangerous: bool = True) -> Bench:
-    """Put a played device on the bench."""
+def bench_of(kernel: Played, second: Played | None = None, *, dangerous: bool = True) -> Rig:
+    """Put a played device on the rig."""
     v2 = V2Device(kernel, DEVICE_FD, dangerous=dangerous)
     v2.flags = kernel.flags
     other = None if second is None else bench_of(second, dangerous=dangerous)
     same = second is not None and second.kind == kernel.kind
-    return Bench(PlayedDevice(kernel), v2=v2, opener=lambda: PlayedDevice(kernel), second=other, same_type=same)
+    return Rig(PlayedDevice(kernel), v2=v2, opener=lambda: PlayedDevice(kernel), second=other, same_type=same)

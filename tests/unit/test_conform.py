@@ -16,35 +16,37 @@ from click.testing import CliRunner
 
 from tests.unit.conform_device import Played, bench_of
 from vfio_mig.cli.main import cli
-from vfio_mig.conform import dirty, raw, rfc_raw, runner
-from vfio_mig.conform.check import FAIL, OUTCOMES, PASS, SKIP, V2, WARN, Check, NotApplicable, Result
-from vfio_mig.conform.raw import NAMES, STATES
+from vfio_mig.conform.kit import rfc_device, runner, v2_device
+from vfio_mig.conform.kit.check import FAIL, OUTCOMES, PASS, SKIP, V2, WARN, Check, Result
+from vfio_mig.conform.kit.report import FORMATS
+from vfio_mig.conform.kit.runner import Report, run_check
+from vfio_mig.conform.kit.v2_device import NAMES, STATES
+from vfio_mig.conform.kit.verdict import NotApplicable
 from vfio_mig.conform.registry import all_checks, select
-from vfio_mig.conform.report import FORMATS
-from vfio_mig.conform.runner import Report, run_check
+from vfio_mig.conform.v2 import dirty
 from vfio_mig.errors import UsageError
 from vfio_mig.protocols import mainline_v2
 from vfio_mig.uapi import ffi
 
 LAYOUTS: Final = (
-    raw.HEAD,
-    raw.STATE,
-    raw.INFO,
-    raw.NUMBER,
+    v2_device.HEAD,
+    v2_device.STATE,
+    v2_device.INFO,
+    v2_device.NUMBER,
     dirty.CONTROL,
     dirty.RANGE,
     dirty.REQUEST,
-    rfc_raw.STATUS,
-    rfc_raw.DIRTY,
+    rfc_device.STATUS,
+    rfc_device.DIRTY,
 )
 DOCS: Final = Path(__file__).parents[2] / "docs/conform.md"
 
 
 def run(kernel: Played, *patterns: str, second: Played | None = None, dangerous: bool = True) -> dict[str, Result]:
-    bench = bench_of(kernel, second, dangerous=dangerous)
+    rig = bench_of(kernel, second, dangerous=dangerous)
     checks = select(patterns, V2)
-    results = {check.id: run_check(check, bench, dangerous=dangerous) for check in checks}
-    bench.begin()
+    results = {check.id: run_check(check, rig, dangerous=dangerous) for check in checks}
+    rig.begin()
     return results
 
 
@@ -70,21 +72,21 @@ def test_ids_are_unique_and_every_check_says_what_where_and_what_is_expected() -
 
 def test_the_raw_structs_have_the_sizes_of_the_header_s() -> None:
     assert {
-        raw.HEAD: ffi.sizeof("struct vfio_device_feature"),
-        raw.STATE: ffi.sizeof("struct vfio_device_feature_mig_state"),
-        raw.INFO: ffi.sizeof("struct vfio_precopy_info"),
-        raw.NUMBER: ffi.sizeof("struct vfio_device_feature_mig_data_size"),
+        v2_device.HEAD: ffi.sizeof("struct vfio_device_feature"),
+        v2_device.STATE: ffi.sizeof("struct vfio_device_feature_mig_state"),
+        v2_device.INFO: ffi.sizeof("struct vfio_precopy_info"),
+        v2_device.NUMBER: ffi.sizeof("struct vfio_device_feature_mig_data_size"),
         dirty.CONTROL: ffi.sizeof("struct vfio_device_feature_dma_logging_control"),
         dirty.RANGE: ffi.sizeof("struct vfio_device_feature_dma_logging_range"),
         dirty.REQUEST: ffi.sizeof("struct vfio_device_feature_dma_logging_report"),
-        rfc_raw.STATUS: ffi.sizeof("struct vfio_pci_status_set"),
-        rfc_raw.DIRTY: ffi.sizeof("struct vfio_pci_get_dirty_bitmap"),
+        rfc_device.STATUS: ffi.sizeof("struct vfio_pci_status_set"),
+        rfc_device.DIRTY: ffi.sizeof("struct vfio_pci_get_dirty_bitmap"),
     } == {layout: layout.size for layout in LAYOUTS}
 
 
 def test_states_have_the_names_that_they_have_everywhere() -> None:
     assert dict(enumerate(NAMES)) == mainline_v2.NAMES
-    assert sorted([raw.ERROR, *STATES]) == sorted(mainline_v2.NAMES)
+    assert sorted([v2_device.ERROR, *STATES]) == sorted(mainline_v2.NAMES)
 
 
 def test_every_pair_of_states_has_its_check() -> None:
@@ -220,8 +222,8 @@ DEFECTS: Final = [
 
 @pytest.mark.parametrize(("defect", "check", "outcome"), DEFECTS)
 def test_a_defect_is_found_by_its_check(defect: str, check: str, outcome: str) -> None:
-    bench = bench_of(Played(7, defect.split(", ")))
-    assert run_check(select([check])[0], bench, dangerous=True).outcome == outcome
+    rig = bench_of(Played(7, defect.split(", ")))
+    assert run_check(select([check])[0], rig, dangerous=True).outcome == outcome
     assert run_check(select([check])[0], bench_of(Played()), dangerous=True).outcome == PASS
 
 
@@ -279,11 +281,11 @@ def test_a_check_that_breaks_is_its_own_failure_and_no_other_s() -> None:
     def skips(_: object) -> str:
         raise NotApplicable("nothing there")
 
-    bench = bench_of(Played())
-    broken = run_check(Check("v2.x.y", "r", "s", "e", breaks), bench)
+    rig = bench_of(Played())
+    broken = run_check(Check("v2.x.y", "r", "s", "e", breaks), rig)
     assert (broken.outcome, broken.seen) == (FAIL, r"ZeroDivisionError: by zero\n")
-    assert run_check(Check("v2.x.y", "r", "s", "e", skips), bench)[4:6] == ("nothing there", SKIP)
-    assert run_check(select(["v2.arc.running.stop"])[0], bench).outcome == PASS
+    assert run_check(Check("v2.x.y", "r", "s", "e", skips), rig)[4:6] == ("nothing there", SKIP)
+    assert run_check(select(["v2.arc.running.stop"])[0], rig).outcome == PASS
 
 
 def test_a_signal_is_no_check_s_result() -> None:

@@ -171,7 +171,7 @@ def test_the_program_s_entry_is_nothing_but_the_command_line() -> None:
         ("vfio_mig.errors", "from vfio_mig import uapi", ["vfio_mig.uapi"]),
         ("vfio_mig.interrupts", "from vfio_mig.jobs import save", ["vfio_mig.jobs.save"]),
         ("vfio_mig.jobs.x", "from vfio_mig.cli.output import say", ["vfio_mig.cli.output.say"]),
-        ("vfio_mig.jobs.x", "from vfio_mig.conform import check", ["vfio_mig.conform.check"]),
+        ("vfio_mig.jobs.x", "from vfio_mig.conform.kit import check", ["vfio_mig.conform.kit.check"]),
         ("vfio_mig.jobs.x", "from vfio_mig.vm import machine", ["vfio_mig.vm.machine"]),
         ("vfio_mig.vm.x", "from vfio_mig.cli.output import put", ["vfio_mig.cli.output.put"]),
         ("vfio_mig.conform.x", "from vfio_mig.cli import output", ["vfio_mig.cli.output"]),

@@ -6,13 +6,14 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from vfio_mig.conform import arcs, dirty, ends, fds, feature, precopy, rfc, streams
+from vfio_mig.conform import rfc
+from vfio_mig.conform.v2 import arcs, dirty, ends, fds, feature, precopy, streams
 from vfio_mig.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vfio_mig.conform.check import Check
+    from vfio_mig.conform.kit.check import Check
 
 
 def all_checks() -> list[Check]:

@@ -12,17 +12,18 @@ import random
 import struct
 from typing import TYPE_CHECKING, Final
 
-from vfio_mig.conform.bench import first_difference
-from vfio_mig.conform.check import RFC, Checks, Deviation, NotApplicable, require
-from vfio_mig.conform.feature import refusal
-from vfio_mig.conform.rfc_raw import PAGE, STATUS
+from vfio_mig.conform.kit.check import RFC, Checks
+from vfio_mig.conform.kit.rfc_device import PAGE, STATUS
+from vfio_mig.conform.kit.rig import first_difference
+from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, require
+from vfio_mig.conform.v2.feature import refusal
 from vfio_mig.device import MMAP, READ, WRITE
 from vfio_mig.errors import ImageError
 from vfio_mig.image import gvt
 
 if TYPE_CHECKING:
-    from vfio_mig.conform.bench import Bench
-    from vfio_mig.conform.rfc_raw import Rfc
+    from vfio_mig.conform.kit.rfc_device import Rfc
+    from vfio_mig.conform.kit.rig import Rig
 
 _STRUCTS: Final = "cdefs/gvt_rfc.h"
 INFO: Final = Checks("rfc.info", f"{_STRUCTS}, VFIO_DEVICE_FLAGS_MIGRATABLE", RFC)
@@ -47,15 +48,15 @@ _PCI: Final = 2
 
 
 @INFO.add("flags", "the device is a PCI one, and MIGRATABLE", "both flags")
-def _flags(bench: Bench) -> str:
-    flags, needed = bench.device.info().flags, bench.rfc.profile.migratable_flag | _PCI
+def _flags(rig: Rig) -> str:
+    flags, needed = rig.device.info().flags, rig.rfc.profile.migratable_flag | _PCI
     require(flags & needed == needed, f"flags {flags:#x}")
     return f"flags {flags:#x}"
 
 
 @INFO.add("region", "the state region can be read and written, not mapped, and has no type", "9 MiB, rw-, no type")
-def _region(bench: Bench) -> str:
-    region, profile = bench.rfc.region, bench.rfc.profile
+def _region(rig: Rig) -> str:
+    region, profile = rig.rfc.region, rig.rfc.profile
     kind = "no type" if region.type is None else f"type {region.type:#x}"
     seen = f"{region.size} bytes, {region.access}, {kind}"
     require(region.size == profile.image_max, seen)
@@ -68,65 +69,65 @@ def _region(bench: Bench) -> str:
 
 
 @STATUS_CHECKS.add("stop", "STOP stops the device", "0")
-def _stop(bench: Bench) -> str:
-    bench.rfc.stop()
+def _stop(rig: Rig) -> str:
+    rig.rfc.stop()
     return "0"
 
 
 @STATUS_CHECKS.add("start", "START lets it go on", "0")
-def _start(bench: Bench) -> str:
-    bench.rfc.stop()
-    bench.rfc.start()
+def _start(rig: Rig) -> str:
+    rig.rfc.stop()
+    rig.rfc.start()
     return "0"
 
 
 @STATUS_CHECKS.add("stop-twice", "a second STOP changes nothing", "0, 0")
-def _stop_twice(bench: Bench) -> str:
-    bench.rfc.stop()
-    bench.rfc.stop()
+def _stop_twice(rig: Rig) -> str:
+    rig.rfc.stop()
+    rig.rfc.stop()
     return "0, 0"
 
 
 @STATUS_CHECKS.add("start-twice", "a second START changes nothing", "0, 0")
-def _start_twice(bench: Bench) -> str:
-    bench.rfc.start()
-    bench.rfc.start()
+def _start_twice(rig: Rig) -> str:
+    rig.rfc.start()
+    rig.rfc.start()
     return "0, 0"
 
 
 @STATUS_CHECKS.add("no-flag", "without a flag it is refused", "EINVAL or EFAULT")
-def _no_flag(bench: Bench) -> str:
-    return refusal(lambda: bench.rfc.status(0), *BAD_FLAGS)
+def _no_flag(rig: Rig) -> str:
+    return refusal(lambda: rig.rfc.status(0), *BAD_FLAGS)
 
 
 @STATUS_CHECKS.add("both-flags", "STOP and START exclude each other", "EINVAL or EFAULT")
-def _both(bench: Bench) -> str:
-    profile = bench.rfc.profile
-    return refusal(lambda: bench.rfc.status(profile.stop | profile.start), *BAD_FLAGS)
+def _both(rig: Rig) -> str:
+    profile = rig.rfc.profile
+    return refusal(lambda: rig.rfc.status(profile.stop | profile.start), *BAD_FLAGS)
 
 
 @STATUS_CHECKS.add("unknown-flag", "an unknown flag is refused", "EINVAL or EFAULT")
-def _unknown(bench: Bench) -> str:
-    refusal(lambda: bench.rfc.status(1 << 31), *BAD_FLAGS)
-    return refusal(lambda: bench.rfc.status(1 << 31 | bench.rfc.profile.stop), *BAD_FLAGS)
+def _unknown(rig: Rig) -> str:
+    refusal(lambda: rig.rfc.status(1 << 31), *BAD_FLAGS)
+    return refusal(lambda: rig.rfc.status(1 << 31 | rig.rfc.profile.stop), *BAD_FLAGS)
 
 
 @STATUS_CHECKS.add("short-argsz", "argsz smaller than the struct is refused", "EINVAL or EFAULT")
-def _short(bench: Bench) -> str:
-    rfc = bench.rfc
+def _short(rig: Rig) -> str:
+    rfc = rig.rfc
     refusal(lambda: rfc.status(rfc.profile.stop, argsz=0), *BAD_FLAGS)
     return refusal(lambda: rfc.status(rfc.profile.stop, argsz=STATUS.size - 1), *BAD_FLAGS)
 
 
 @STATUS_CHECKS.add("long-argsz", "a larger argsz than needed is accepted", "0")
-def _long(bench: Bench) -> str:
-    bench.rfc.status(bench.rfc.profile.stop, argsz=64)
+def _long(rig: Rig) -> str:
+    rig.rfc.status(rig.rfc.profile.stop, argsz=64)
     return "0"
 
 
 @STATUS_CHECKS.add("bad-pointer", "a struct that cannot be read is refused", "EFAULT")
-def _status_pointer(bench: Bench) -> str:
-    rfc = bench.rfc
+def _status_pointer(rig: Rig) -> str:
+    rfc = rig.rfc
     return refusal(lambda: rfc.kernel.ioctl(rfc.fd, rfc.profile.status_set, 8), errno.EFAULT)
 
 
@@ -134,90 +135,90 @@ def _status_pointer(bench: Bench) -> str:
 
 
 @DIRTY.add("one-page", "the bitmap of one page can be asked for", "0")
-def _one(bench: Bench) -> str:
-    bench.rfc.dirty(0, 1)
+def _one(rig: Rig) -> str:
+    rig.rfc.dirty(0, 1)
     return "0"
 
 
 @DIRTY.add("no-page", "no page is a bitmap of one empty word", "0, no bits")
-def _no_page(bench: Bench) -> str:
-    require(not any(bench.rfc.dirty(0, 0)), "bits")
+def _no_page(rig: Rig) -> str:
+    require(not any(rig.rfc.dirty(0, 0)), "bits")
     return "0, no bits"
 
 
 @DIRTY.add("most-pages", "2^20 pages can be asked for at once", "0")
-def _most(bench: Bench) -> str:
-    bits = int.from_bytes(bench.rfc.dirty(0, PAGES_MAX), "little").bit_count()
+def _most(rig: Rig) -> str:
+    bits = int.from_bytes(rig.rfc.dirty(0, PAGES_MAX), "little").bit_count()
     return f"0, {bits} bits"
 
 
 @DIRTY.add("no-memory", "where the guest has no memory nothing is dirty", "0, no bits")
-def _no_memory(bench: Bench) -> str:
-    bits = int.from_bytes(bench.rfc.dirty(FAR, 4096), "little").bit_count()
+def _no_memory(rig: Rig) -> str:
+    bits = int.from_bytes(rig.rfc.dirty(FAR, 4096), "little").bit_count()
     require(not bits, f"{bits} bits")
     return "0, no bits"
 
 
-def _stopped(bench: Bench) -> Rfc:
-    bench.rfc.stop()
-    return bench.rfc
+def _stopped(rig: Rig) -> Rfc:
+    rig.rfc.stop()
+    return rig.rfc
 
 
 @DIRTY.add("unaligned", "the low 12 bits of the address are not heard", "the same bits")
-def _unaligned(bench: Bench) -> str:
-    rfc = _stopped(bench)
+def _unaligned(rig: Rig) -> str:
+    rfc = _stopped(rig)
     require(rfc.dirty(PAGE, 4096) == rfc.dirty(PAGE | 0x123, 4096), "other bits")
     return "the same bits"
 
 
 @DIRTY.add("repeat", "asking clears nothing", "the same bits twice")
-def _repeat(bench: Bench) -> str:
-    rfc = _stopped(bench)
+def _repeat(rig: Rig) -> str:
+    rfc = _stopped(rig)
     require(rfc.dirty(0, PAGES_MAX) == rfc.dirty(0, PAGES_MAX), "other bits")
     return "the same bits twice"
 
 
 @DIRTY.add("stopped", "a stopped device answers as well as one that runs", "0, 0")
-def _dirty_stopped(bench: Bench) -> str:
-    bench.rfc.dirty(0, 4096)
-    bench.rfc.stop()
-    bench.rfc.dirty(0, 4096)
+def _dirty_stopped(rig: Rig) -> str:
+    rig.rfc.dirty(0, 4096)
+    rig.rfc.stop()
+    rig.rfc.dirty(0, 4096)
     return "0, 0"
 
 
 @DIRTY.add("overwrites", "what was in the buffer does not stay", "the same bits")
-def _overwrites(bench: Bench) -> str:
-    rfc = _stopped(bench)
+def _overwrites(rig: Rig) -> str:
+    rfc = _stopped(rig)
     size = 4096 // 8
     require(rfc.dirty(0, 4096)[:size] == rfc.dirty(0, 4096, fill=0xFF)[:size], "bits of before")
     return "the same bits"
 
 
 @DIRTY.add("overrun", "no more is written than the bitmap and one word", "the rest as it was")
-def _overrun(bench: Bench) -> str:
+def _overrun(rig: Rig) -> str:
     for pages in (0, 1, 63, 64, 65, 4096):
-        written = bench.rfc.dirty(0, pages, fill=_FILL, room=GUARD)
+        written = rig.rfc.dirty(0, pages, fill=_FILL, room=GUARD)
         require(written[-GUARD:] == bytes([_FILL]) * GUARD, f"more, for {pages} pages")
     return "the rest as it was"
 
 
 @DIRTY.add("tail", "bits behind the last page are 0", "0")
-def _tail(bench: Bench) -> str:
+def _tail(rig: Rig) -> str:
     for pages in (1, 7, 63, 65, 4095):
-        bits = int.from_bytes(bench.rfc.dirty(0, pages)[: -(-pages // 64) * 8], "little")
+        bits = int.from_bytes(rig.rfc.dirty(0, pages)[: -(-pages // 64) * 8], "little")
         require(not bits >> pages, f"bits, for {pages} pages")
     return "0"
 
 
 @DIRTY.add("bad-pointer", "a struct that cannot be read is refused", "EFAULT")
-def _dirty_pointer(bench: Bench) -> str:
-    rfc = bench.rfc
+def _dirty_pointer(rig: Rig) -> str:
+    rfc = rig.rfc
     return refusal(lambda: rfc.kernel.ioctl(rfc.fd, rfc.profile.get_dirty, 8), errno.EFAULT)
 
 
 @DIRTY.add("read-only", "a bitmap that cannot be written is refused", "EFAULT")
-def _dirty_read_only(bench: Bench) -> str:
-    return refusal(lambda: bench.rfc.dirty_into_read_only(64), errno.EFAULT)
+def _dirty_read_only(rig: Rig) -> str:
+    return refusal(lambda: rig.rfc.dirty_into_read_only(64), errno.EFAULT)
 
 
 # --- the state
@@ -232,27 +233,27 @@ def _without_noise(region: bytes) -> bytes:
 
 
 @STATE.add("read", "one read of the whole region gives a whole image", "an image")
-def _read(bench: Bench) -> str:
-    region = _stopped(bench).read()
-    require(len(region) == bench.rfc.region.size, f"{len(region)} bytes")
+def _read(rig: Rig) -> str:
+    region = _stopped(rig).read()
+    require(len(region) == rig.rfc.region.size, f"{len(region)} bytes")
     try:
         view = memoryview(region)
-        image = gvt.parse(view[: gvt.data_size_of(view, image_max=bench.rfc.profile.image_max)])
+        image = gvt.parse(view[: gvt.data_size_of(view, image_max=rig.rfc.profile.image_max)])
     except ImageError as error:
         raise Deviation(str(error)) from error
     return f"{image.data_size} bytes, {', '.join(image.records)}"
 
 
 @STATE.add("read-offset", "a read at another place in the region is refused", "an error")
-def _read_offset(bench: Bench) -> str:
-    rfc = _stopped(bench)
+def _read_offset(rig: Rig) -> str:
+    rfc = _stopped(rig)
     refusal(lambda: rfc.read(PAGE, 4))
     return refusal(lambda: rfc.read(PAGE, PAGE))
 
 
 @STATE.add("repeat", "a stopped device's state read twice is the same", "the same bytes")
-def _state_repeat(bench: Bench) -> str:
-    rfc = _stopped(bench)
+def _state_repeat(rig: Rig) -> str:
+    rfc = _stopped(rig)
     one, other = _without_noise(rfc.read()), _without_noise(rfc.read())
     require(one == other, f"other at {first_difference(one, other)}")
     return f"the same {len(one)} bytes"
@@ -263,8 +264,8 @@ def _state_repeat(bench: Bench) -> str:
     "the state of a running device can be read, and it can be stopped and started afterwards",
     "an image, 0, 0",
 )
-def _running(bench: Bench) -> str:
-    rfc = bench.rfc
+def _running(rig: Rig) -> str:
+    rfc = rig.rfc
     kind, size, _, data_size = _HEAD.unpack_from(rfc.read())
     require(kind == gvt.HEAD and size == gvt.HEAD_SIZE - gvt.RECORD.size, f"record type {kind} of {size} bytes")
     rfc.stop()
@@ -290,13 +291,13 @@ def _round(rfc: Rfc) -> str:
 
 
 @STATE.add("round-trip", "what was read is read again after it was written", "the same bytes")
-def _round_trip(bench: Bench) -> str:
-    return _round(bench.rfc)
+def _round_trip(rig: Rig) -> str:
+    return _round(rig.rfc)
 
 
 @STATE.add("write-offset", "a write at another place in the region is refused", "an error")
-def _write_offset(bench: Bench) -> str:
-    own, rfc = bench.rfc.own(), bench.rfc
+def _write_offset(rig: Rig) -> str:
+    own, rfc = rig.rfc.own(), rig.rfc
     image = own[: _HEAD.unpack_from(own)[3]] + bytes(gvt.RECORD.size)  # whole, so that nothing but its place is wrong
     if PAGE + len(image) > rfc.region.size:
         raise NotApplicable("the image leaves no room for another place")
@@ -304,10 +305,10 @@ def _write_offset(bench: Bench) -> str:
     return refusal(lambda: rfc.write_at(image, PAGE))
 
 
-def _bad(bench: Bench, region: bytes) -> str:
-    bench.rfc.own()
-    bench.rfc.stop()
-    return refusal(lambda: bench.rfc.write(region))
+def _bad(rig: Rig, region: bytes) -> str:
+    rig.rfc.own()
+    rig.rfc.stop()
+    return refusal(lambda: rig.rfc.write(region))
 
 
 def _patched(region: bytes, at: int, value: int) -> bytes:
@@ -315,37 +316,37 @@ def _patched(region: bytes, at: int, value: int) -> bytes:
 
 
 @STATE.add("bad-type", "an image that does not begin with HEAD is refused", "an error")
-def _bad_type(bench: Bench) -> str:
-    return _bad(bench, _patched(bench.rfc.own(), 0, gvt.VREG))
+def _bad_type(rig: Rig) -> str:
+    return _bad(rig, _patched(rig.rfc.own(), 0, gvt.VREG))
 
 
 @STATE.add("bad-data-size", "an image that says that it is none, or too long, is refused", "an error")
-def _bad_size(bench: Bench) -> str:
-    own = bench.rfc.own()
-    _bad(bench, _patched(own, _DATA_SIZE_AT, 0xFFFFFFFF))
-    return _bad(bench, _patched(own, _DATA_SIZE_AT, bench.rfc.region.size))
+def _bad_size(rig: Rig) -> str:
+    own = rig.rfc.own()
+    _bad(rig, _patched(own, _DATA_SIZE_AT, 0xFFFFFFFF))
+    return _bad(rig, _patched(own, _DATA_SIZE_AT, rig.rfc.region.size))
 
 
 @STATE.add("bad-record", "an image with a record of a wrong size is refused", "an error")
-def _bad_record(bench: Bench) -> str:
-    return _bad(bench, _patched(bench.rfc.own(), gvt.HEAD_SIZE + 4, 1))
+def _bad_record(rig: Rig) -> str:
+    return _bad(rig, _patched(rig.rfc.own(), gvt.HEAD_SIZE + 4, 1))
 
 
 @STATE.add("zeros", "zeros are refused", "an error")
-def _zeros(bench: Bench) -> str:
-    return _bad(bench, b"")
+def _zeros(rig: Rig) -> str:
+    return _bad(rig, b"")
 
 
 @STATE.add("random", "random bytes are refused", "an error")
-def _random(bench: Bench) -> str:
-    return _bad(bench, random.Random(2017).randbytes(PAGE))  # noqa: S311 -- no secret
+def _random(rig: Rig) -> str:
+    return _bad(rig, random.Random(2017).randbytes(PAGE))  # noqa: S311 -- no secret
 
 
 @STATE.add("refused-recovers", "after an image was refused a reset recovers", "a whole one loads")
-def _refused_recovers(bench: Bench) -> str:
-    _bad(bench, b"")
-    bench.rfc.reset()
-    return _round(bench.rfc)
+def _refused_recovers(rig: Rig) -> str:
+    _bad(rig, b"")
+    rig.rfc.reset()
+    return _round(rig.rfc)
 
 
 @STATE.add(
@@ -354,8 +355,8 @@ def _refused_recovers(bench: Bench) -> str:
     "an error, or no more than the region",
     danger="trees of 2018 check where an access begins, and run over their buffer",
 )
-def _too_long(bench: Bench) -> str:
-    rfc, own = bench.rfc, bench.rfc.own()
+def _too_long(rig: Rig) -> str:
+    rfc, own = rig.rfc, rig.rfc.own()
     rfc.stop()
     seen = []
 
@@ -380,16 +381,16 @@ def _too_long(bench: Bench) -> str:
 
 
 @ENDS.add("reset.running", "a device that runs can be reset", "0, and STOP and START work")
-def _reset_running(bench: Bench) -> str:
-    bench.rfc.reset()
-    bench.rfc.stop()
-    bench.rfc.start()
+def _reset_running(rig: Rig) -> str:
+    rig.rfc.reset()
+    rig.rfc.stop()
+    rig.rfc.start()
     return "0, 0, 0"
 
 
 @ENDS.add("reset.stopped", "a stopped device can be reset", "0, and an image can be read")
-def _reset_stopped(bench: Bench) -> str:
-    rfc = _stopped(bench)
+def _reset_stopped(rig: Rig) -> str:
+    rfc = _stopped(rig)
     rfc.reset()
     rfc.stop()
     require(_HEAD.unpack_from(rfc.read())[0] == gvt.HEAD, "no image")
@@ -398,11 +399,11 @@ def _reset_stopped(bench: Bench) -> str:
 
 
 @ENDS.add("close.stopped", "who opens a device that was closed while it was stopped can use it", "an image, 0, 0")
-def _close_stopped(bench: Bench) -> str:
-    bench.require_own()
-    _stopped(bench)
-    bench.reopen()
-    rfc = bench.rfc
+def _close_stopped(rig: Rig) -> str:
+    rig.require_own()
+    _stopped(rig)
+    rig.reopen()
+    rfc = rig.rfc
     require(_HEAD.unpack_from(rfc.read())[0] == gvt.HEAD, "no image")
     rfc.stop()
     rfc.start()
@@ -410,12 +411,12 @@ def _close_stopped(bench: Bench) -> str:
 
 
 @ENDS.add("second.round-trip", "a device of the same type takes the image, and gives the same", "the same bytes")
-def _second(bench: Bench) -> str:
-    if bench.second is None:
+def _second(rig: Rig) -> str:
+    if rig.second is None:
         raise NotApplicable("no --second device")
-    if not bench.same_type:
+    if not rig.same_type:
         raise NotApplicable("--second is of another type")
-    own, other = bench.rfc.own(), bench.second.rfc
+    own, other = rig.rfc.own(), rig.second.rfc
     other.own()
     other.stop()
     _load(other, own)

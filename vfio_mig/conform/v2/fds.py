@@ -8,12 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
-from vfio_mig.conform.check import DATA_FD, FSM, PRECOPY, STATE, Checks, Deviation, NotApplicable, require
-from vfio_mig.conform.feature import refusal
-from vfio_mig.conform.raw import RESUMING, RUNNING, STOP, STOP_COPY, errno_name, state_name
+from vfio_mig.conform.kit.check import DATA_FD, FSM, PRECOPY, STATE, Checks
+from vfio_mig.conform.kit.v2_device import RESUMING, RUNNING, STOP, STOP_COPY, errno_name, state_name
+from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, require
+from vfio_mig.conform.v2.feature import refusal
 
 if TYPE_CHECKING:
-    from vfio_mig.conform.bench import Bench
+    from vfio_mig.conform.kit.rig import Rig
 
 CHECKS: Final = Checks("v2.fd", DATA_FD)
 SINGLE: Final = 512
@@ -24,14 +25,14 @@ _NO_SUCH_IOCTL: Final = uapi.vfio_request("an ioctl that there is not", 99)
 
 
 @CHECKS.add("save-direction", "a saving session's fd cannot be written to", "EBADF")
-def _save_direction(bench: Bench) -> str:
-    fd = bench.v2.session(STOP_COPY)
-    return refusal(lambda: bench.v2.kernel.write(fd, b"x"), errno.EBADF)
+def _save_direction(rig: Rig) -> str:
+    fd = rig.v2.session(STOP_COPY)
+    return refusal(lambda: rig.v2.kernel.write(fd, b"x"), errno.EBADF)
 
 
 @CHECKS.add("save-seek", "a saving session's fd has no position to choose", "ESPIPE")
-def _save_seek(bench: Bench) -> str:
-    fd, kernel = bench.v2.session(STOP_COPY), bench.v2.kernel
+def _save_seek(rig: Rig) -> str:
+    fd, kernel = rig.v2.session(STOP_COPY), rig.v2.kernel
     refusal(lambda: kernel.seek(fd), errno.ESPIPE)
     return refusal(lambda: kernel.pread(fd, 1, 0), errno.ESPIPE)
 
@@ -42,20 +43,20 @@ def _save_seek(bench: Bench) -> str:
     "close-on-exec",
     source="vfio_main.c, vfio_ioct_mig_return_fd(): O_CLOEXEC",
 )
-def _save_cloexec(bench: Bench) -> str:
-    require(not bench.v2.kernel.is_inheritable(bench.v2.session(STOP_COPY)), "inherited")
+def _save_cloexec(rig: Rig) -> str:
+    require(not rig.v2.kernel.is_inheritable(rig.v2.session(STOP_COPY)), "inherited")
     return "close-on-exec"
 
 
 @CHECKS.add("resume-direction", "a resuming session's fd cannot be read", "EBADF")
-def _resume_direction(bench: Bench) -> str:
-    fd = bench.v2.session(RESUMING)
-    return refusal(lambda: bench.v2.kernel.read(fd, 1), errno.EBADF)
+def _resume_direction(rig: Rig) -> str:
+    fd = rig.v2.session(RESUMING)
+    return refusal(lambda: rig.v2.kernel.read(fd, 1), errno.EBADF)
 
 
 @CHECKS.add("resume-seek", "a resuming session's fd has no position to choose", "ESPIPE")
-def _resume_seek(bench: Bench) -> str:
-    fd, kernel = bench.v2.session(RESUMING), bench.v2.kernel
+def _resume_seek(rig: Rig) -> str:
+    fd, kernel = rig.v2.session(RESUMING), rig.v2.kernel
     refusal(lambda: kernel.seek(fd), errno.ESPIPE)
     return refusal(lambda: kernel.pwrite(fd, b"x", 0), errno.ESPIPE)
 
@@ -66,87 +67,87 @@ def _resume_seek(bench: Bench) -> str:
     "close-on-exec",
     source="vfio_main.c, vfio_ioct_mig_return_fd(): O_CLOEXEC",
 )
-def _resume_cloexec(bench: Bench) -> str:
-    require(not bench.v2.kernel.is_inheritable(bench.v2.session(RESUMING)), "inherited")
+def _resume_cloexec(rig: Rig) -> str:
+    require(not rig.v2.kernel.is_inheritable(rig.v2.session(RESUMING)), "inherited")
     return "close-on-exec"
 
 
 @CHECKS.add("zero-read", "a read of no bytes takes none", "0, and the stream from its first byte")
-def _zero_read(bench: Bench) -> str:
-    bench.stream()
-    fd = bench.v2.session(STOP_COPY)
-    require(bench.v2.kernel.read(fd, 0) == b"", "bytes were returned")
-    return bench.compare(bench.v2.read_all(fd))
+def _zero_read(rig: Rig) -> str:
+    rig.stream()
+    fd = rig.v2.session(STOP_COPY)
+    require(rig.v2.kernel.read(fd, 0) == b"", "bytes were returned")
+    return rig.compare(rig.v2.read_all(fd))
 
 
 @CHECKS.add("zero-write", "a write of no bytes adds none", "0, and the stream loads")
-def _zero_write(bench: Bench) -> str:
-    stream = bench.stream()
-    fd = bench.v2.session(RESUMING)
-    done = bench.v2.kernel.write(fd, b"")
+def _zero_write(rig: Rig) -> str:
+    stream = rig.stream()
+    fd = rig.v2.session(RESUMING)
+    done = rig.v2.kernel.write(fd, b"")
     require(done == 0, f"write() of 0 bytes returned {done}")
-    bench.v2.write_all(fd, stream)
-    bench.v2.go(STOP)
+    rig.v2.write_all(fd, stream)
+    rig.v2.go(STOP)
     return "0, and the stream loads"
 
 
 @CHECKS.add(
     "eof-sticky", "in STOP_COPY the end of the stream is final: read() gives 0 from then on", "0, 0, 0", source=FSM
 )
-def _eof_sticky(bench: Bench) -> str:
-    fd = bench.v2.session(STOP_COPY)
-    bench.v2.read_all(fd)
+def _eof_sticky(rig: Rig) -> str:
+    fd = rig.v2.session(STOP_COPY)
+    rig.v2.read_all(fd)
     for _ in range(_END_READS):
-        more = bench.v2.kernel.read(fd, ODD)
+        more = rig.v2.kernel.read(fd, ODD)
         require(more == b"", f"{len(more)} bytes behind the end")
     return "0, 0, 0"
 
 
 @CHECKS.add("poll", "in STOP_COPY poll() says readable, at the end of the stream too", "POLLIN", source=PRECOPY)
-def _poll(bench: Bench) -> str:
-    fd = bench.v2.session(STOP_COPY)
-    bench.v2.read_all(fd)
-    require(bench.v2.kernel.is_readable(fd), "nothing at the end")
+def _poll(rig: Rig) -> str:
+    fd = rig.v2.session(STOP_COPY)
+    rig.v2.read_all(fd)
+    require(rig.v2.kernel.is_readable(fd), "nothing at the end")
     return "POLLIN"
 
 
 @CHECKS.add("byte-reads", "how the stream is cut into reads makes no difference", "the same bytes", source=STATE)
-def _byte_reads(bench: Bench) -> str:
-    bench.stream()
-    fd = bench.v2.session(STOP_COPY)
+def _byte_reads(rig: Rig) -> str:
+    rig.stream()
+    fd = rig.v2.session(STOP_COPY)
     parts = []
     for _ in range(SINGLE):
-        byte = bench.v2.kernel.read(fd, 1)
+        byte = rig.v2.kernel.read(fd, 1)
         require(len(byte) <= 1, f"{len(byte)} bytes for 1")
         parts.append(byte)
-    parts.append(bench.v2.read_all(fd, ODD << 6))
-    return bench.compare(b"".join(parts))
+    parts.append(rig.v2.read_all(fd, ODD << 6))
+    return rig.compare(b"".join(parts))
 
 
 @CHECKS.add("byte-writes", "how the stream is cut into writes makes no difference", "the same state", source=STATE)
-def _byte_writes(bench: Bench) -> str:
-    stream = bench.stream()
-    fd = bench.v2.session(RESUMING)
+def _byte_writes(rig: Rig) -> str:
+    stream = rig.stream()
+    fd = rig.v2.session(RESUMING)
     head, body, last = stream[:SINGLE], stream[SINGLE:-1], stream[max(SINGLE, len(stream) - 1) :]
     try:
-        bench.v2.write_all(fd, head, 1)
-        bench.v2.write_all(fd, body, ODD << 6)
-        bench.v2.write_all(fd, last)
+        rig.v2.write_all(fd, head, 1)
+        rig.v2.write_all(fd, body, ODD << 6)
+        rig.v2.write_all(fd, last)
     except OSError as error:
         raise Deviation(f"write(): {errno_name(error)}") from error
-    bench.v2.go(STOP)
-    return bench.compare(bench.v2.save())
+    rig.v2.go(STOP)
+    return rig.compare(rig.v2.save())
 
 
 @CHECKS.add("shared-position", "a duplicate of the fd shares its position", "each byte once")
-def _shared_position(bench: Bench) -> str:
-    v2, own = bench.v2, bench.stream()
+def _shared_position(rig: Rig) -> str:
+    v2, own = rig.v2, rig.stream()
     if len(own) < 2:  # noqa: PLR2004 -- one for each fd
         raise NotApplicable("its stream has one byte")
     fd = v2.session(STOP_COPY)
     copy = v2.keep(v2.kernel.dup(fd))
     first, rest = v2.kernel.read(copy, 1), v2.read_all(fd)
-    return bench.compare(first + rest)
+    return rig.compare(first + rest)
 
 
 @CHECKS.add(
@@ -155,51 +156,51 @@ def _shared_position(bench: Bench) -> str:
     "stop-copy, stop, and a whole save",
     source=STATE,
 )
-def _close_early(bench: Bench) -> str:
-    v2 = bench.v2
-    bench.stream()
+def _close_early(rig: Rig) -> str:
+    v2 = rig.v2
+    rig.stream()
     fd = v2.session(STOP_COPY)
     v2.kernel.read(fd, 1)
     v2.close(fd)
     now = v2.state()
     require(now == STOP_COPY, f"closing it led to {state_name(now)}")
     v2.go(STOP)
-    return bench.compare(v2.save())
+    return rig.compare(v2.save())
 
 
 @CHECKS.add("new-session", "a second session begins at the first byte", "the same bytes", source=FSM)
-def _new_session(bench: Bench) -> str:
-    v2 = bench.v2
-    bench.stream()
+def _new_session(rig: Rig) -> str:
+    v2 = rig.v2
+    rig.stream()
     v2.kernel.read(v2.session(STOP_COPY), ODD)
     v2.go(STOP)
-    return bench.compare(v2.read_all(v2.session(STOP_COPY)))
+    return rig.compare(v2.read_all(v2.session(STOP_COPY)))
 
 
 @CHECKS.add("old-stays-dead", "a new session does not revive the fd of an old one", "ENODEV", source=FSM)
-def _old_stays_dead(bench: Bench) -> str:
-    v2 = bench.v2
+def _old_stays_dead(rig: Rig) -> str:
+    v2 = rig.v2
     old = v2.session(STOP_COPY)
     v2.go(STOP)
     new = v2.session(STOP_COPY)
-    dead = bench.require_dead(old)
-    require(not bench.fate(new), f"the new one: {bench.fate(new)}")
+    dead = rig.require_dead(old)
+    require(not rig.fate(new), f"the new one: {rig.fate(new)}")
     return dead
 
 
 @CHECKS.add("bad-read-pointer", "a read into memory that there is not loses nothing", "EFAULT, the same bytes")
-def _bad_read(bench: Bench) -> str:
-    v2 = bench.v2
-    bench.stream()
+def _bad_read(rig: Rig) -> str:
+    v2 = rig.v2
+    rig.stream()
     fd = v2.session(STOP_COPY)
     head = v2.kernel.read(fd, 3)
     refusal(lambda: v2.kernel.read_nowhere(fd, 8), errno.EFAULT)
-    return f"EFAULT, {bench.compare(head + v2.read_all(fd))}"
+    return f"EFAULT, {rig.compare(head + v2.read_all(fd))}"
 
 
 @CHECKS.add("bad-write-pointer", "a write from memory that there is not adds nothing", "EFAULT, and the stream loads")
-def _bad_write(bench: Bench) -> str:
-    v2, stream = bench.v2, bench.stream()
+def _bad_write(rig: Rig) -> str:
+    v2, stream = rig.v2, rig.stream()
     fd = v2.session(RESUMING)
     refusal(lambda: v2.kernel.write_nowhere(fd, 8), errno.EFAULT)
     try:
@@ -207,7 +208,7 @@ def _bad_write(bench: Bench) -> str:
     except OSError as error:
         raise Deviation(f"EFAULT, then write(): {errno_name(error)}") from error
     v2.go(STOP)
-    return f"EFAULT, {bench.compare(v2.save())}"
+    return f"EFAULT, {rig.compare(v2.save())}"
 
 
 @CHECKS.add(
@@ -216,8 +217,8 @@ def _bad_write(bench: Bench) -> str:
     "ENOTTY",
     source="ioctl(2); PRECOPY_INFO is the only one",
 )
-def _unknown_ioctl(bench: Bench) -> str:
-    fd, kernel = bench.v2.session(STOP_COPY), bench.v2.kernel
+def _unknown_ioctl(rig: Rig) -> str:
+    fd, kernel = rig.v2.session(STOP_COPY), rig.v2.kernel
     refusal(lambda: kernel.ioctl(fd, uapi.DEVICE_RESET), errno.ENOTTY)
     return refusal(lambda: kernel.ioctl(fd, _NO_SUCH_IOCTL, bytearray(64)), errno.ENOTTY)
 
@@ -228,11 +229,11 @@ def _unknown_ioctl(bench: Bench) -> str:
     "EMFILE, then a whole save",
     source="vfio_main.c, vfio_ioct_mig_return_fd()",
 )
-def _emfile(bench: Bench) -> str:
+def _emfile(rig: Rig) -> str:
     import resource
 
-    v2 = bench.v2
-    bench.stream()
+    v2 = rig.v2
+    rig.stream()
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     for state in (STOP_COPY, RESUMING):
         lowest = v2.kernel.dup(v2.fd)
@@ -244,4 +245,4 @@ def _emfile(bench: Bench) -> str:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         v2.reset()
         require(v2.state() == RUNNING, f"after RESET it is in {state_name(v2.state())}")
-    return f"EMFILE, then {bench.compare(v2.save())}"
+    return f"EMFILE, then {rig.compare(v2.save())}"

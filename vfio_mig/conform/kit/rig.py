@@ -6,13 +6,13 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vfio_mig.conform.check import Deviation, NotApplicable, Weakness
-from vfio_mig.conform.raw import ERROR, RESUMING, RUNNING, SAVING, STOP, V2Device, errno_name, state_name
+from vfio_mig.conform.kit.v2_device import ERROR, RESUMING, RUNNING, SAVING, STOP, V2Device, errno_name, state_name
+from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfio_mig.conform.rfc_raw import Rfc
+    from vfio_mig.conform.kit.rfc_device import Rfc
     from vfio_mig.device import Device
 
 
@@ -39,7 +39,7 @@ def first_difference(one: bytes, other: bytes) -> int:
 
 
 def require_ended(fate: str, *, writing: bool) -> str:
-    """Judge what :meth:`Bench.fate` says of a session that has to have ended.
+    """Judge what :meth:`Rig.fate` says of a session that has to have ended.
 
     :raises Deviation: it goes on, or is full, which a live one may be.
     """
@@ -53,7 +53,7 @@ def require_ended(fate: str, *, writing: bool) -> str:
     return fate
 
 
-class Bench:
+class Rig:
     """One device under test.
 
     :param device: it; closed and opened again by :meth:`reopen`.
@@ -70,7 +70,7 @@ class Bench:
         v2: V2Device | None = None,
         rfc: Rfc | None = None,
         opener: Callable[[], Device] | None = None,
-        second: Bench | None = None,
+        second: Rig | None = None,
         same_type: bool = False,
     ) -> None:
         self.device = device

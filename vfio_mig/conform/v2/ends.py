@@ -6,20 +6,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from vfio_mig.conform.bench import require_ended
-from vfio_mig.conform.check import (
-    CLOSE,
-    FSM,
-    LEAVING,
-    Check,
-    Checks,
-    Deviation,
-    NotApplicable,
-    Weakness,
-    require,
-)
-from vfio_mig.conform.dirty import start, stop
-from vfio_mig.conform.raw import (
+from vfio_mig.conform.kit.check import CLOSE, FSM, LEAVING, Check, Checks
+from vfio_mig.conform.kit.rig import require_ended
+from vfio_mig.conform.kit.v2_device import (
     ERROR,
     LOG_START,
     NAMES,
@@ -32,11 +21,13 @@ from vfio_mig.conform.raw import (
     errno_name,
     state_name,
 )
+from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness, require
+from vfio_mig.conform.v2.dirty import start, stop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vfio_mig.conform.bench import Bench
+    from vfio_mig.conform.kit.rig import Rig
 
 RESET_FLAG: Final = 1
 """VFIO_DEVICE_FLAGS_RESET."""
@@ -45,45 +36,45 @@ CLOSED_IN_RESUMING: Final = "mtty oopses when a device that was closed in it lea
 HINT: Final = "no rule, but whoever believes the flags, as QEMU does, never resets it"
 
 
-def _whole_save(bench: Bench) -> str:
+def _whole_save(rig: Rig) -> str:
     """Make sure that the device works: it saves something, and as much as before if it always saves the same."""
-    saved = bench.v2.save()
-    if len(saved) != len(bench.stream()):
-        bench.compare(saved)
+    saved = rig.v2.save()
+    if len(saved) != len(rig.stream()):
+        rig.compare(saved)
     return f"{len(saved)} bytes saved afterwards"
 
 
-def _reset(state: int, bench: Bench) -> str:
-    v2 = bench.v2
-    bench.stream()
-    fd = bench.bring_to(state)
+def _reset(state: int, rig: Rig) -> str:
+    v2 = rig.v2
+    rig.stream()
+    fd = rig.bring_to(state)
     try:
         v2.reset()
     except OSError as error:
         raise Deviation(f"RESET: {errno_name(error)}") from error
     now = v2.state()
     require(now == RUNNING, f"after RESET it is in {state_name(now)}")
-    dead = f", fd {bench.require_dead(fd, writing=state == RESUMING)}" if fd >= 0 else ""
-    return f"running{dead}, {_whole_save(bench)}"
+    dead = f", fd {rig.require_dead(fd, writing=state == RESUMING)}" if fd >= 0 else ""
+    return f"running{dead}, {_whole_save(rig)}"
 
 
-def _close(state: int, bench: Bench) -> str:
-    bench.require_own()
-    v2 = bench.v2
-    bench.stream()
-    fd = bench.bring_to(state)
+def _close(state: int, rig: Rig) -> str:
+    rig.require_own()
+    v2 = rig.v2
+    rig.stream()
+    fd = rig.bring_to(state)
     fates = []
 
     def look() -> None:
         if fd >= 0:
-            fates.append(bench.fate(fd, writing=state == RESUMING))
+            fates.append(rig.fate(fd, writing=state == RESUMING))
 
-    bench.reopen(before=look)
+    rig.reopen(before=look)
     found = v2.state()
     for one in fates:
         require_ended(one, writing=state == RESUMING)
     v2.settle()
-    saved = _whole_save(bench)
+    saved = _whole_save(rig)
     fate = "".join(f"fd {name}, " for name in fates)
     if found != RUNNING:
         raise Weakness(f"{fate}the next user finds it in {state_name(found)}; after RESET {saved}", KEEPS)
@@ -115,10 +106,10 @@ MORE: Final = Checks("v2", FSM)
 
 
 @MORE.add("reset.twice", "RESET may be repeated", "running")
-def _reset_twice(bench: Bench) -> str:
+def _reset_twice(rig: Rig) -> str:
     for _ in range(2):
-        bench.v2.reset()
-        require(bench.v2.state() == RUNNING, state_name(bench.v2.state()))
+        rig.v2.reset()
+        require(rig.v2.state() == RUNNING, state_name(rig.v2.state()))
     return "running"
 
 
@@ -128,10 +119,10 @@ def _reset_twice(bench: Bench) -> str:
     "VFIO_DEVICE_FLAGS_RESET",
     source="linux/vfio.h, VFIO_DEVICE_GET_INFO",
 )
-def _reset_flag(bench: Bench) -> str:
-    flags = bench.device.info().flags
+def _reset_flag(rig: Rig) -> str:
+    flags = rig.device.info().flags
     try:
-        bench.v2.reset()
+        rig.v2.reset()
     except OSError as error:
         raise Deviation(f"flags {flags:#x}, RESET: {errno_name(error)}") from error
     if not flags & RESET_FLAG:
@@ -140,24 +131,24 @@ def _reset_flag(bench: Bench) -> str:
 
 
 @MORE.add("reset.error", "RESET leads out of ERROR", "running")
-def _reset_error(bench: Bench) -> str:
-    v2 = bench.v2
-    if not bench.fail_into_error():
+def _reset_error(rig: Rig) -> str:
+    v2 = rig.v2
+    if not rig.fail_into_error():
         raise NotApplicable(f"a refused stream leaves it in {state_name(v2.state())}")
     require(v2.state() == ERROR, state_name(v2.state()))
     v2.reset()
     require(v2.state() == RUNNING, state_name(v2.state()))
-    return f"running, {_whole_save(bench)}"
+    return f"running, {_whole_save(rig)}"
 
 
 @MORE.add("close.logging", "a device that was closed while it logged can log for the next user", "0", source=CLOSE)
-def _close_logging(bench: Bench) -> str:
-    bench.require_own()
-    v2 = bench.v2
+def _close_logging(rig: Rig) -> str:
+    rig.require_own()
+    v2 = rig.v2
     if not v2.offers(LOG_START, SET):
         raise NotApplicable("it has no DMA logging")
     start(v2)
-    bench.reopen()
+    rig.reopen()
     try:
         start(v2)
     except OSError as error:
@@ -166,45 +157,45 @@ def _close_logging(bench: Bench) -> str:
     return "0"
 
 
-def _second(bench: Bench, *, same_type: bool | None = None) -> Bench:
-    if bench.second is None:
+def _second(rig: Rig, *, same_type: bool | None = None) -> Rig:
+    if rig.second is None:
         raise NotApplicable("no --second device")
-    if same_type is not None and same_type != bench.same_type:
-        raise NotApplicable(f"--second is of {'the same' if bench.same_type else 'another'} type")
-    return bench.second
+    if same_type is not None and same_type != rig.same_type:
+        raise NotApplicable(f"--second is of {'the same' if rig.same_type else 'another'} type")
+    return rig.second
 
 
 @MORE.add("second.independent", "what is done to one device is not done to another", "each its own state")
-def _independent(bench: Bench) -> str:
-    other = _second(bench)
+def _independent(rig: Rig) -> str:
+    other = _second(rig)
     other.stream()
-    fd = bench.v2.session(STOP_COPY)
+    fd = rig.v2.session(STOP_COPY)
     require(other.v2.state() == RUNNING, f"the second is in {state_name(other.v2.state())}")
     other.v2.go(STOP)
     other.v2.reset()
-    require(bench.v2.state() == STOP_COPY, f"a reset of the second led to {state_name(bench.v2.state())}")
-    require(not bench.fate(fd), "a reset of the second ended the session")
+    require(rig.v2.state() == STOP_COPY, f"a reset of the second led to {state_name(rig.v2.state())}")
+    require(not rig.fate(fd), "a reset of the second ended the session")
     return "each its own state"
 
 
 @MORE.add("second.round-trip", "a device of the same type takes the stream, and saves the same", "the same bytes")
-def _second_round_trip(bench: Bench) -> str:
-    other = _second(bench, same_type=True)
-    stream = bench.stream()
+def _second_round_trip(rig: Rig) -> str:
+    other = _second(rig, same_type=True)
+    stream = rig.stream()
     other.stream()
     refused = other.try_to_load(stream)
     require(refused is None, str(refused))
     saved = other.v2.save()
     if saved != stream:
-        bench.require_repeatable()
-    return bench.compare(saved, stream)
+        rig.require_repeatable()
+    return rig.compare(saved, stream)
 
 
 @MORE.add("second.other-type", "a device of another type refuses the stream", "an error", source=LEAVING)
-def _other_type(bench: Bench) -> str:
-    other = _second(bench, same_type=False)
+def _other_type(rig: Rig) -> str:
+    other = _second(rig, same_type=False)
     other.stream()
-    refused = other.try_to_load(bench.stream())
+    refused = other.try_to_load(rig.stream())
     require(refused is not None, "it was loaded")
     return str(refused)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What a check is, how it comes to its result, and where the rules are from.
 
-A check is a function that takes the :class:`~vfio_mig.conform.bench.Bench` and returns what it has seen, in a few
+A check is a function that takes the :class:`~vfio_mig.conform.kit.rig.Rig` and returns what it has seen, in a few
 words; it raises :class:`Deviation` where a rule is broken, :class:`Weakness` where the header only recommends, and
 :class:`NotApplicable` where there is nothing to check. Its state at the start is RUNNING, and it need not clean up.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfio_mig.conform.bench import Bench
+    from vfio_mig.conform.kit.rig import Rig
 
 PASS: Final = "pass"  # noqa: S105 -- a result
 FAIL: Final = "fail"
@@ -58,7 +58,7 @@ class Check(NamedTuple):
     rule: str
     source: str
     expected: str
-    run: Callable[[Bench], str]
+    run: Callable[[Rig], str]
     family: str = V2
     danger: str = ""
 
@@ -81,29 +81,6 @@ class Result(NamedTuple):
     seconds: float
 
 
-class Deviation(Exception):  # noqa: N818 -- not an error of this program
-    """The device breaks the rule.
-
-    :param seen: what it did instead.
-    """
-
-    def __init__(self, seen: str, note: str = "") -> None:
-        super().__init__(seen)
-        self.seen = seen
-        self.note = note
-
-
-class Weakness(Deviation):
-    """The device does otherwise than recommended, or than every other does.
-
-    :param note: why that is not a failure.
-    """
-
-
-class NotApplicable(Exception):  # noqa: N818 -- nor is this
-    """There is nothing to check on this device; says why."""
-
-
 class Checks(list[Check]):
     """The checks of one module; a decorator puts functions into it.
 
@@ -118,25 +95,13 @@ class Checks(list[Check]):
 
     def add(
         self, name: str, rule: str, expected: str, *, source: str | None = None, danger: str = ""
-    ) -> Callable[[Callable[[Bench], str]], Callable[[Bench], str]]:
+    ) -> Callable[[Callable[[Rig], str]], Callable[[Rig], str]]:
         """Make a check of the decorated function."""
 
-        def keep(run: Callable[[Bench], str]) -> Callable[[Bench], str]:
+        def keep(run: Callable[[Rig], str]) -> Callable[[Rig], str]:
             self.append(
                 Check(f"{self._prefix}.{name}", rule, source or self._source, expected, run, self._family, danger)
             )
             return run
 
         return keep
-
-
-def require(holds: object, seen: str) -> None:
-    """Break the check off where the rule does not hold."""
-    if not holds:
-        raise Deviation(seen)
-
-
-def recommend(holds: object, seen: str, note: str) -> None:
-    """Make the check a warning where it does not hold."""
-    if not holds:
-        raise Weakness(seen, note)

@@ -10,11 +10,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig import interrupts
-from vfio_mig.conform.bench import Bench
-from vfio_mig.conform.check import FAIL, OUTCOMES, PASS, RFC, SKIP, V2, WARN, Deviation, NotApplicable, Result, Weakness
-from vfio_mig.conform.raw import Kernel, V2Device, errno_name
+from vfio_mig.conform.kit.check import FAIL, OUTCOMES, PASS, RFC, SKIP, V2, WARN, Result
+from vfio_mig.conform.kit.rfc_device import Rfc
+from vfio_mig.conform.kit.rig import Rig
+from vfio_mig.conform.kit.v2_device import Kernel, V2Device, errno_name
+from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness
 from vfio_mig.conform.registry import select
-from vfio_mig.conform.rfc_raw import Rfc
 from vfio_mig.errors import DeviceBusyError, DeviceError, UsageError, VfioMigError, printable
 from vfio_mig.host.lock import LOADING
 from vfio_mig.interrupts import protected, waiting
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from vfio_mig.conform.check import Check
+    from vfio_mig.conform.kit.check import Check
     from vfio_mig.device import Device
     from vfio_mig.host.discover import Snapshot
     from vfio_mig.jobs.session import Session
@@ -94,20 +95,20 @@ class Watchdog:
 
 
 @waiting
-def _played(check: Check, bench: Bench) -> str:
-    """Run a check; a driver may keep it waiting, and the bench copes with whatever state that leaves."""
-    return check.run(bench)
+def _played(check: Check, rig: Rig) -> str:
+    """Run a check; a driver may keep it waiting, and the rig copes with whatever state that leaves."""
+    return check.run(rig)
 
 
-def run_check(check: Check, bench: Bench, *, dangerous: bool = False) -> Result:
+def run_check(check: Check, rig: Rig, *, dangerous: bool = False) -> Result:
     """Run one check; whatever it raises becomes its result."""
     began = time.perf_counter()
     outcome, seen, note = PASS, "", ""
     if check.danger and not dangerous:
         return _result(check, SKIP, NOT_ASKED + check.danger, "", 0.0)
     try:
-        bench.begin()
-        seen = _played(check, bench)
+        rig.begin()
+        seen = _played(check, rig)
     except NotApplicable as reason:
         outcome, seen = SKIP, str(reason)
     except Weakness as found:
@@ -186,11 +187,11 @@ def _family(session: Session) -> str:
     return V2 if isinstance(session.protocol, MainlineV2) else RFC
 
 
-class _Bench:
-    """The bench of a session; at the end the device runs, with its own state, or the user is told that it does not."""
+class _OpenRig:
+    """The rig of a session; at the end the device runs, with its own state, or the user is told that it does not."""
 
     def __init__(
-        self, session: Session, settings: Settings, *, second: Bench | None, same_type: bool, dangerous: bool
+        self, session: Session, settings: Settings, *, second: Rig | None, same_type: bool, dangerous: bool
     ) -> None:
         self._session = session
         self._settings = settings
@@ -204,7 +205,7 @@ class _Bench:
         elif isinstance(protocol, GvtRfc):
             region = device.region(protocol.profile.state_index)
             rfc = Rfc(Kernel(), device.fileno(), protocol.profile, region)
-        self.bench: Final = Bench(
+        self.rig: Final = Rig(
             device,
             v2=v2,
             rfc=rfc,
@@ -218,9 +219,9 @@ class _Bench:
 
         return open_device(self._session.found, via=self._settings.via)
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> Rig:
         self._session.note(LOADING)
-        return self.bench
+        return self.rig
 
     @protected
     def __exit__(
@@ -228,7 +229,7 @@ class _Bench:
     ) -> None:
         problem = self._settle()
         self.left = self._session.state_after(started=True) if problem is None else UNDEFINED
-        self.bench.device.close()
+        self.rig.device.close()
         if problem is None:
             self._session.clear_note()
         elif isinstance(error, VfioMigError):
@@ -239,7 +240,7 @@ class _Bench:
     def _settle(self) -> DeviceError | None:
         name = self._session.device.name
         try:
-            self.bench.begin()
+            self.rig.begin()
         except (Deviation, NotApplicable, OSError, VfioMigError) as problem:
             what = errno_name(problem) if isinstance(problem, OSError) else str(problem)
             return DeviceError(
@@ -256,10 +257,10 @@ def _run(job: Job, session: Session, other: Session | None, checks: list[Check],
     with ExitStack() as stack:
         second = None
         if other is not None:
-            second = stack.enter_context(_Bench(other, settings, second=None, same_type=False, dangerous=dangerous))
-        one = _Bench(session, settings, second=second, same_type=same_type, dangerous=dangerous)
-        bench = stack.enter_context(one)
-        results = list(_results(job, session, bench, checks, dangerous=dangerous))
+            second = stack.enter_context(_OpenRig(other, settings, second=None, same_type=False, dangerous=dangerous))
+        one = _OpenRig(session, settings, second=second, same_type=same_type, dangerous=dangerous)
+        rig = stack.enter_context(one)
+        results = list(_results(job, session, rig, checks, dangerous=dangerous))
         seconds = time.perf_counter() - began
     return Report(
         device=session.device.name,
@@ -274,12 +275,12 @@ def _run(job: Job, session: Session, other: Session | None, checks: list[Check],
     )
 
 
-def _results(job: Job, session: Session, bench: Bench, checks: list[Check], *, dangerous: bool) -> Iterator[Result]:
+def _results(job: Job, session: Session, rig: Rig, checks: list[Check], *, dangerous: bool) -> Iterator[Result]:
     settings = job.settings
     for check in checks:
         job.step("checking", session)
         with Watchdog(settings.warn_user, check.id):
-            result = run_check(check, bench, dangerous=dangerous)
+            result = run_check(check, rig, dangerous=dangerous)
         interrupts.check()
         if settings.tell is not None:
             settings.tell(f"{result.outcome} {result.id}: {result.seen}")

@@ -15,19 +15,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from vfio_mig.conform.check import (
-    LOG_CORE,
-    LOGGING,
-    REPORT,
-    REPORT_CORE,
-    Checks,
-    Deviation,
-    NotApplicable,
-    Weakness,
-    require,
-)
-from vfio_mig.conform.feature import refusal
-from vfio_mig.conform.raw import (
+from vfio_mig.conform.kit.check import LOG_CORE, LOGGING, REPORT, REPORT_CORE, Checks
+from vfio_mig.conform.kit.v2_device import (
     GET,
     LOG_REPORT,
     LOG_START,
@@ -38,12 +27,14 @@ from vfio_mig.conform.raw import (
     errno_name,
     state_name,
 )
+from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness, require
+from vfio_mig.conform.v2.feature import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from vfio_mig.conform.bench import Bench
-    from vfio_mig.conform.raw import V2Device
+    from vfio_mig.conform.kit.rig import Rig
+    from vfio_mig.conform.kit.v2_device import V2Device
 
 CHECKS: Final = Checks("v2.dirty", LOGGING)
 PAGE: Final = 4096
@@ -111,9 +102,9 @@ def report(
     return bitmap
 
 
-def _device(bench: Bench) -> V2Device:
+def _device(rig: Rig) -> V2Device:
     """Skip a device that logs nothing; what another check has left is stopped."""
-    v2 = bench.v2
+    v2 = rig.v2
     if not v2.offers(LOG_START, SET):
         raise NotApplicable("it has no DMA logging")
     with suppress(OSError):
@@ -135,9 +126,9 @@ def _logging(v2: V2Device, spans: Sequence[Span] = ((BASE, SIZE),)) -> Iterator[
 
 
 @contextmanager
-def _reporting(bench: Bench) -> Iterator[V2Device]:
+def _reporting(rig: Rig) -> Iterator[V2Device]:
     """Start logging; skip where the kernel cannot report."""
-    v2 = _device(bench)
+    v2 = _device(rig)
     with _logging(v2):
         try:
             report(v2)
@@ -149,8 +140,8 @@ def _reporting(bench: Bench) -> Iterator[V2Device]:
 
 
 @CHECKS.add("probe", "START, STOP and REPORT are offered together", "0, 0, 0")
-def _probe(bench: Bench) -> str:
-    v2 = _device(bench)
+def _probe(rig: Rig) -> str:
+    v2 = _device(rig)
     for feature, operation, name in ((LOG_STOP, SET, "STOP"), (LOG_REPORT, GET, "REPORT")):
         try:
             v2.feature(PROBE | operation | feature)
@@ -160,8 +151,8 @@ def _probe(bench: Bench) -> str:
 
 
 @CHECKS.add("start", "logging of a range can be started; the page size that is used comes back", "0, a power of two")
-def _start(bench: Bench) -> str:
-    v2 = _device(bench)
+def _start(rig: Rig) -> str:
+    v2 = _device(rig)
     chosen = [start(v2)]
     stop(v2)
     chosen.append(start(v2, page_size=SIZE))
@@ -171,8 +162,8 @@ def _start(bench: Bench) -> str:
     return f"page size {chosen[0]} for {PAGE}, {chosen[1]} for {SIZE}"
 
 
-def _refused(bench: Bench, number: int, spans: Sequence[Span], count: int | None = None) -> str:
-    v2 = _device(bench)
+def _refused(rig: Rig, number: int, spans: Sequence[Span], count: int | None = None) -> str:
+    v2 = _device(rig)
     try:
         return refusal(lambda: start(v2, spans, count=count), number)
     finally:
@@ -181,13 +172,13 @@ def _refused(bench: Bench, number: int, spans: Sequence[Span], count: int | None
 
 
 @CHECKS.add("no-range", "START without a range is refused", "EINVAL", source=LOG_CORE)
-def _no_range(bench: Bench) -> str:
-    return _refused(bench, errno.EINVAL, [])
+def _no_range(rig: Rig) -> str:
+    return _refused(rig, errno.EINVAL, [])
 
 
 @CHECKS.add("most-ranges", "as many ranges as fit into a page are taken", "0")
-def _most(bench: Bench) -> str:
-    v2 = _device(bench)
+def _most(rig: Rig) -> str:
+    v2 = _device(rig)
     spans = [(BASE + 2 * PAGE * at, PAGE) for at in range(RANGES_MAX)]
     try:
         start(v2, spans)
@@ -200,67 +191,67 @@ def _most(bench: Bench) -> str:
 
 
 @CHECKS.add("too-many", "more ranges than fit into a page are refused", "E2BIG", source=LOG_CORE)
-def _too_many(bench: Bench) -> str:
+def _too_many(rig: Rig) -> str:
     spans = [(BASE + 2 * PAGE * at, PAGE) for at in range(RANGES_MAX + 1)]
-    return _refused(bench, errno.E2BIG, spans)
+    return _refused(rig, errno.E2BIG, spans)
 
 
 @CHECKS.add("unaligned", "a range that is not made of whole pages is refused", "EINVAL", source=LOG_CORE)
-def _unaligned(bench: Bench) -> str:
-    _refused(bench, errno.EINVAL, [(BASE + 512, PAGE)])
-    return _refused(bench, errno.EINVAL, [(BASE, PAGE + 512)])
+def _unaligned(rig: Rig) -> str:
+    _refused(rig, errno.EINVAL, [(BASE + 512, PAGE)])
+    return _refused(rig, errno.EINVAL, [(BASE, PAGE + 512)])
 
 
 @CHECKS.add("overlap", "ranges that overlap are refused", "EINVAL", source=LOG_CORE)
-def _overlap(bench: Bench) -> str:
-    return _refused(bench, errno.EINVAL, [(BASE, 2 * PAGE), (BASE + PAGE, 2 * PAGE)])
+def _overlap(rig: Rig) -> str:
+    return _refused(rig, errno.EINVAL, [(BASE, 2 * PAGE), (BASE + PAGE, 2 * PAGE)])
 
 
 @CHECKS.add("wrap", "a range beyond 2^64 is refused", "EOVERFLOW", source=LOG_CORE)
-def _wrap(bench: Bench) -> str:
-    return _refused(bench, errno.EOVERFLOW, [((1 << 64) - PAGE, 2 * PAGE)])
+def _wrap(rig: Rig) -> str:
+    return _refused(rig, errno.EOVERFLOW, [((1 << 64) - PAGE, 2 * PAGE)])
 
 
 @CHECKS.add("bad-pointer", "ranges that cannot be read are refused", "EFAULT", source=LOG_CORE)
-def _bad_pointer(bench: Bench) -> str:
-    v2 = _device(bench)
+def _bad_pointer(rig: Rig) -> str:
+    v2 = _device(rig)
     return refusal(lambda: v2.feature(SET | LOG_START, CONTROL.pack(PAGE, 1, 0, 8)), errno.EFAULT)
 
 
 @CHECKS.add("short-argsz", "argsz without room for the payload is refused", "EINVAL", source=LOG_CORE)
-def _short(bench: Bench) -> str:
-    v2 = _device(bench)
+def _short(rig: Rig) -> str:
+    v2 = _device(rig)
     for feature, payload in ((SET | LOG_START, CONTROL), (GET | LOG_REPORT, REQUEST)):
         refusal(partial(v2.feature, feature, bytes(payload.size), 8 + payload.size - 1), errno.EINVAL)
     return "EINVAL"
 
 
 @CHECKS.add("refused-stays-off", "after a START that was refused logging is off, and can be started", "0")
-def _refused_stays_off(bench: Bench) -> str:
-    v2 = _device(bench)
+def _refused_stays_off(rig: Rig) -> str:
+    v2 = _device(rig)
     refusal(lambda: start(v2, [(BASE, 2 * PAGE), (BASE + PAGE, 2 * PAGE)]))
     with _logging(v2):
         return "0"
 
 
 @CHECKS.add("start-twice", "a second START is refused", "an error")
-def _start_twice(bench: Bench) -> str:
-    v2 = _device(bench)
+def _start_twice(rig: Rig) -> str:
+    v2 = _device(rig)
     with _logging(v2):
         return refusal(lambda: start(v2))
 
 
 @CHECKS.add("stop", "logging can be stopped", "0")
-def _stop(bench: Bench) -> str:
-    v2 = _device(bench)
+def _stop(rig: Rig) -> str:
+    v2 = _device(rig)
     start(v2)
     stop(v2)
     return "0"
 
 
 @CHECKS.add("stop-twice", "a STOP too many does no harm", "START works afterwards")
-def _stop_twice(bench: Bench) -> str:
-    v2 = _device(bench)
+def _stop_twice(rig: Rig) -> str:
+    v2 = _device(rig)
     start(v2)
     stop(v2)
     try:
@@ -273,8 +264,8 @@ def _stop_twice(bench: Bench) -> str:
 
 
 @CHECKS.add("report", "the log of a range that is logged can be read", "0", source=REPORT)
-def _report(bench: Bench) -> str:
-    v2 = _device(bench)
+def _report(rig: Rig) -> str:
+    v2 = _device(rig)
     with _logging(v2):
         try:
             bits = report(v2).bits()
@@ -286,15 +277,15 @@ def _report(bench: Bench) -> str:
 
 
 @CHECKS.add("report-not-started", "the log cannot be read when nothing is logged", "an error", source=REPORT)
-def _report_not_started(bench: Bench) -> str:
-    with _reporting(bench) as v2:
+def _report_not_started(rig: Rig) -> str:
+    with _reporting(rig) as v2:
         stop(v2)
         return refusal(lambda: report(v2))
 
 
 @CHECKS.add("report-page-size", "a page size below 4096 or no power of two is refused", "EINVAL", source=REPORT_CORE)
-def _report_page_size(bench: Bench) -> str:
-    v2 = _device(bench)
+def _report_page_size(rig: Rig) -> str:
+    v2 = _device(rig)
     with _logging(v2):
         for size in (0, 2048, 12288):
             refusal(partial(v2.feature, GET | LOG_REPORT, REQUEST.pack(BASE, SIZE, size, 8)), errno.EINVAL)
@@ -302,9 +293,9 @@ def _report_page_size(bench: Bench) -> str:
 
 
 @CHECKS.add("report-page-sizes", "the log can be read in other page sizes than it is kept in", "0", source=REPORT)
-def _report_page_sizes(bench: Bench) -> str:
+def _report_page_sizes(rig: Rig) -> str:
     sizes = (PAGE, 2 * PAGE, 16 * PAGE, 512 * PAGE)
-    with _reporting(bench) as v2:
+    with _reporting(rig) as v2:
         for size in sizes:
             try:
                 report(v2, page_size=size)
@@ -314,25 +305,25 @@ def _report_page_sizes(bench: Bench) -> str:
 
 
 @CHECKS.add("report-wrap", "a range beyond 2^64 cannot be read", "EOVERFLOW", source=REPORT_CORE)
-def _report_wrap(bench: Bench) -> str:
-    v2 = _device(bench)
+def _report_wrap(rig: Rig) -> str:
+    v2 = _device(rig)
     with _logging(v2):
         return refusal(lambda: report(v2, (1 << 64) - PAGE, 2 * PAGE), errno.EOVERFLOW)
 
 
 @CHECKS.add("report-idle", "where the device has no memory nothing is dirty", "0 bits", source=REPORT)
-def _report_idle(bench: Bench) -> str:
-    bench.require_own()
-    with _reporting(bench) as v2:
+def _report_idle(rig: Rig) -> str:
+    rig.require_own()
+    with _reporting(rig) as v2:
         bits = report(v2).bits()
     require(not bits, f"{bits} bits")
     return "0 bits"
 
 
 @CHECKS.add("report-twice", "reading the log clears it", "0 bits in the second of two", source=REPORT)
-def _report_twice(bench: Bench) -> str:
-    bench.require_own()
-    with _reporting(bench) as v2:
+def _report_twice(rig: Rig) -> str:
+    rig.require_own()
+    with _reporting(rig) as v2:
         report(v2)
         bits = report(v2).bits()
     require(not bits, f"{bits} bits")
@@ -340,24 +331,24 @@ def _report_twice(bench: Bench) -> str:
 
 
 @CHECKS.add("report-keeps-bits", "bits that are set in the buffer stay", "all ones", source=REPORT)
-def _report_keeps(bench: Bench) -> str:
-    with _reporting(bench) as v2:
+def _report_keeps(rig: Rig) -> str:
+    with _reporting(rig) as v2:
         bitmap = report(v2, into=Bitmap(SIZE, PAGE, fill=(1 << 64) - 1))
     require(bitmap.is_full(), "bits were cleared")
     return "all ones"
 
 
 @CHECKS.add("report-tail", "nothing is written behind the bits of the range", "as it was", source=REPORT)
-def _report_tail(bench: Bench) -> str:
-    with _reporting(bench) as v2:
+def _report_tail(rig: Rig) -> str:
+    with _reporting(rig) as v2:
         for pages in (1, 63, 64, 65, 4096):
             require(report(v2, size=pages * PAGE).is_clean_behind(), f"something, for {pages} pages")
     return "as it was"
 
 
 @CHECKS.add("report-outside", "outside of what is logged nothing is dirty", "0 bits, or an error", source=REPORT)
-def _report_outside(bench: Bench) -> str:
-    with _reporting(bench) as v2:
+def _report_outside(rig: Rig) -> str:
+    with _reporting(rig) as v2:
         try:
             bits = report(v2, BASE + 4 * SIZE).bits()
         except OSError as error:
@@ -367,9 +358,9 @@ def _report_outside(bench: Bench) -> str:
 
 
 @CHECKS.add("restart", "after a STOP logging can be started again, with an empty log", "0, 0 bits")
-def _restart(bench: Bench) -> str:
-    bench.require_own()
-    with _reporting(bench) as v2:
+def _restart(rig: Rig) -> str:
+    rig.require_own()
+    with _reporting(rig) as v2:
         stop(v2)
         start(v2)
         bits = report(v2).bits()
@@ -378,12 +369,12 @@ def _restart(bench: Bench) -> str:
 
 
 @CHECKS.add("every-state", "logging has nothing to do with the device's state", "0 in every state")
-def _every_state(bench: Bench) -> str:
-    with _reporting(bench) as v2:
+def _every_state(rig: Rig) -> str:
+    with _reporting(rig) as v2:
         states = v2.states()
         for state in states:
             v2.go(RUNNING)
-            bench.bring_to(state)
+            rig.bring_to(state)
             try:
                 report(v2)
             except OSError as error:

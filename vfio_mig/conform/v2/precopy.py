@@ -7,10 +7,9 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
-from vfio_mig.conform.bench import first_difference
-from vfio_mig.conform.check import FSM, PRECOPY, Checks, Deviation, NotApplicable, Weakness, recommend, require
-from vfio_mig.conform.feature import refusal
-from vfio_mig.conform.raw import (
+from vfio_mig.conform.kit.check import FSM, PRECOPY, Checks
+from vfio_mig.conform.kit.rig import first_difference
+from vfio_mig.conform.kit.v2_device import (
     INFO,
     PRE_COPY,
     PRE_COPY_FLAG,
@@ -24,10 +23,12 @@ from vfio_mig.conform.raw import (
     STREAM_MAX,
     errno_name,
 )
+from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness, recommend, require
+from vfio_mig.conform.v2.feature import refusal
 
 if TYPE_CHECKING:
-    from vfio_mig.conform.bench import Bench
-    from vfio_mig.conform.raw import V2Device
+    from vfio_mig.conform.kit.rig import Rig
+    from vfio_mig.conform.kit.v2_device import V2Device
 
 CHECKS: Final = Checks("v2.precopy", PRECOPY)
 INFO_V2: Final = "linux/vfio.h (2026), VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2"
@@ -38,13 +39,13 @@ SHOULD: Final = "the header says should"
 RUNS: Final = "the header says so of a device that has done nothing since; this one may have"
 
 
-def _device(bench: Bench, *, p2p: bool = False) -> V2Device:
+def _device(rig: Rig, *, p2p: bool = False) -> V2Device:
     """Skip what the device has not."""
-    if not bench.v2.flags & PRE_COPY_FLAG:
+    if not rig.v2.flags & PRE_COPY_FLAG:
         raise NotApplicable("it has no pre-copy")
-    if p2p and not bench.v2.supports(PRE_COPY_P2P):
+    if p2p and not rig.v2.supports(PRE_COPY_P2P):
         raise NotApplicable("it has no pre-copy-p2p")
-    return bench.v2
+    return rig.v2
 
 
 def _drain(v2: V2Device, fd: int) -> tuple[bytes, str]:
@@ -68,15 +69,15 @@ def _drain(v2: V2Device, fd: int) -> tuple[bytes, str]:
 
 
 @CHECKS.add("info", "PRECOPY_INFO answers in PRE_COPY", "0")
-def _info(bench: Bench) -> str:
-    v2 = _device(bench)
+def _info(rig: Rig) -> str:
+    v2 = _device(rig)
     flags, initial, dirty = v2.precopy_info(v2.session(PRE_COPY))
     return f"flags {flags:#x}, initial {initial}, dirty {dirty}"
 
 
 @CHECKS.add("info-p2p", "PRECOPY_INFO answers in PRE_COPY_P2P", "0")
-def _info_p2p(bench: Bench) -> str:
-    v2 = _device(bench, p2p=True)
+def _info_p2p(rig: Rig) -> str:
+    v2 = _device(rig, p2p=True)
     flags, initial, dirty = v2.precopy_info(v2.session(PRE_COPY_P2P))
     return f"flags {flags:#x}, initial {initial}, dirty {dirty}"
 
@@ -87,8 +88,8 @@ def _should_be_einval(seen: str) -> str:
 
 
 @CHECKS.add("info-stop-copy", "PRECOPY_INFO is refused in STOP_COPY", "EINVAL")
-def _info_stop_copy(bench: Bench) -> str:
-    v2 = _device(bench)
+def _info_stop_copy(rig: Rig) -> str:
+    v2 = _device(rig)
     alone = v2.session(STOP_COPY)
     first = refusal(lambda: v2.precopy_info(alone))
     v2.settle()
@@ -99,45 +100,45 @@ def _info_stop_copy(bench: Bench) -> str:
 
 
 @CHECKS.add("info-ended", "PRECOPY_INFO is refused once the session has ended", "an error")
-def _info_ended(bench: Bench) -> str:
-    v2 = _device(bench)
+def _info_ended(rig: Rig) -> str:
+    v2 = _device(rig)
     fd = v2.session(PRE_COPY)
     v2.go(RUNNING)
     return refusal(lambda: v2.precopy_info(fd))
 
 
 @CHECKS.add("info-short-argsz", "argsz without room for the sizes is refused", "EINVAL")
-def _info_short(bench: Bench) -> str:
-    v2 = _device(bench)
+def _info_short(rig: Rig) -> str:
+    v2 = _device(rig)
     fd = v2.session(PRE_COPY)
     refusal(lambda: v2.precopy_info(fd, argsz=0), errno.EINVAL)
     return refusal(lambda: v2.precopy_info(fd, argsz=INFO.size - 1), errno.EINVAL)
 
 
 @CHECKS.add("info-long-argsz", "a larger argsz than needed is accepted", "0")
-def _info_long(bench: Bench) -> str:
-    v2 = _device(bench)
+def _info_long(rig: Rig) -> str:
+    v2 = _device(rig)
     v2.precopy_info(v2.session(PRE_COPY), argsz=1000)
     return "0"
 
 
 @CHECKS.add("info-resuming", "PRECOPY_INFO is refused on a resuming session's fd", "an error")
-def _info_resuming(bench: Bench) -> str:
-    v2 = _device(bench)
+def _info_resuming(rig: Rig) -> str:
+    v2 = _device(rig)
     fd = v2.session(RESUMING)
     return refusal(lambda: v2.precopy_info(fd))
 
 
 @CHECKS.add("info-device-fd", "PRECOPY_INFO is none of the device's own ioctls", "ENOTTY")
-def _info_device(bench: Bench) -> str:
-    v2 = _device(bench)
+def _info_device(rig: Rig) -> str:
+    v2 = _device(rig)
     v2.session(PRE_COPY)
     return refusal(lambda: v2.kernel.ioctl(v2.fd, uapi.MIG_GET_PRECOPY_INFO, bytearray(INFO.pack(INFO.size, 0, 0, 0))))
 
 
 @CHECKS.add("info-takes-nothing", "asking does not move the stream", "the same bytes")
-def _info_takes_nothing(bench: Bench) -> str:
-    v2 = _device(bench)
+def _info_takes_nothing(rig: Rig) -> str:
+    v2 = _device(rig)
     asked, head = v2.session(PRE_COPY), b""
     for _ in range(4):
         v2.precopy_info(asked)
@@ -153,24 +154,24 @@ def _info_takes_nothing(bench: Bench) -> str:
 
 
 @CHECKS.add("initial-not-zero", "initial_bytes begins above 0", "more than 0")
-def _initial(bench: Bench) -> str:
-    v2 = _device(bench)
+def _initial(rig: Rig) -> str:
+    v2 = _device(rig)
     _, initial, _ = v2.precopy_info(v2.session(PRE_COPY))
     recommend(initial, "0", SHOULD)
     return str(initial)
 
 
 @CHECKS.add("dirty-begins-zero", "dirty_bytes begins at 0", "0")
-def _dirty(bench: Bench) -> str:
-    v2 = _device(bench)
+def _dirty(rig: Rig) -> str:
+    v2 = _device(rig)
     _, _, dirty = v2.precopy_info(v2.session(PRE_COPY))
     recommend(not dirty, str(dirty), RUNS)
     return "0"
 
 
 @CHECKS.add("initial-falls", "initial_bytes falls as the stream is read", "less than before")
-def _initial_falls(bench: Bench) -> str:
-    v2 = _device(bench)
+def _initial_falls(rig: Rig) -> str:
+    v2 = _device(rig)
     fd = v2.session(PRE_COPY)
     _, before, _ = v2.precopy_info(fd)
     if not before:
@@ -189,8 +190,8 @@ def _watch(v2: V2Device, fd: int, seen: list[int]) -> None:
 
 
 @CHECKS.add("initial-never-rises", "initial_bytes does not rise without REINIT", "never more than before")
-def _never_rises(bench: Bench) -> str:
-    v2 = _device(bench)
+def _never_rises(rig: Rig) -> str:
+    v2 = _device(rig)
     fd = v2.session(PRE_COPY)
     seen: list[int] = []
     _watch(v2, fd, seen)
@@ -210,8 +211,8 @@ def _never_rises(bench: Bench) -> str:
 
 
 @CHECKS.add("drains", "at the temporary end initial_bytes is 0", "0")
-def _drains(bench: Bench) -> str:
-    v2 = _device(bench)
+def _drains(rig: Rig) -> str:
+    v2 = _device(rig)
     fd = v2.session(PRE_COPY)
     stream, _ = _drain(v2, fd)
     flags, initial, _ = v2.precopy_info(fd)
@@ -220,8 +221,8 @@ def _drains(bench: Bench) -> str:
 
 
 @CHECKS.add("enomsg", "read() at the temporary end is ENOMSG", "ENOMSG")
-def _enomsg(bench: Bench) -> str:
-    v2 = _device(bench)
+def _enomsg(rig: Rig) -> str:
+    v2 = _device(rig)
     fd = v2.session(PRE_COPY)
     ends = {_drain(v2, fd)[1] for _ in range(3)}
     recommend(ends == {"ENOMSG"}, ", ".join(sorted(ends)), f'{SHOULD}; take 0 for "nothing now" in pre-copy')
@@ -234,15 +235,15 @@ def _enomsg(bench: Bench) -> str:
     "0, flags no more than REINIT",
     source=INFO_V2,
 )
-def _opt_in(bench: Bench) -> str:
-    v2 = _opted_in(bench)
+def _opt_in(rig: Rig) -> str:
+    v2 = _opted_in(rig)
     flags, _, _ = v2.precopy_info(v2.session(PRE_COPY))
     require(not flags & ~REINIT, f"flags {flags:#x}")
     return f"0, flags {flags:#x}"
 
 
-def _opted_in(bench: Bench) -> V2Device:
-    v2 = _device(bench)
+def _opted_in(rig: Rig) -> V2Device:
+    v2 = _device(rig)
     if not v2.offers(PRECOPY_INFO_V2, SET):
         raise NotApplicable("the kernel or driver does not have it")
     v2.feature(SET | PRECOPY_INFO_V2)
@@ -255,8 +256,8 @@ def _opted_in(bench: Bench) -> V2Device:
     "initial_bytes above 0, then 0",
     source=INFO_V2,
 )
-def _reinit(bench: Bench) -> str:
-    v2 = _opted_in(bench)
+def _reinit(rig: Rig) -> str:
+    v2 = _opted_in(rig)
     fd = v2.session(PRE_COPY)
     _drain(v2, fd)
     flags, fresh, _ = v2.precopy_info(fd)
@@ -287,8 +288,8 @@ def _save_live(v2: V2Device, *, unread: bool = False, p2p: bool = False) -> byte
 @CHECKS.add(
     "one-stream", "PRE_COPY and STOP_COPY share one fd, whose end is final in STOP_COPY", "0 at the end, never ENOMSG"
 )
-def _one_stream(bench: Bench) -> str:
-    v2 = _device(bench)
+def _one_stream(rig: Rig) -> str:
+    v2 = _device(rig)
     fd = v2.session(PRE_COPY)
     head, _ = _drain(v2, fd)
     v2.go(STOP_COPY)
@@ -301,36 +302,36 @@ def _one_stream(bench: Bench) -> str:
     return f"{len(head)} and {len(rest)} bytes, then 0"
 
 
-def _lands(bench: Bench, stream: bytes) -> str:
+def _lands(rig: Rig, stream: bytes) -> str:
     """Load a stream of a live save; the device was not touched, hence has the state that it had in the end."""
-    v2 = bench.v2
+    v2 = rig.v2
     v2.go(STOP)
     expected = v2.save()
     v2.load(stream)
-    bench.compare(v2.save(), expected)
+    rig.compare(v2.save(), expected)
     return f"{len(stream)} bytes load, and are the same state"
 
 
 @CHECKS.add("round-trip", "what was read in PRE_COPY and STOP_COPY is one state", "the same state", source=FSM)
-def _round_trip(bench: Bench) -> str:
-    return _lands(bench, _save_live(_device(bench), p2p=True))
+def _round_trip(rig: Rig) -> str:
+    return _lands(rig, _save_live(_device(rig), p2p=True))
 
 
 @CHECKS.add("unread", "PRE_COPY may be left for STOP_COPY with nothing read", "the same state")
-def _unread(bench: Bench) -> str:
-    return _lands(bench, _save_live(_device(bench), unread=True))
+def _unread(rig: Rig) -> str:
+    return _lands(rig, _save_live(_device(rig), unread=True))
 
 
 @CHECKS.add("p2p-and-back", "PRE_COPY_P2P and back goes on in the same session", "the same state", source=FSM)
-def _p2p_and_back(bench: Bench) -> str:
-    v2 = _device(bench, p2p=True)
+def _p2p_and_back(rig: Rig) -> str:
+    v2 = _device(rig, p2p=True)
     fd = v2.session(PRE_COPY)
     stream = v2.kernel.read(fd, 7)
     for state in (PRE_COPY_P2P, PRE_COPY):
         require(v2.go(state) == -1, "a new data fd was returned")
     stream += _drain(v2, fd)[0]
     v2.go(STOP_COPY)
-    return _lands(bench, stream + v2.read_all(fd))
+    return _lands(rig, stream + v2.read_all(fd))
 
 
 @CHECKS.add(
@@ -339,13 +340,13 @@ def _p2p_and_back(bench: Bench) -> str:
     "fd ENODEV, and the same state",
     source=FSM,
 )
-def _called_off(bench: Bench) -> str:
-    v2 = _device(bench)
+def _called_off(rig: Rig) -> str:
+    v2 = _device(rig)
     fd = v2.session(PRE_COPY)
     try:
         v2.kernel.read(fd, 7)
     except OSError as error:
         raise Weakness(f"reading the first bytes: {errno_name(error)}", SHOULD) from error
     v2.go(RUNNING)
-    dead = bench.require_dead(fd)
-    return f"fd {dead}, {_lands(bench, _save_live(v2))}"
+    dead = rig.require_dead(fd)
+    return f"fd {dead}, {_lands(rig, _save_live(v2))}"

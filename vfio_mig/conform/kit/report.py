@@ -6,14 +6,14 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Final
 
-from vfio_mig.conform.check import FAIL, OUTCOMES, PASS, SKIP, WARN
+from vfio_mig.conform.kit.check import FAIL, OUTCOMES, PASS, SKIP, WARN
 from vfio_mig.errors import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vfio_mig.conform.check import Result
-    from vfio_mig.conform.runner import Report
+    from vfio_mig.conform.kit.check import Result
+    from vfio_mig.conform.kit.runner import Report
 
 _WIDTH: Final = 5
 _LOUD: Final = {PASS: "pass", FAIL: "FAIL", WARN: "WARN", SKIP: "skip"}

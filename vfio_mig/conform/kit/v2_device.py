@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
-from vfio_mig.conform.check import Deviation, NotApplicable
+from vfio_mig.conform.kit.verdict import Deviation, NotApplicable
 from vfio_mig.interrupts import protected
 from vfio_mig.uapi import ffi
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Final
 
-from vfio_mig.conform.bench import first_difference
-from vfio_mig.conform.check import FSM, LEAVING, STATE, Checks, Deviation, NotApplicable, Weakness, require
-from vfio_mig.conform.raw import RESUMING, RUNNING, STOP, errno_name, state_name
+from vfio_mig.conform.kit.check import FSM, LEAVING, STATE, Checks
+from vfio_mig.conform.kit.rig import first_difference
+from vfio_mig.conform.kit.v2_device import RESUMING, RUNNING, STOP, errno_name, state_name
+from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vfio_mig.conform.bench import Bench
+    from vfio_mig.conform.kit.rig import Rig
 
 CHECKS: Final = Checks("v2.stream", LEAVING)
 HEAD: Final = 64
@@ -37,15 +38,15 @@ MAGICS: Final = {
 
 
 @CHECKS.add("not-empty", "a stopped device's stream has bytes and an end", "bytes, then 0", source=FSM)
-def _not_empty(bench: Bench) -> str:
-    stream = bench.v2.save()
+def _not_empty(rig: Rig) -> str:
+    stream = rig.v2.save()
     require(stream, "0 bytes")
     return f"{len(stream)} bytes"
 
 
 @CHECKS.add("repeat", "a stopped device's state saved twice is the same", "the same bytes", source=FSM)
-def _repeat(bench: Bench) -> str:
-    v2 = bench.v2
+def _repeat(rig: Rig) -> str:
+    v2 = rig.v2
     one, other = v2.save(), v2.save()
     require(one and other, f"{len(one)} and {len(other)} bytes")
     if one != other:
@@ -54,94 +55,94 @@ def _repeat(bench: Bench) -> str:
 
 
 @CHECKS.add("round-trip", "what was saved is saved again after it was restored", "the same bytes", source=FSM)
-def _round_trip(bench: Bench) -> str:
-    stream = bench.stream()
-    bench.v2.load(stream)
-    return bench.compare(bench.v2.save(), stream)
+def _round_trip(rig: Rig) -> str:
+    stream = rig.stream()
+    rig.v2.load(stream)
+    return rig.compare(rig.v2.save(), stream)
 
 
 @CHECKS.add("restore-running", "RESUMING can be left for RUNNING at once", "the same bytes", source=FSM)
-def _restore_running(bench: Bench) -> str:
-    v2, stream = bench.v2, bench.stream()
-    bench.bring_to(RESUMING)
+def _restore_running(rig: Rig) -> str:
+    v2, stream = rig.v2, rig.stream()
+    rig.bring_to(RESUMING)
     v2.go(RUNNING)
-    return bench.compare(v2.save(), stream)
+    return rig.compare(v2.save(), stream)
 
 
 # --- cut off
 
 
-def _cut(bench: Bench, length: int) -> str:
-    stream = bench.stream()
+def _cut(rig: Rig, length: int) -> str:
+    stream = rig.stream()
     if not 0 <= length < len(stream):
         raise NotApplicable(f"the stream has {len(stream)} bytes")
-    refused = bench.try_to_load(stream[:length])
+    refused = rig.try_to_load(stream[:length])
     if refused is None:
-        raise Deviation(f"{length} of {len(stream)} bytes were loaded, now in {state_name(bench.v2.state())}")
-    return f"{refused}, now in {state_name(bench.v2.state())}"
+        raise Deviation(f"{length} of {len(stream)} bytes were loaded, now in {state_name(rig.v2.state())}")
+    return f"{refused}, now in {state_name(rig.v2.state())}"
 
 
 @CHECKS.add("empty", "RESUMING cannot be left with nothing written", "an error")
-def _empty(bench: Bench) -> str:
-    return _cut(bench, 0)
+def _empty(rig: Rig) -> str:
+    return _cut(rig, 0)
 
 
 @CHECKS.add("cut-first-byte", "a stream cut off behind its first byte is refused", "an error")
-def _cut_first(bench: Bench) -> str:
-    return _cut(bench, 1)
+def _cut_first(rig: Rig) -> str:
+    return _cut(rig, 1)
 
 
 @CHECKS.add("cut-head", "a stream cut off behind 16 bytes is refused", "an error")
-def _cut_head(bench: Bench) -> str:
-    return _cut(bench, 16)
+def _cut_head(rig: Rig) -> str:
+    return _cut(rig, 16)
 
 
 @CHECKS.add("cut-half", "half a stream is refused", "an error")
-def _cut_half(bench: Bench) -> str:
-    return _cut(bench, len(bench.stream()) // 2)
+def _cut_half(rig: Rig) -> str:
+    return _cut(rig, len(rig.stream()) // 2)
 
 
 @CHECKS.add("cut-last-byte", "a stream without its last byte is refused", "an error")
-def _cut_last(bench: Bench) -> str:
-    return _cut(bench, len(bench.stream()) - 1)
+def _cut_last(rig: Rig) -> str:
+    return _cut(rig, len(rig.stream()) - 1)
 
 
-def _recovers(bench: Bench) -> str:
+def _recovers(rig: Rig) -> str:
     """Reset the device, and load its own state."""
-    v2, stream = bench.v2, bench.stream()
+    v2, stream = rig.v2, rig.stream()
     v2.reset()
     now = v2.state()
     require(now == RUNNING, f"after RESET it is in {state_name(now)}")
     v2.load(stream)
-    return f"running after RESET, {bench.compare(v2.save(), stream)}"
+    return f"running after RESET, {rig.compare(v2.save(), stream)}"
 
 
 @CHECKS.add(
     "cut-recovers", "after a stream cut off a reset recovers", "running, and the whole stream loads", source=FSM
 )
-def _cut_recovers(bench: Bench) -> str:
-    _cut(bench, len(bench.stream()) // 2)
-    return _recovers(bench)
+def _cut_recovers(rig: Rig) -> str:
+    _cut(rig, len(rig.stream()) // 2)
+    return _recovers(rig)
 
 
 # --- too much
 
 
-def _longer(bench: Bench, more: bytes) -> str:
-    refused = bench.try_to_load(bench.stream() + more)
+def _longer(rig: Rig, more: bytes) -> str:
+    refused = rig.try_to_load(rig.stream() + more)
     if refused is None:
         raise Deviation(f"{len(more)} bytes behind the end were taken")
     return str(refused)
 
 
 @CHECKS.add("trailing-byte", "a byte behind the end is refused", "an error")
-def _trailing_byte(bench: Bench) -> str:
-    return _longer(bench, b"\0")
+def _trailing_byte(rig: Rig) -> str:
+    return _longer(rig, b"\0")
 
 
 @CHECKS.add("trailing-page", "a page behind the end is refused", "an error")
-def _trailing_page(bench: Bench) -> str:
-    return _longer(bench, bytes(PAGE))
+def _trailing_page(rig: Rig) -> str:
+    return _longer(rig, bytes(PAGE))
 
 
 # --- changed
@@ -154,12 +155,12 @@ def flipped(stream: bytes, at: int) -> bytes:
     return bytes(changed)
 
 
-def _flip(bench: Bench, places: Iterable[int]) -> str:
-    stream = bench.stream()
+def _flip(rig: Rig, places: Iterable[int]) -> str:
+    stream = rig.stream()
     tried, taken = 0, []
     for at in places:
         tried += 1
-        if bench.try_to_load(flipped(stream, at)) is None:
+        if rig.try_to_load(flipped(stream, at)) is None:
             taken.append(at)
     if not tried:
         raise NotApplicable(f"the stream has {len(stream)} bytes")
@@ -178,24 +179,24 @@ def _body(length: int) -> list[int]:
 
 
 @CHECKS.add("flip-head", "a flipped bit in the first 64 bytes is refused", "an error for each")
-def _flip_head(bench: Bench) -> str:
-    return _flip(bench, range(0, min(HEAD, len(bench.stream())), HEAD // FLIPS))
+def _flip_head(rig: Rig) -> str:
+    return _flip(rig, range(0, min(HEAD, len(rig.stream())), HEAD // FLIPS))
 
 
 @CHECKS.add("flip-body", "a flipped bit behind them is refused", "an error for each")
-def _flip_body(bench: Bench) -> str:
-    return _flip(bench, _body(len(bench.stream())))
+def _flip_body(rig: Rig) -> str:
+    return _flip(rig, _body(len(rig.stream())))
 
 
 @CHECKS.add("takes-effect", "what is loaded is what the device has then", "a bit that was loaded is saved", source=FSM)
-def _takes_effect(bench: Bench) -> str:
-    stream, taken = bench.stream(), 0
+def _takes_effect(rig: Rig) -> str:
+    stream, taken = rig.stream(), 0
     for at in _body(len(stream)):
         changed = flipped(stream, at)
-        if bench.try_to_load(changed) is not None:
+        if rig.try_to_load(changed) is not None:
             continue
         taken += 1
-        if bench.v2.save()[at : at + 1] == changed[at : at + 1]:
+        if rig.v2.save()[at : at + 1] == changed[at : at + 1]:
             return f"the bit at {at} is there"
     if taken < FLIPS // 2:  # single bits may mean nothing
         raise NotApplicable(f"it takes {taken} streams with a flipped bit, which is too few to judge by")
@@ -203,45 +204,45 @@ def _takes_effect(bench: Bench) -> str:
 
 
 @CHECKS.add("swapped", "a stream in another order is refused", "an error", source=STATE)
-def _swapped(bench: Bench) -> str:
-    stream = bench.stream()
+def _swapped(rig: Rig) -> str:
+    stream = rig.stream()
     half = len(stream) // 2
     changed = stream[half:] + stream[:half]
     if changed == stream:
         raise NotApplicable("both halves are the same")
-    refused = bench.try_to_load(changed)
+    refused = rig.try_to_load(changed)
     if refused is None:
         raise Weakness("it was loaded", NO_INTEGRITY)
     return str(refused)
 
 
-def _foreign(bench: Bench, stream: bytes) -> str:
+def _foreign(rig: Rig, stream: bytes) -> str:
     """Write what is nothing of this device's; if write() takes it, leaving RESUMING must not."""
-    refused = bench.try_to_load(stream)
+    refused = rig.try_to_load(stream)
     if refused is None:
         raise Deviation("it was loaded")
     return str(refused)
 
 
 @CHECKS.add("random", "random bytes are refused", "an error")
-def _random(bench: Bench) -> str:
-    return _foreign(bench, random.Random(2017).randbytes(len(bench.stream())))  # noqa: S311 -- no secret
+def _random(rig: Rig) -> str:
+    return _foreign(rig, random.Random(2017).randbytes(len(rig.stream())))  # noqa: S311 -- no secret
 
 
 @CHECKS.add("zeros", "zeros are refused", "an error")
-def _zeros(bench: Bench) -> str:
-    if not any(bench.stream()):
+def _zeros(rig: Rig) -> str:
+    if not any(rig.stream()):
         raise NotApplicable("its own stream is all zeros")
-    return _foreign(bench, bytes(len(bench.stream())))
+    return _foreign(rig, bytes(len(rig.stream())))
 
 
 @CHECKS.add("foreign-magic", "a stream that begins as another driver's is refused", "an error for each")
-def _foreign_magic(bench: Bench) -> str:
-    stream, seen = bench.stream(), []
+def _foreign_magic(rig: Rig) -> str:
+    stream, seen = rig.stream(), []
     for name, magic in MAGICS.items():
         if stream.startswith(magic) or len(stream) < len(magic):
             continue
-        if bench.try_to_load(magic + stream[len(magic) :]) is None:
+        if rig.try_to_load(magic + stream[len(magic) :]) is None:
             raise Deviation(f"{name}'s was loaded")
         seen.append(name)
     return f"{', '.join(seen)} refused"
@@ -250,16 +251,16 @@ def _foreign_magic(bench: Bench) -> str:
 @CHECKS.add(
     "refused-then-stop", "after a write that was refused RESUMING cannot be left with success either", "an error"
 )
-def _refused_then_stop(bench: Bench) -> str:
-    stream = bench.stream()
-    fd = bench.v2.session(RESUMING)
+def _refused_then_stop(rig: Rig) -> str:
+    stream = rig.stream()
+    fd = rig.v2.session(RESUMING)
     try:
-        bench.v2.write_all(fd, flipped(stream, 0))
+        rig.v2.write_all(fd, flipped(stream, 0))
     except OSError as error:
         name = errno_name(error)
     else:
         raise NotApplicable("no write is refused; leaving resuming decides")
-    refused = bench.try_to_leave(STOP)
+    refused = rig.try_to_leave(STOP)
     if refused is None:
         raise Deviation(f"write() {name}, but going to stop succeeds and loads it")
     return f"write() {name}, {refused}"
@@ -268,18 +269,18 @@ def _refused_then_stop(bench: Bench) -> str:
 @CHECKS.add(
     "refused-recovers", "after a stream was refused a reset recovers", "running, and the whole stream loads", source=FSM
 )
-def _refused_recovers(bench: Bench) -> str:
-    _foreign(bench, random.Random(5).randbytes(len(bench.stream())))  # noqa: S311 -- no secret
-    return _recovers(bench)
+def _refused_recovers(rig: Rig) -> str:
+    _foreign(rig, random.Random(5).randbytes(len(rig.stream())))  # noqa: S311 -- no secret
+    return _recovers(rig)
 
 
 @CHECKS.add(
     "abandoned", "RESUMING is given up by a reset", "running, fd ENODEV, and the whole stream loads", source=FSM
 )
-def _abandoned(bench: Bench) -> str:
-    stream = bench.stream()
-    fd = bench.v2.session(RESUMING)
-    bench.v2.write_all(fd, stream[: len(stream) // 2])
-    bench.v2.reset()
-    dead = bench.require_dead(fd, writing=True)
-    return f"fd {dead}, {_recovers(bench)}"
+def _abandoned(rig: Rig) -> str:
+    stream = rig.stream()
+    fd = rig.v2.session(RESUMING)
+    rig.v2.write_all(fd, stream[: len(stream) // 2])
+    rig.v2.reset()
+    dead = rig.require_dead(fd, writing=True)
+    return f"fd {dead}, {_recovers(rig)}"

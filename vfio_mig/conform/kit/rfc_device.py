@@ -7,12 +7,12 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
-from vfio_mig.conform.check import Deviation
-from vfio_mig.conform.raw import errno_name
+from vfio_mig.conform.kit.v2_device import errno_name
+from vfio_mig.conform.kit.verdict import Deviation
 from vfio_mig.interrupts import protected
 
 if TYPE_CHECKING:
-    from vfio_mig.conform.raw import Kernel
+    from vfio_mig.conform.kit.v2_device import Kernel
     from vfio_mig.device import Region
     from vfio_mig.uapi.profile import RfcProfile
 

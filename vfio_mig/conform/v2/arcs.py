@@ -7,8 +7,8 @@ import errno
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from vfio_mig.conform.check import FSM, NEXT, Check, Deviation, NotApplicable, require
-from vfio_mig.conform.raw import (
+from vfio_mig.conform.kit.check import FSM, NEXT, Check
+from vfio_mig.conform.kit.v2_device import (
     ERROR,
     FROM_ERROR,
     HANG,
@@ -24,11 +24,12 @@ from vfio_mig.conform.raw import (
     errno_name,
     state_name,
 )
+from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vfio_mig.conform.bench import Bench
+    from vfio_mig.conform.kit.rig import Rig
 
 UNKNOWN: Final = (8, 9, 0x7FFFFFFF, 0xFFFFFFFF)
 _BLOCKED: Final = tuple((STOP_COPY, state) for state in (PRE_COPY, PRE_COPY_P2P))
@@ -44,20 +45,20 @@ def gives_fd(source: int, target: int) -> bool:
     return target in WITH_FD and not goes_on(source, target)
 
 
-def _go(bench: Bench, target: int) -> int:
-    v2 = bench.v2
+def _go(rig: Rig, target: int) -> int:
+    v2 = rig.v2
     try:
         return v2.set(target)
     except OSError as error:
         raise Deviation(f"{errno_name(error)}, now in {state_name(v2.state())}") from error
 
 
-def _first_byte(bench: Bench, fd: int, target: int) -> str:
+def _first_byte(rig: Rig, fd: int, target: int) -> str:
     """Look into a session that has begun."""
     if target == RESUMING:
         return "new data fd"
     try:
-        byte = bench.v2.kernel.read(fd, 1)
+        byte = rig.v2.kernel.read(fd, 1)
     except OSError as error:
         if error.errno == errno.ENOMSG and target != STOP_COPY:
             return "new data fd"
@@ -66,42 +67,42 @@ def _first_byte(bench: Bench, fd: int, target: int) -> str:
     return "new data fd"
 
 
-def _legal(source: int, target: int, bench: Bench) -> str:
-    v2 = bench.v2
+def _legal(source: int, target: int, rig: Rig) -> str:
+    v2 = rig.v2
     if not v2.supports(source):
         raise NotApplicable(f"it has no {NAMES[source]}")
     if not v2.supports(target):
-        return _refused(source, (target,), bench)
-    before = bench.bring_to(source)
-    after = _go(bench, target)
+        return _refused(source, (target,), rig)
+    before = rig.bring_to(source)
+    after = _go(rig, target)
     now = v2.state()
     require(now == target, f"ended in {state_name(now)}")
     if gives_fd(source, target):
         require(after >= 0, "no data fd was returned")
-        seen = [_first_byte(bench, after, target)]
+        seen = [_first_byte(rig, after, target)]
     else:
         require(after == -1, f"data_fd {after} was returned")
         seen = ["data_fd -1"]
     if before >= 0 and not goes_on(source, target):
-        seen.append(f"old fd {bench.require_dead(before, writing=source == RESUMING)}")
+        seen.append(f"old fd {rig.require_dead(before, writing=source == RESUMING)}")
     elif before >= 0:
-        _require_alive(bench, source, before)
+        _require_alive(rig, source, before)
         seen.append("session goes on")
     return ", ".join(seen)
 
 
-def _require_alive(bench: Bench, source: int, fd: int) -> None:
+def _require_alive(rig: Rig, source: int, fd: int) -> None:
     """Make sure that a session goes on; one that was written to by leaving it, as then it is loaded."""
     if source == RESUMING:
-        bench.v2.go(STOP)
+        rig.v2.go(STOP)
         return
-    fate = bench.fate(fd)
+    fate = rig.fate(fd)
     require(not fate, f"the session has ended: read() {fate}")
 
 
-def _refused(source: int, targets: tuple[int, ...], bench: Bench) -> str:
-    v2 = bench.v2
-    before = bench.bring_to(source)
+def _refused(source: int, targets: tuple[int, ...], rig: Rig) -> str:
+    v2 = rig.v2
+    before = rig.bring_to(source)
     for target in targets:
         try:
             v2.set(target)
@@ -112,7 +113,7 @@ def _refused(source: int, targets: tuple[int, ...], bench: Bench) -> str:
         now = v2.state()
         require(now == source, f"{state_name(target)} was refused, but it is now in {state_name(now)}")
     if before >= 0:
-        _require_alive(bench, source, before)
+        _require_alive(rig, source, before)
     return "EINVAL, state kept" + (", session goes on" if before >= 0 else "")
 
 
@@ -157,9 +158,9 @@ def _arcs() -> Iterator[Check]:
         )
 
 
-def _error_refuses(bench: Bench) -> str:
-    v2 = bench.v2
-    if not bench.fail_into_error():
+def _error_refuses(rig: Rig) -> str:
+    v2 = rig.v2
+    if not rig.fail_into_error():
         raise NotApplicable("a stream cut short does not lead to error here")
     for target in (*v2.states(), *UNKNOWN):
         try:
