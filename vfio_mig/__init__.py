@@ -16,11 +16,13 @@ Rooms, from the top down; each imports from those below it only, and its own doc
 ``cli`` (parses and prints), ``vm`` (a QEMU around the device), ``conform`` (checks of a driver), ``jobs`` (whole jobs
 with rollback), ``protocols`` (how a family of devices is stopped, read and loaded), ``host`` (finding and opening
 devices), ``device`` (an open one), ``pictures``, ``image`` and ``dirty`` (bytes and files alone, no device), ``uapi``
-(the kernel's words). Everywhere: ``errors``, ``interrupts`` (signals), ``threads``, ``proc`` (what /proc says of other
-processes). docs/concepts.md says what the words mean.
+(the kernel's words). Everywhere: ``errors``, ``interrupts`` (signals), ``threads``, ``version``, ``proc`` (what /proc
+says of other processes). docs/concepts.md says what the words mean.
 """
 
 from typing import TYPE_CHECKING, Any
+
+from vfio_mig.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from vfio_mig.conform.kit.runner import conform_device
@@ -67,8 +69,6 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.save import save, save_all
     from vfio_mig.jobs.session import Session, Settings
     from vfio_mig.jobs.session import open_session as open_device
-
-__version__ = "0.1.0.dev0"
 
 _MODULES = {
     "conform.kit.runner": ("conform_device",),

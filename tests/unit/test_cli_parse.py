@@ -16,7 +16,8 @@ import pytest
 
 from tests.unit.click_runner import runner
 from vfio_mig import __version__
-from vfio_mig.cli.main import COMMANDS, Options, cli
+from vfio_mig.cli.main import COMMANDS, cli
+from vfio_mig.cli.options import Options
 from vfio_mig.device import Device
 from vfio_mig.errors import DeviceNotFoundError, UsageError, VfioMigError
 from vfio_mig.host.discover import HostDevice

@@ -6,12 +6,10 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    from tools.gpu.registers import Register
 
 SIZE: Final = 16 << 20
 REGISTERS_END: Final = 2 << 20
@@ -205,6 +203,16 @@ def masked(old: int, value: int) -> int:
     """
     mask = value >> _HIGH
     return (old & ~mask | value & mask) & 0xFFFF
+
+
+class Register(NamedTuple):
+    """A row: an offset into BAR 0 (of an engine: from its base), what it does, and who would miss it."""
+
+    offset: int
+    name: str
+    behaviour: Behaviour
+    seen_in: str
+    initial: int = 0
 
 
 class Mmio:

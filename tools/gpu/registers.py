@@ -19,6 +19,7 @@ from tools.gpu.mmio import (
     Masked,
     PowerController,
     PowerWells,
+    Register,
     ResetControl,
     SelfClearing,
     WriteOneToClear,
@@ -26,16 +27,6 @@ from tools.gpu.mmio import (
 
 CSB_ENTRIES: Final = 6
 CSB_RESET_POINTERS: Final = (CSB_ENTRIES - 1) << 8 | (CSB_ENTRIES - 1)  # read and write pointer
-
-
-class Register(NamedTuple):
-    """A row: an offset into BAR 0 (of an engine: from its base), what it does, and who would miss it."""
-
-    offset: int
-    name: str
-    behaviour: Behaviour
-    seen_in: str
-    initial: int = 0
 
 
 class EngineLayout(NamedTuple):

@@ -23,31 +23,12 @@ static struct dentry *gvt_debugfs_root;
 
 /* --- last_error ------------------------------------------------------ */
 
-static DEFINE_SPINLOCK(gvt_note_lock);	/* every vGPU's last_error */
-
-void gvt_note(struct vgpu *vgpu, const char *fmt, ...)
-{
-	char text[sizeof(vgpu->last_error)];
-	unsigned long flags;
-	va_list args;
-
-	va_start(args, fmt);
-	vscnprintf(text, sizeof(text), fmt, args);
-	va_end(args);
-	spin_lock_irqsave(&gvt_note_lock, flags);
-	strscpy(vgpu->last_error, text, sizeof(vgpu->last_error));
-	spin_unlock_irqrestore(&gvt_note_lock, flags);
-}
-
 static int last_error_show(struct seq_file *m, void *unused)
 {
 	struct vgpu *vgpu = m->private;
 	char text[sizeof(vgpu->last_error)];
-	unsigned long flags;
 
-	spin_lock_irqsave(&gvt_note_lock, flags);
-	strscpy(text, vgpu->last_error, sizeof(text));
-	spin_unlock_irqrestore(&gvt_note_lock, flags);
+	gvt_note_read(vgpu, text, sizeof(text));
 	if (text[0])
 		seq_printf(m, "%s\n", text);
 	return 0;

@@ -293,6 +293,7 @@ static inline unsigned long gvt_gm_entries(const struct vgpu *vgpu)
 
 /* Keep the reason of a refusal for debugfs' last_error. Any context. */
 __printf(2, 3) void gvt_note(struct vgpu *vgpu, const char *fmt, ...);
+void gvt_note_read(struct vgpu *vgpu, char *text, size_t size);
 
 /* pool.c: Ha, Hh, fences, id out of the host's pool */
 int gvt_pool_init(void);

@@ -12,7 +12,7 @@ from vfio_mig.cli.names import require_once
 from vfio_mig.cli.output import borrow_options, p2p_option, print_json, put, settings_of
 
 if TYPE_CHECKING:
-    from vfio_mig.cli.main import Options
+    from vfio_mig.cli.options import Options
     from vfio_mig.jobs.control import Done, Status
 
 PAST = {"stop": "stopped", "start": "started", "reset": "reset"}

@@ -11,7 +11,7 @@ from vfio_mig.cli import complete
 from vfio_mig.cli.output import borrow_options, print_json, put, settings_of
 
 if TYPE_CHECKING:
-    from vfio_mig.cli.main import Options
+    from vfio_mig.cli.options import Options
     from vfio_mig.jobs.inform import DeviceInfo, Listed
 
 

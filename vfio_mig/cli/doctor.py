@@ -11,7 +11,7 @@ import click
 from vfio_mig.cli.output import print_json, put, settings_of
 
 if TYPE_CHECKING:
-    from vfio_mig.cli.main import Options
+    from vfio_mig.cli.options import Options
 
 UNFIT: Final = 7
 

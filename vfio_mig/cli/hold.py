@@ -12,7 +12,7 @@ from vfio_mig.cli import complete
 from vfio_mig.cli.output import memory_option, parse_memory, print_json, put, settings_of
 
 if TYPE_CHECKING:
-    from vfio_mig.cli.main import Options
+    from vfio_mig.cli.options import Options
     from vfio_mig.jobs.session import Session
 
 

@@ -23,7 +23,7 @@ from vfio_mig.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from vfio_mig.cli.main import Options
+    from vfio_mig.cli.options import Options
 
 MISFIT = 6
 

@@ -13,7 +13,7 @@ from vfio_mig.cli.output import print_json, put, say, warn
 from vfio_mig.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
-    from vfio_mig.cli.main import Options
+    from vfio_mig.cli.options import Options
     from vfio_mig.image.differences import Difference
     from vfio_mig.jobs.inspect import InspectReport
 

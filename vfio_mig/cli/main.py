@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
-from vfio_mig import __version__, interrupts
+from vfio_mig import interrupts
 from vfio_mig.cli import streams
+from vfio_mig.cli.options import Options
 from vfio_mig.cli.output import print_json, put, put_lines, warn
 from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text
+from vfio_mig.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from vfio_mig.jobs.steps import Events, Hooks
 
 PROGRAM = "vfio-mig"
 COMPLETION = "_VFIO_MIG_COMPLETE"
@@ -55,58 +55,6 @@ STDOUT_IS_DATA: Final = frozenset({"save", "sync"})
 
 ABIS = ("auto", "gvt-rfc", "mainline-v2")
 WAYS = ("auto", "group", "cdev")
-
-
-class Group(click.Group):
-    """A group that, called with nothing, prints its help on stderr as wrong usage: click 8.1 takes that for done."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse what follows the group's name."""
-        if not args and not ctx.resilient_parsing:
-            put_lines(ctx.get_help(), err=True)
-            ctx.exit(UsageError.exit_code)
-        return super().parse_args(ctx, args)
-
-
-class Options:
-    """The global options, as every command finds them in its context, and what became of the job."""
-
-    def __init__(self) -> None:
-        self.as_json = False
-        self.verbose = False
-        self.quiet = False
-        self.abi = "auto"
-        self.uapi_header: str | None = None
-        self.via = "auto"
-        self.events_file: str | None = None
-        self.status_fd: int | None = None
-        self.hook_texts: tuple[str, ...] = ()
-        self.events: Events | None = None
-        self.hooks: Hooks | None = None
-        self.pid: int | None = None  # set by the options of a command, as is fd
-        self.fd: int | None = None
-        self.is_done = False
-        self.has_report = False
-        """Whether something stands on standard output already."""
-
-    def done(self) -> None:
-        """Take it that what was asked for is done: whatever becomes of the report on it changes no exit code."""
-        self.is_done = True
-
-    def listen(self, command: str, asked: dict[str, Any]) -> None:
-        """Open what the steps of the job go to.
-
-        :param command: that is about to run; *asked*: its options, by their names.
-        :raises UsageError, HostError: that is not possible.
-        """
-        target = self.events_file if self.status_fd is None else self.status_fd
-        if target is None and not self.hook_texts:
-            return
-        from vfio_mig.jobs.steps import Events, Hooks
-
-        if target is not None:
-            self.events = Events(target)
-        self.hooks = Hooks(self.hook_texts, command, **asked)
 
 
 def _set(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -183,6 +131,17 @@ def _listening(callback: Callable[..., Any]) -> Callable[..., Any]:
         return callback(*args, **kwargs)
 
     return run
+
+
+class Group(click.Group):
+    """A group that, called with nothing, prints its help on stderr as wrong usage: click 8.1 takes that for done."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what follows the group's name."""
+        if not args and not ctx.resilient_parsing:
+            put_lines(ctx.get_help(), err=True)
+            ctx.exit(UsageError.exit_code)
+        return super().parse_args(ctx, args)
 
 
 class Lazy(Group):

@@ -11,7 +11,7 @@ from vfio_mig.cli.main import Group
 from vfio_mig.cli.output import print_json, put, say
 
 if TYPE_CHECKING:
-    from vfio_mig.cli.main import Options
+    from vfio_mig.cli.options import Options
 
 
 @click.group("mdev", cls=Group)

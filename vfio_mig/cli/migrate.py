@@ -31,7 +31,7 @@ from vfio_mig.cli.transfer import (
 )
 
 if TYPE_CHECKING:
-    from vfio_mig.cli.main import Options
+    from vfio_mig.cli.options import Options
 
 
 def _words(command: str) -> list[str]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Self
 
-    from vfio_mig.cli.main import Options
+    from vfio_mig.cli.options import Options
     from vfio_mig.dirty.memory import MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.jobs.session import Settings
@@ -56,7 +56,7 @@ def _listener(options: Options) -> Callable[[str, str, str], None] | None:
 
 def _options() -> Options | None:
     """Return the global options of the command that is running, if one is."""
-    from vfio_mig.cli.main import Options
+    from vfio_mig.cli.options import Options
 
     context = click.get_current_context(silent=True)
     return None if context is None else context.find_object(Options)

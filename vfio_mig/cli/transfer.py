@@ -29,7 +29,7 @@ from vfio_mig.cli.pictures import plot_dirty, plot_rounds, prepare, rounds_plot_
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vfio_mig.cli.main import Options
+    from vfio_mig.cli.options import Options
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.sync import Round
     from vfio_mig.jobs.live import Live, StateRound

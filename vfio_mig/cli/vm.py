@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
-from vfio_mig import __version__, interrupts
+from vfio_mig import interrupts
 from vfio_mig.cli import streams
 from vfio_mig.cli.output import print_json, put, put_lines
 from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text, json_text
+from vfio_mig.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable

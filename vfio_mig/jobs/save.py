@@ -99,7 +99,7 @@ def _output(file: str, *, force: bool) -> Output:
 
 def describe_device(session: Session) -> dict[str, Any]:
     """Return what ``header.json`` says of a device, so that a restore can tell whether the image fits."""
-    from vfio_mig import __version__
+    from vfio_mig.version import __version__
 
     found = session.found
     kernel = os.uname()
