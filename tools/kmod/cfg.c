@@ -11,7 +11,6 @@
 
 #define GVT_CFG_GMCH		0x50	/* i915: SNB_GMCH_CTRL */
 #define GVT_GMCH_GTT_8M		0xc0	/* and no stolen memory */
-#define GVT_CFG_MSI		0x90
 #define GVT_CFG_PM		0xd0
 #define GVT_CFG_SWSCI		0xe8
 #define GVT_CFG_OPREGION	0xfc
@@ -171,7 +170,5 @@ int gvt_cfg_write(struct vgpu *vgpu, u32 off, const void *buf,
 	} else {
 		gvt_cfg_store(vgpu, off, buf, bytes);
 	}
-	if (reg == PCI_COMMAND || reg == GVT_CFG_MSI)
-		gvt_irq_recheck(vgpu);
 	return 0;
 }

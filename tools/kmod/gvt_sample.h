@@ -308,6 +308,7 @@ void gvt_pool_free(struct vgpu *vgpu);
 extern struct mdev_driver gvt_mdev_driver;
 
 /* cfg.c; all under lock */
+#define GVT_CFG_MSI		0x90	/* the MSI capability's offset */
 void gvt_cfg_init(struct vgpu *vgpu);	/* power-on contents, also at reset */
 int gvt_cfg_read(struct vgpu *vgpu, u32 off, void *buf, unsigned int bytes);
 int gvt_cfg_write(struct vgpu *vgpu, u32 off, const void *buf, unsigned int bytes);

@@ -34,11 +34,23 @@ static u64 gvt_region_size(unsigned int index)
 	return 0;
 }
 
+/* The guest's write to config space, which may change how interrupts go out */
+static int gvt_config_write(struct vgpu *vgpu, u32 off, const void *buf,
+			    unsigned int bytes)
+{
+	u32 reg = off & ~3u;
+	int ret = gvt_cfg_write(vgpu, off, buf, bytes);
+
+	if (!ret && (reg == PCI_COMMAND || reg == GVT_CFG_MSI))
+		gvt_irq_recheck(vgpu);
+	return ret;
+}
+
 static int gvt_piece(struct vgpu *vgpu, unsigned int index, u32 off, void *buf,
 		     unsigned int bytes, bool write)
 {
 	if (index == VFIO_PCI_CONFIG_REGION_INDEX)
-		return write ? gvt_cfg_write(vgpu, off, buf, bytes) :
+		return write ? gvt_config_write(vgpu, off, buf, bytes) :
 			       gvt_cfg_read(vgpu, off, buf, bytes);
 	if (off < GVT_MMIO_SIZE)
 		return write ? gvt_mmio_write(vgpu, off, buf, bytes) :
