@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Union, get_args, get_o
 
 from vfio_mig.conform.kit.check import Check as ConformCheck
 from vfio_mig.conform.kit.check import Result
-from vfio_mig.conform.kit.runner import Report
+from vfio_mig.conform.runner import Report
 from vfio_mig.device import Region
 from vfio_mig.dirty.sync import Round
 from vfio_mig.errors import VfioMigError
@@ -36,7 +36,7 @@ from vfio_mig.jobs.parts import ExtractReport, PackReport
 from vfio_mig.jobs.points import POINTS
 from vfio_mig.jobs.restore import RestoreReport
 from vfio_mig.jobs.save import SaveReport
-from vfio_mig.protocols.detect import Check
+from vfio_mig.protocols.family import Condition
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +45,7 @@ ROOT: Final = Path(__file__).parents[1]
 DIRECTORY: Final = ROOT / "docs" / "schemas"
 Schema = dict[str, Any]
 _KNOWN: Final = {
-    one.__name__: one for one in (Check, Diagnosis, Difference, Finding, Region, Result, Round, Section, StateRound)
+    one.__name__: one for one in (Condition, Diagnosis, Difference, Finding, Region, Result, Round, Section, StateRound)
 }
 _SIMPLE: Final[dict[Any, str]] = {str: "string", int: "integer", bool: "boolean", float: "number", NoneType: "null"}
 _ADDED: Final[dict[type, dict[str, tuple[Any, str]]]] = {

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from vfio_mig.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from vfio_mig.conform.kit.runner import conform_device
+    from vfio_mig.conform.runner import conform_device
     from vfio_mig.dirty.memory import MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.errors import (
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.session import open_session as open_device
 
 _MODULES = {
-    "conform.kit.runner": ("conform_device",),
+    "conform.runner": ("conform_device",),
     "dirty.memory": ("MemoryMap",),
     "dirty.ranges": ("PageRange",),
     "errors": (

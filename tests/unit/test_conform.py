@@ -16,13 +16,14 @@ from click.testing import CliRunner
 
 from tests.unit.conform_device import Played, bench_of
 from vfio_mig.cli.main import cli
-from vfio_mig.conform.kit import rfc_device, runner, v2_device
+from vfio_mig.conform import runner
+from vfio_mig.conform.kit import rfc_device, v2_device
 from vfio_mig.conform.kit.check import FAIL, OUTCOMES, PASS, SKIP, V2, WARN, Check, Result
 from vfio_mig.conform.kit.report import FORMATS
-from vfio_mig.conform.kit.runner import Report, run_check
 from vfio_mig.conform.kit.v2_device import NAMES, STATES
 from vfio_mig.conform.kit.verdict import NotApplicable
 from vfio_mig.conform.registry import all_checks, select
+from vfio_mig.conform.runner import Report, run_check
 from vfio_mig.conform.v2 import dirty
 from vfio_mig.errors import UsageError
 from vfio_mig.protocols import mainline_v2

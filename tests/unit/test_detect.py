@@ -12,14 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit import made_up_protocol
 from vfio_mig import uapi
 from vfio_mig.device import CAPS_MAX, REPLY_MAX, Device, Region
 from vfio_mig.errors import DeviceError, UnsupportedError, UsageError
 from vfio_mig.host.devices import HostDevice
-from vfio_mig.jobs import session
-from vfio_mig.protocols.detect import MAINLINE, detect, explain, mainline_flags
+from vfio_mig.jobs import check, session
+from vfio_mig.protocols import registry
+from vfio_mig.protocols.flags import mainline_flags
 from vfio_mig.protocols.gvt_rfc import DIRTY_PAGES_MAX, GvtRfc
 from vfio_mig.protocols.mainline_v2 import MainlineV2
+from vfio_mig.protocols.registry import detect, explain, spoken
 from vfio_mig.uapi import Request, vfio_request
 from vfio_mig.uapi.profile import DEFAULT_PROFILE, RfcProfile
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 SIZE: Final = 0x900000
 CAPS, RW, RWM = 8, 3, 7
 STATE_INDEX: Final = 9
+PROBE: Final = 1 << 18  # VFIO_DEVICE_FEATURE_PROBE
 SPARSE, TYPE = 1, 2
 # No two numbers as shipped
 OTHER_PROFILE: Final = RfcProfile(
@@ -105,6 +109,8 @@ class FakeDevice(Device):
             return self._region_info(answer)
         if request == uapi.DEVICE_FEATURE and self.feature is not None:
             argsz, flags = struct.unpack_from("=II", answer)
+            if flags & PROBE:
+                raise DeviceError("no log", device=self.name, errno=errno.ENOTTY)
             assert (argsz, len(answer)) == (16, 16)
             assert flags in {0x10001, 0x10002}  # both GET: nothing is changed by detection
             struct.pack_into(*("=Q", answer, 8, self.feature) if flags == 0x10001 else ("=Ii", answer, 8, 2, -1))
@@ -134,7 +140,7 @@ def failing(device: FakeDevice, profile: RfcProfile = DEFAULT_PROFILE) -> list[s
     """Names of the checks that fail; detect() agrees with explain(), and neither sends a request of the RFC."""
     checks = explain(device, profile)
     failed = [check for check in checks if not check.ok]
-    if MAINLINE in [check.name for check in failed] and (device.feature or 0) & 1:
+    if [check.name for check in checks] == ["mainline-migration"]:
         protocol = detect(device, profile)
         assert isinstance(protocol, MainlineV2)
         assert protocol.flags == device.feature
@@ -183,13 +189,31 @@ def test_another_trees_numbers_decide_when_they_are_given() -> None:
         (FakeDevice(replies={9: reply(flags=1)}), "state-region"),
         (FakeDevice(replies={9: reply(flags=2)}), "state-region"),
         (FakeDevice(replies={9: reply(type_cap(7, 7))}), "no-region-type"),
-        (FakeDevice(feature=1), "no-mainline-migration"),
-        (FakeDevice(feature=7), "no-mainline-migration"),
+        (FakeDevice(feature=2), "no-mainline-migration"),
         (FakeDevice(feature=1 << 63), "no-mainline-migration"),
     ],
 )
 def test_each_check_alone_forbids_it(device: FakeDevice, name: str) -> None:
     assert failing(device) == [name]
+
+
+@pytest.mark.parametrize("feature", [1, 7])
+def test_a_device_that_speaks_both_is_driven_by_mainline_s_protocol_unless_the_rfc_is_asked_for(feature: int) -> None:
+    device = FakeDevice(feature=feature)
+    assert failing(device) == []
+    assert spoken(device, DEFAULT_PROFILE) == ["mainline-v2", "gvt-rfc"]
+    assert isinstance(detect(device, DEFAULT_PROFILE), MainlineV2)
+    assert isinstance(detect(device, DEFAULT_PROFILE, "mainline-v2"), MainlineV2)
+    assert isinstance(detect(device, DEFAULT_PROFILE, "gvt-rfc"), GvtRfc)
+
+
+def test_a_device_that_speaks_another_protocol_than_is_asked_for_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="it speaks gvt-rfc, not mainline-v2"):
+        detect(FakeDevice(), DEFAULT_PROFILE, "mainline-v2")
+    with pytest.raises(UnsupportedError, match="it speaks mainline-v2, not gvt-rfc"):
+        detect(FakeDevice(feature=1, num_regions=9), DEFAULT_PROFILE, "gvt-rfc")
+    with pytest.raises(UnsupportedError, match="cannot be migrated: mainline-migration"):
+        detect(FakeDevice(num_regions=9), DEFAULT_PROFILE, "mainline-v2")
 
 
 def test_too_few_regions_alone_forbid_it() -> None:
@@ -287,7 +311,7 @@ def test_a_gvt_g_without_migration_is_told_as_such(kind: str, is_named: bool) ->
     stock = FakeDevice(flags=3, num_regions=11, replies={9: reply(type_cap(0x80008086, 1))})
     found = HostDevice("fake", "", "mdev", kind, "0000:00:02.0", "intel_vgpu_mdev", 7)
     with pytest.raises(UnsupportedError) as caught:
-        session._detect(found, stock, DEFAULT_PROFILE)
+        session._detect(found, stock, DEFAULT_PROFILE, "auto")
     text = str(caught.value)
     assert ("a GVT-g vGPU of a driver without migration" in text) is is_named
     assert ("scripts/kvmgt builds" in text) is is_named
@@ -583,3 +607,33 @@ def test_a_reset_is_vfios_own_request() -> None:
     device = RfcDevice()
     rfc(device).reset()
     assert device.calls == [(uapi.DEVICE_RESET, b"")]
+
+
+# A protocol more
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.MODULES, made_up_protocol.NAME, made_up_protocol.__name__)
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_new_protocol_is_one_module_and_one_line_in_the_registry() -> None:
+    device = FakeDevice(flags=made_up_protocol.FLAG, num_regions=9)
+    found = HostDevice("fake", "", "mdev", "t", "0000:00:02.0", "d", 7)
+    protocol = detect(device, DEFAULT_PROFILE)
+    assert isinstance(protocol, made_up_protocol.MadeUp)
+    assert (spoken(device, DEFAULT_PROFILE), explain(device, DEFAULT_PROFILE)[0].name) == (["made-up"], "made-up")
+    with pytest.raises(UnsupportedError, match="it speaks gvt-rfc, not made-up"):
+        detect(FakeDevice(), DEFAULT_PROFILE, "made-up")
+    # what jobs ask of its states
+    one = session.Session(found, device, protocol)
+    good = [finding[:3] for finding in check.state_findings(one, protocol.content)]
+    assert good == [
+        ("state", "ok", "16 made-up bytes"),
+        ("made-up-name", "ok", "fake"),
+        ("state-content", "note", "it is made up"),
+    ]
+    assert [finding.text for finding in check.state_findings(one, b"other")] == ["not made up at 0x0"]
+    with pytest.raises(UsageError, match="choose one of auto, mainline-v2, gvt-rfc, made-up"):
+        session.open_session("fake", session.Settings(abi="another"))

@@ -221,7 +221,7 @@ def literal_steps(tree: ast.AST) -> Iterator[str]:
 
 def test_the_table_names_the_steps_that_the_jobs_have_and_no_other() -> None:
     """Which job has which: tests/unit/test_jobs.py, and for migrate and conform tests/vm."""
-    paths = [*(ROOT / "vfio_mig/jobs").rglob("*.py"), ROOT / "vfio_mig/conform/kit/runner.py"]
+    paths = [*(ROOT / "vfio_mig/jobs").rglob("*.py"), ROOT / "vfio_mig/conform/runner.py"]
     named = {name for path in paths for name in literal_steps(ast.parse(path.read_text()))}
     assert named == {name for names in POINTS.values() for name in names}
     assert [len(set(names)) for names in POINTS.values()] == [len(names) for names in POINTS.values()]

@@ -16,7 +16,7 @@ import pytest
 
 from tests.vm import defects, host
 from tests.vm.v2 import HAS_PRE_COPY
-from vfio_mig.conform.kit.runner import conform_device
+from vfio_mig.conform.runner import conform_device
 from vfio_mig.jobs.session import Settings
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from vfio_mig.cli.output import borrow_options, print_json, put, put_lines, sett
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
-    from vfio_mig.conform.kit.runner import Report
+    from vfio_mig.conform.runner import Report
 
 SHOWN = 3
 
@@ -61,7 +61,7 @@ def conform_command(
     if device is None:
         raise click.UsageError("Missing argument 'DEVICE'.")
     from vfio_mig.conform.kit.report import FORMATS
-    from vfio_mig.conform.kit.runner import conform_device
+    from vfio_mig.conform.runner import conform_device
     from vfio_mig.image.files import committed
 
     with nullcontext() if output is None else committed(output) as file:

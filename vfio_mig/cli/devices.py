@@ -96,7 +96,10 @@ def _print_info(info: DeviceInfo) -> None:
         _print_regions(info)
         for check in info.checks:
             put(f"{'ok ' if check.ok else 'NO '} {check.name}: {check.text}")
-        put(f"protocol  {info.protocol or 'none'}")
+        put(f"protocol  {info.described or 'none'}")
+        others = [name for name in info.speaks if name != info.protocol]
+        if others:
+            put(f"note: it speaks {' and '.join(others)}, too; --abi chooses")
     if info.better_driver is not None:
         put(f"note: the driver {info.better_driver} fits it better than {info.driver or 'none'}")
 

@@ -16,6 +16,7 @@ from vfio_mig.cli import streams
 from vfio_mig.cli.options import Options
 from vfio_mig.cli.output import print_json, put, put_lines, warn
 from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text
+from vfio_mig.protocols.registry import AUTO, MODULES
 from vfio_mig.version import __version__
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ STDOUT_IS_DATA: Final = frozenset({"save", "sync"})
 """Commands whose FILE may be - for standard output; no other document is put there then."""
 
 
-ABIS = ("auto", "gvt-rfc", "mainline-v2")
 WAYS = ("auto", "group", "cdev")
 
 
@@ -80,7 +80,13 @@ def _global_options(*, hidden: bool) -> list[click.Parameter]:
             "-v", "--verbose", is_flag=True, help="Say on stderr how the device was reached and what is being done."
         ),
         option("-q", "--quiet", is_flag=True, help="Print nothing but errors and what was asked for."),
-        option("--abi", type=click.Choice(ABIS), default="auto", show_default=True, help="Accept this protocol only."),
+        option(
+            "--abi",
+            type=click.Choice((AUTO, *MODULES)),
+            default="auto",
+            show_default=True,
+            help="Accept this protocol only.",
+        ),
         option(
             "--uapi-header",
             metavar="FILE",

@@ -4,26 +4,24 @@
 from __future__ import annotations
 
 import os
-import struct
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
-from vfio_mig.errors import DeviceError, ImageError, MismatchError, excerpt
+from vfio_mig.errors import ImageError, MismatchError, excerpt
 from vfio_mig.jobs.session import Settings, open_session
+from vfio_mig.protocols.registry import family
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vfio_mig.image.archive import Archive
-    from vfio_mig.image.gvt import GvtImage
     from vfio_mig.jobs.session import Session
+    from vfio_mig.protocols.family import KnownState
 
 OK: Final = "ok"
 NOTE: Final = "note"
 MISMATCH: Final = "mismatch"
-GVT_RFC: Final = "gvt-rfc"
-_BAR0: Final = 0
-_PVINFO_GM: Final = struct.Struct("<IIII")  # low base and size, high base and size
-_PVINFO_GM_AT: Final = 0x78040  # cdefs/gvt_pvinfo.h
+RAW: Final = "gvt-rfc"
+"""The protocol of a bare state, of which nothing else is said."""
 
 
 class Finding(NamedTuple):
@@ -86,6 +84,11 @@ def _may_differ(name: str, saved: object, here: object) -> Finding:
     return Finding(name, OK if same else NOTE, f"{here}" if same else f"{excerpt(saved)} in the image, {here!r} here")
 
 
+def _knows_states(protocol: str) -> bool:
+    known = family(protocol)
+    return known is not None and known.knows_states
+
+
 def header_findings(session: Session, archive: Archive) -> Iterator[Finding]:
     """Compare what the image's header says with a device and this host."""
     header = archive.header
@@ -95,7 +98,7 @@ def header_findings(session: Session, archive: Archive) -> Iterator[Finding]:
     yield Finding("format", OK, f"version {header['version']}, every member whole")
     yield _equal("protocol", header.get("protocol"), protocol)
     # The state's own checks tell types apart where the name of one is all that differs
-    yield _equal("device-type", saved.get("type"), session.found.type, forcible=protocol == GVT_RFC)
+    yield _equal("device-type", saved.get("type"), session.found.type, forcible=_knows_states(protocol))
     yield _equal("machine", header.get("machine"), os.uname().machine)
     yield _may_differ("driver", saved.get("driver"), session.found.driver)
     yield _may_differ("kernel", header.get("kernel"), os.uname().release)
@@ -103,30 +106,14 @@ def header_findings(session: Session, archive: Archive) -> Iterator[Finding]:
     yield Finding("state-size", OK if size <= limit else MISMATCH, f"{size} bytes, the device takes {limit}")
 
 
-def parse_state(protocol: str, state: bytes | memoryview) -> GvtImage | None:
+def parse_state(protocol: str, state: bytes | memoryview) -> KnownState | None:
     """Parse a device state strictly where its layout is known; None where it is not.
-
-    How large a state may be is a device's to say, by its state region; here it is only plausible.
 
     :param protocol: name of the protocol it was read with.
     :raises ImageError: it is broken; the message has the byte offset.
     """
-    if protocol != GVT_RFC:
-        return None
-    from vfio_mig.image.gvt import parse
-    from vfio_mig.uapi.profile import IMAGE_LARGEST
-
-    return parse(memoryview(state), image_max=IMAGE_LARGEST)
-
-
-def _window_sizes(session: Session) -> tuple[int, int] | None:
-    """Read the sizes of low and high graphics memory from the device's PVINFO: bytes."""
-    device = session.device
-    try:
-        gm = _PVINFO_GM.unpack(device.pread(device.region(_BAR0), _PVINFO_GM_AT, _PVINFO_GM.size))
-    except DeviceError:
-        return None
-    return gm[1], gm[3]
+    known = family(protocol)
+    return None if known is None else known.parse_state(memoryview(state))
 
 
 def state_findings(session: Session, state: bytes) -> Iterator[Finding]:
@@ -135,23 +122,20 @@ def state_findings(session: Session, state: bytes) -> Iterator[Finding]:
         yield Finding("state", OK, "a stream, for the device's driver to judge")
         return
     try:
-        image = parse_state(session.protocol.name, state)
+        known = parse_state(session.protocol.name, state)
     except ImageError as error:
         yield Finding("state", MISMATCH, error.problem)
         return
-    if image is None:
+    if known is None:
         yield Finding("state", NOTE, f"the layout of a {session.protocol.name} state is not known")
         return
-    from vfio_mig.image.gvt import compare_target
-
-    yield Finding("state", OK, f"{len(image.records)} records, numbered as in {image.dialect}")
-    vendor, device = struct.unpack("<HH", session.device.config(0, 4))
-    for one in compare_target(image, vendor=vendor, device=device, gm=_window_sizes(session)):
+    yield Finding("state", OK, known.summary)
+    for one in known.compare(session.device):
         if one.here is None:
             yield Finding(one.name, NOTE, "the device's own sizes cannot be read")
         else:
             yield _equal(one.name, one.saved, one.here)
-    for warning in image.warnings:
+    for warning in known.warnings:
         yield Finding("state-content", NOTE, warning)
 
 
@@ -222,7 +206,7 @@ def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> 
         archive = image.archive
         header: dict[str, Any] = {} if archive is None else archive.header
         protocol = header.get("protocol")
-        parsed = parse_state(GVT_RFC if archive is None else str(protocol), image.state) if verify_state else None
+        parsed = parse_state(RAW if archive is None else str(protocol), image.state) if verify_state else None
         device = header.get("device")
         return VerifyReport(
             file,

@@ -11,7 +11,7 @@ from vfio_mig.jobs.session import CLOSED, Settings, load_numbers, survey
 if TYPE_CHECKING:
     from vfio_mig.device import Region
     from vfio_mig.host.discover import Snapshot
-    from vfio_mig.protocols.detect import Check
+    from vfio_mig.protocols.family import Condition
     from vfio_mig.uapi.profile import RfcProfile
 
 
@@ -44,7 +44,9 @@ class DeviceInfo(NamedTuple):
 
     :param how: how it was reached: ``borrowed``, ``inherited``, ``cdev``, ``group``, or ``closed``: it was not.
     :param flags: of VFIO_DEVICE_GET_INFO.
-    :param protocol: the protocol it speaks, None when a check fails.
+    :param protocol: the protocol that it is driven by, None when a check fails.
+    :param described: that, with its parts and where its numbers are from.
+    :param speaks: every protocol that it speaks, the one that is preferred first; ``--abi`` chooses another.
     :param migratable: whether it can be migrated, None when that is not known before it is opened.
     :param source: where that is from: ``device``, or of a closed one ``debugfs`` or its ``driver``'s name.
     :param state: its migration state by QEMU's name, ``?`` when its driver does not answer, None when it is not known.
@@ -58,8 +60,10 @@ class DeviceInfo(NamedTuple):
     how: str
     flags: int | None
     regions: list[Region]
-    checks: list[Check]
+    checks: list[Condition]
     protocol: str | None
+    described: str | None
+    speaks: list[str]
     driver: str
     node: str | None
     cdev: str | None
@@ -131,6 +135,8 @@ def device_info(name: str, settings: Settings | None = None, *, open_closed: boo
         regions=[],
         checks=[],
         protocol=None,
+        described=None,
+        speaks=[],
         driver=found.driver,
         node=found.node,
         cdev=found.cdev,
@@ -150,27 +156,26 @@ def device_info(name: str, settings: Settings | None = None, *, open_closed: boo
 def _ask(closed: DeviceInfo, seen: Snapshot, settings: Settings, profile: RfcProfile) -> DeviceInfo:
     """Add what only the open device says."""
     from vfio_mig.host.opening import open_device
-    from vfio_mig.protocols.detect import Check, detect, explain
+    from vfio_mig.protocols.registry import detect, explain, spoken
 
     (found,) = seen.devices
     with open_device(
         found, pid=settings.pid, fd=settings.fd, via=settings.via, kvm=settings.kvm, view=seen.view
     ) as device:
-        checks = explain(device, profile)
-        protocol = state = None
+        protocol = state = described = None
         try:
-            speaks = detect(device, profile)
-            protocol, state = speaks.name, speaks.state()
-            if speaks.streams:  # the rest is the RFC's business
-                checks = [Check("mainline-migration", True, speaks.describe())]
+            speaks = detect(device, profile, settings.abi)
+            protocol, state, described = speaks.name, speaks.state(), speaks.describe()
         except UnsupportedError:
             pass
         return closed._replace(
             how=device.how,
             flags=device.info().flags,
             regions=device.regions(),
-            checks=checks,
+            checks=explain(device, profile),
             protocol=protocol,
+            described=described,
+            speaks=spoken(device, profile),
             migratable=protocol is not None,
             source="device",
             state=state,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError, UsageError, warn
+from vfio_mig.protocols.registry import AUTO, MODULES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from vfio_mig.protocols.base import MigrationProtocol
     from vfio_mig.uapi.profile import RfcProfile
 
-ABIS = ("auto", "gvt-rfc", "mainline-v2")
 WAYS = ("auto", "group", "cdev")
 FROM_ANY_STATE = ("conform", "reset")
 """Jobs that may begin with a device in the middle of something."""
@@ -294,8 +294,8 @@ def open_session(
     :raises DeviceError: an earlier job has left it in a state that this one cannot start from.
     """
     settings = settings or Settings()
-    if settings.abi not in ABIS:
-        raise UsageError(f"unknown ABI {settings.abi!r}", hint=f"choose one of {', '.join(ABIS)}")
+    if settings.abi not in (AUTO, *MODULES):
+        raise UsageError(f"unknown ABI {settings.abi!r}", hint=f"choose one of {', '.join((AUTO, *MODULES))}")
     if settings.via not in WAYS:
         raise UsageError(f"unknown way {settings.via!r} to a device", hint=f"choose one of {', '.join(WAYS)}")
     profile = load_numbers(settings)
@@ -350,8 +350,7 @@ def _open_found(  # noqa: PLR0917 -- each is one thing
         found, memory=pieces, pid=settings.pid, fd=settings.fd, via=settings.via, kvm=settings.kvm, view=view
     )
     try:
-        session = Session(found, device, _detect(found, device, profile), lock, settings)
-        _require_abi(session, settings)
+        session = Session(found, device, _detect(found, device, profile, settings.abi), lock, settings)
         if settings.tell is not None:
             settings.tell(session.describe())
     except BaseException:
@@ -360,23 +359,17 @@ def _open_found(  # noqa: PLR0917 -- each is one thing
     return session
 
 
-def _detect(found: HostDevice, device: Device, profile: RfcProfile) -> MigrationProtocol:
+def _detect(found: HostDevice, device: Device, profile: RfcProfile, abi: str) -> MigrationProtocol:
     """Choose the protocol; say so when it is kvmgt as distributions have it that speaks none."""
-    from vfio_mig.protocols.detect import detect
+    from vfio_mig.protocols.registry import detect
 
     try:
-        return detect(device, profile)
+        return detect(device, profile, abi)
     except UnsupportedError as error:
         if found.kind == "mdev" and found.type.startswith(GVT_TYPES):
             error.problem = f"it is a GVT-g vGPU of a driver without migration, and {error.problem}"
             error.hint = f"scripts/kvmgt builds a driver with it; {error.hint}"
         raise
-
-
-def _require_abi(session: Session, settings: Settings) -> None:
-    if settings.abi not in ("auto", session.protocol.name):
-        problem = f"it speaks {session.protocol.name}, not {settings.abi}"
-        raise UnsupportedError(problem, device=session.device.name)
 
 
 def _take_over(session: Session, lock: DeviceLock, job: str, *, force: bool) -> None:

@@ -7,12 +7,18 @@ import os
 import struct
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from vfio_mig.device import READ, WRITE
 from vfio_mig.errors import DeviceError, UsageError
 from vfio_mig.protocols.base import MigrationProtocol
+from vfio_mig.protocols.family import Compared, Condition, Family
+from vfio_mig.protocols.flags import STOP_COPY, mainline_flags
 from vfio_mig.uapi import ffi
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vfio_mig.device import Device, Region
+    from vfio_mig.image.gvt import GvtImage
     from vfio_mig.uapi.profile import RfcProfile
 
 # gvt_region and the first fields of gvt_image_header, cdefs/gvt_image.h: type, size, version, data_size
@@ -24,6 +30,20 @@ _DIRTY_HEAD: Final = ffi.sizeof("struct vfio_pci_get_dirty_bitmap")
 _PAGE: Final = 4096
 DIRTY_PAGES_MAX: Final = 1 << 20
 """Pages of one request; the RFC's kernel allocates unchecked and counts in a signed 32-bit number."""
+
+
+_PCI: Final = ffi.integer_const("VFIO_DEVICE_FLAGS_PCI")
+_BAR0: Final = 0
+_IDS: Final = struct.Struct("<HH")  # of the configuration space: vendor, device
+_PVINFO_GM: Final = struct.Struct("<IIII")  # low base and size, high base and size
+_PVINFO_GM_AT: Final = 0x78040  # cdefs/gvt_pvinfo.h
+_SIBLINGS: Final = {
+    (0x80008086, 4): "the January 2018 form of GVT-g's migration",
+    (1 << 30, 1): "the May 2018 form of GVT-g's migration",
+    (2, 1): "the February 2019 form of GVT-g's migration",
+    (3, 1): "mainline's migration protocol v1",
+    (0x80008086, 1): "an OpRegion: a GVT-g without the RFC",
+}
 
 
 class GvtRfc(MigrationProtocol):
@@ -116,3 +136,99 @@ class GvtRfc(MigrationProtocol):
                 "the dirty bitmap request returned a file: not a device of the RFC", device=self.device.name
             )
         return memoryview(request)[_DIRTY_HEAD : _DIRTY_HEAD + (nr_pages + 7) // 8]
+
+
+def _state_region(device: Device, profile: RfcProfile) -> Region | None:
+    try:
+        return device.region(profile.state_index)
+    except DeviceError:
+        return None
+
+
+def _region_conditions(region: Region | None, profile: RfcProfile) -> Iterator[Condition]:
+    if region is None:
+        yield Condition("state-region", False, f"region {profile.state_index} cannot be asked for")
+        return
+    whole = region.size == profile.image_max and region.flags & READ and region.flags & WRITE
+    yield Condition(
+        "state-region", bool(whole), f"{region.size} bytes, {region.access}; {profile.image_max} rw- expected"
+    )
+    if region.type is None:
+        yield Condition("no-region-type", True, "no type capability")
+    else:
+        known = _SIBLINGS.get((region.type, region.subtype or 0), "something this program does not know")
+        yield Condition("no-region-type", False, f"type {region.type:#x} subtype {region.subtype}: {known}")
+
+
+class _GvtState:
+    """A vGPU's state, parsed; what of it must be the same on a target can be compared with one."""
+
+    def __init__(self, image: GvtImage) -> None:
+        self._image = image
+        self.summary: Final = f"{len(image.records)} records, numbered as in {image.dialect}"
+        self.warnings: Final = tuple(image.warnings)
+
+    def compare(self, device: Device) -> Iterator[Compared]:
+        """Compare the PCI IDs and the sizes of graphics memory; reads configuration space and PVINFO."""
+        from vfio_mig.image.gvt import compare_target
+
+        vendor, number = _IDS.unpack(device.config(0, _IDS.size))
+        for one in compare_target(self._image, vendor=vendor, device=number, gm=_graphics_memory(device)):
+            yield Compared(*one)
+
+
+def _graphics_memory(device: Device) -> tuple[int, int] | None:
+    """Read the sizes of low and high graphics memory from a vGPU's PVINFO: bytes; None where it cannot be read."""
+    try:
+        gm = _PVINFO_GM.unpack(device.pread(device.region(_BAR0), _PVINFO_GM_AT, _PVINFO_GM.size))
+    except DeviceError:
+        return None
+    return gm[1], gm[3]
+
+
+class _GvtRfcFamily(Family):
+    """Intel's vGPUs on a kernel that carries the RFC."""
+
+    name: ClassVar[str] = GvtRfc.name
+    knows_states: ClassVar[bool] = True
+
+    def conditions(self, device: Device, profile: RfcProfile) -> list[Condition]:
+        """Try every condition of the RFC's rule."""
+        info = device.info()
+        flag = profile.migratable_flag
+        conditions = [
+            Condition("pci", bool(info.flags & _PCI), f"device flags {info.flags:#x}"),
+            Condition("migratable", bool(info.flags & flag), f"flag {flag:#x} in {info.flags:#x}"),
+            Condition(
+                "regions",
+                info.num_regions >= profile.num_regions,
+                f"{info.num_regions} regions, {profile.num_regions} expected",
+            ),
+        ]
+        # A device without such a region is not asked for it: the index may mean nothing there
+        if info.num_regions > profile.state_index:
+            conditions += _region_conditions(_state_region(device, profile), profile)
+        else:
+            conditions.append(Condition("state-region", False, f"no region {profile.state_index}"))
+        mainline = mainline_flags(device)
+        # A driver may have both interfaces; flags without STOP_COPY are of something that nobody knows
+        known = not mainline or bool(mainline & STOP_COPY)
+        conditions.append(Condition("no-mainline-migration", known, f"mainline migration flags {mainline:#x}"))
+        return conditions
+
+    def open(self, device: Device, profile: RfcProfile) -> GvtRfc:
+        """Return what drives the vGPU."""
+        return GvtRfc(device, profile, device.region(profile.state_index))
+
+    def parse_state(self, state: memoryview) -> _GvtState:
+        """Parse an image strictly. How large it may be is a device's to say, by its region; here it is only plausible.
+
+        :raises ImageError: it is broken; the message has the byte offset.
+        """
+        from vfio_mig.image.gvt import parse
+        from vfio_mig.uapi.profile import IMAGE_LARGEST
+
+        return _GvtState(parse(state, image_max=IMAGE_LARGEST))
+
+
+FAMILY: Final = _GvtRfcFamily()

@@ -18,12 +18,17 @@ from vfio_mig import uapi
 from vfio_mig.errors import DeviceError, UnsupportedError, UsageError, errno_text
 from vfio_mig.protocols.base import MigrationProtocol, Pending
 from vfio_mig.protocols.dma_logging import DmaLog
+from vfio_mig.protocols.family import Condition, Family
+from vfio_mig.protocols.flags import P2P, mainline_flags
+from vfio_mig.protocols.flags import PRE_COPY as HAS_PRE_COPY
+from vfio_mig.protocols.flags import STOP_COPY as HAS_STOP_COPY
 from vfio_mig.uapi import IoctlError, ffi
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from vfio_mig.device import Device
+    from vfio_mig.uapi.profile import RfcProfile
 
 ERROR: Final = ffi.integer_const("VFIO_DEVICE_STATE_ERROR")
 STOP: Final = ffi.integer_const("VFIO_DEVICE_STATE_STOP")
@@ -51,8 +56,7 @@ CHUNK: Final = 1 << 20
 _AT_REST: Final = (STOP, RUNNING, RUNNING_P2P)
 _QUIET: Final = {RUNNING: RUNNING_P2P, PRE_COPY: PRE_COPY_P2P}
 _SAVING: Final = (STOP_COPY, PRE_COPY, PRE_COPY_P2P)
-_P2P: Final = ffi.integer_const("VFIO_MIGRATION_P2P")
-_PRE_COPY: Final = ffi.integer_const("VFIO_MIGRATION_PRE_COPY")
+_PARTS: Final = {HAS_STOP_COPY: "stop-copy", P2P: "p2p", HAS_PRE_COPY: "pre-copy"}
 _STATE: Final = struct.Struct("=IIIi")  # vfio_device_feature + vfio_device_feature_mig_state
 _FEATURE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE")
 _GET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_GET") | _FEATURE
@@ -95,12 +99,12 @@ class MainlineV2(MigrationProtocol):
     @property
     def has_precopy(self) -> bool:
         """Whether it has the PRE_COPY states."""
-        return bool(self.flags & _PRE_COPY)
+        return bool(self.flags & HAS_PRE_COPY)
 
     @property
     def has_p2p(self) -> bool:
         """Whether it has the P2P states."""
-        return bool(self.flags & _P2P)
+        return bool(self.flags & P2P)
 
     @property
     def state_size_max(self) -> int:
@@ -208,7 +212,7 @@ class MainlineV2(MigrationProtocol):
         """
         if name not in BY_HAND:
             raise UsageError(f"{name!r} is not a state to be left in", hint=f"choose one of {', '.join(BY_HAND)}")
-        if name == NAMES[RUNNING_P2P] and not self.flags & _P2P:
+        if name == NAMES[RUNNING_P2P] and not self.flags & P2P:
             raise UnsupportedError("it has no P2P states", device=self.device.name)
         self._rest(next(state for state, its in NAMES.items() if its == name))
 
@@ -343,5 +347,34 @@ class MainlineV2(MigrationProtocol):
 
     def describe(self) -> str:
         """Name the optional parts that the device has."""
-        parts = [name for bit, name in ((1, "stop-copy"), (2, "p2p"), (4, "pre-copy")) if self.flags & bit]
-        return f"{self.name} ({', '.join([*parts, *(['dma-logging'] if self.has_dirty else [])])})"
+        return _describe(self.flags, has_log=self.has_dirty)
+
+
+def _describe(flags: int, *, has_log: bool) -> str:
+    parts = [name for bit, name in _PARTS.items() if flags & bit]
+    return f"{MainlineV2.name} ({', '.join([*parts, *(['dma-logging'] if has_log else [])])})"
+
+
+class _MainlineV2Family(Family):
+    """Every device whose driver has registered with vfio's own migration."""
+
+    name: ClassVar[str] = MainlineV2.name
+
+    def conditions(self, device: Device, profile: RfcProfile) -> list[Condition]:
+        """Look for the one part that all of them have: STOP_COPY."""
+        del profile
+        flags = mainline_flags(device)
+        if not flags & HAS_STOP_COPY:
+            return [Condition("mainline-migration", False, f"mainline migration flags {flags:#x}")]
+        return [Condition("mainline-migration", True, _describe(flags, has_log=DmaLog(device).exists))]
+
+    def open(self, device: Device, profile: RfcProfile) -> MainlineV2:
+        """Return what drives the device.
+
+        :raises DeviceError: it is in the middle of somebody's migration, or in the error state.
+        """
+        del profile
+        return MainlineV2(device, mainline_flags(device))
+
+
+FAMILY: Final = _MainlineV2Family()

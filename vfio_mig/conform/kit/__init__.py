@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What every check needs: verdicts, the device under test and how it is driven, the run and its report.
+"""What every check needs. Nothing here imports a check.
 
-Nothing here imports a check.
+``verdict`` is how a check says that a rule is broken, ``check`` a rule with its source, ``rig`` the device under test,
+with what checks share. ``v2_device`` and ``rfc_device`` send single requests and give every errno as it came, as the
+rooms below would hide what is checked here. ``report`` prints what came of a run.
 """

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from vfio_mig.conform.kit.check import Result
-    from vfio_mig.conform.kit.runner import Report
+    from vfio_mig.conform.runner import Report
 
 _WIDTH: Final = 5
 _LOUD: Final = {PASS: "pass", FAIL: "FAIL", WARN: "WARN", SKIP: "skip"}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""A third protocol that nobody has: what a new one takes is this file, and its line in the registry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from vfio_mig.errors import ImageError
+from vfio_mig.protocols.base import MigrationProtocol
+from vfio_mig.protocols.family import Compared, Condition, Family
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vfio_mig.device import Device
+    from vfio_mig.uapi.profile import RfcProfile
+
+NAME: Final = "made-up"
+FLAG: Final = 1 << 13
+"""Of VFIO_DEVICE_GET_INFO, if it existed."""
+MAGIC: Final = b"made up\n"
+
+
+class MadeUp(MigrationProtocol):
+    """Its devices keep their state in this object."""
+
+    name: ClassVar[str] = NAME
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self.runs = True
+        self.content = MAGIC + b"at first"
+
+    @property
+    def state_size_max(self) -> int:
+        return 4096
+
+    def stop(self) -> None:
+        self.runs = False
+
+    def start(self) -> None:
+        self.runs = True
+
+    def read_state(self) -> memoryview:
+        return memoryview(self.content)
+
+    def write_state(self, state: memoryview) -> None:
+        self.content = bytes(state)
+
+    def dirty(self, start_page: int, nr_pages: int) -> memoryview:
+        del start_page
+        return memoryview(bytes((nr_pages + 7) // 8))
+
+
+class _State:
+    def __init__(self, size: int) -> None:
+        self.summary = f"{size} made-up bytes"
+        self.warnings = ("it is made up",)
+
+    def compare(self, device: Device) -> Iterator[Compared]:
+        yield Compared("made-up-name", "fake", device.name)
+
+
+class _MadeUpFamily(Family):
+    name: ClassVar[str] = NAME
+    knows_states: ClassVar[bool] = True
+
+    def conditions(self, device: Device, profile: RfcProfile) -> list[Condition]:
+        del profile
+        flags = device.info().flags
+        return [Condition("made-up", bool(flags & FLAG), f"flag {FLAG:#x} in {flags:#x}")]
+
+    def open(self, device: Device, profile: RfcProfile) -> MadeUp:
+        del profile
+        return MadeUp(device)
+
+    def parse_state(self, state: memoryview) -> _State:
+        if bytes(state[: len(MAGIC)]) != MAGIC:
+            raise ImageError("not made up at 0x0")
+        return _State(len(state))
+
+
+FAMILY: Final = _MadeUpFamily()
