@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Union, get_args, get_o
 from vfio_mig.conform.kit.check import Check as ConformCheck
 from vfio_mig.conform.kit.check import Result
 from vfio_mig.conform.runner import Report
+from vfio_mig.decode.differences import Difference
+from vfio_mig.decode.section import Section
 from vfio_mig.device import Region
 from vfio_mig.dirty.sync import Round
 from vfio_mig.errors import VfioMigError
 from vfio_mig.host.mdev import MdevType
-from vfio_mig.image.decode.section import Section
-from vfio_mig.image.differences import Difference
 from vfio_mig.jobs.check import CheckReport, Finding, VerifyReport
 from vfio_mig.jobs.control import Done, State, Status
-from vfio_mig.jobs.diff import DiffReport
 from vfio_mig.jobs.dirty import DirtyReport, SyncReport
-from vfio_mig.jobs.doctor import Diagnosis, DoctorReport
-from vfio_mig.jobs.inform import DeviceInfo, Listed
-from vfio_mig.jobs.inspect import InspectReport, SectionBytes
+from vfio_mig.jobs.files.diff import DiffReport
+from vfio_mig.jobs.files.extract import ExtractReport, PackReport
+from vfio_mig.jobs.files.inspect import InspectReport, SectionBytes
+from vfio_mig.jobs.files.pages import PagesReport
 from vfio_mig.jobs.live import StateRound
 from vfio_mig.jobs.migrate import MigrateReport
-from vfio_mig.jobs.pages import PagesReport
-from vfio_mig.jobs.parts import ExtractReport, PackReport
 from vfio_mig.jobs.points import POINTS
+from vfio_mig.jobs.queries.devices import DeviceInfo, Listed
+from vfio_mig.jobs.queries.doctor import Diagnosis, DoctorReport
 from vfio_mig.jobs.restore import RestoreReport
 from vfio_mig.jobs.save import SaveReport
 from vfio_mig.protocols.family import Condition

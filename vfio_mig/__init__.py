@@ -15,9 +15,9 @@ Names are imported when they are first used, so ``import vfio_mig`` costs nothin
 Rooms, from the top down; each imports from those below it only, and its own docstring says what is in it:
 ``cli`` (parses and prints), ``vm`` (a QEMU around the device), ``conform`` (checks of a driver), ``jobs`` (whole jobs
 with rollback), ``protocols`` (how a family of devices is stopped, read and loaded), ``host`` (finding and opening
-devices), ``device`` (an open one), ``pictures``, ``image`` and ``dirty`` (bytes and files alone, no device), ``uapi``
-(the kernel's words). Everywhere: ``errors``, ``interrupts`` (signals), ``threads``, ``version``, ``proc`` (what /proc
-says of other processes). docs/concepts.md says what the words mean.
+devices), ``device`` (an open one), ``pictures``, ``decode`` (what is in a saved state), ``image`` and ``dirty`` (bytes
+and files alone, no device), ``uapi`` (the kernel's words). Everywhere: ``errors``, ``interrupts`` (signals),
+``threads``, ``version``, ``proc`` (what /proc says of other processes). docs/concepts.md says what the words mean.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -55,16 +55,16 @@ if TYPE_CHECKING:
         stop_device,
         stop_devices,
     )
-    from vfio_mig.jobs.diff import diff_images
     from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
-    from vfio_mig.jobs.doctor import examine_host
+    from vfio_mig.jobs.files.diff import diff_images
+    from vfio_mig.jobs.files.extract import extract_image, pack_image
+    from vfio_mig.jobs.files.inspect import inspect_image
+    from vfio_mig.jobs.files.pages import load_pages
     from vfio_mig.jobs.hold import hold_device
-    from vfio_mig.jobs.inform import device_info, list_devices
-    from vfio_mig.jobs.inspect import inspect_image
     from vfio_mig.jobs.live import Live
     from vfio_mig.jobs.migrate import migrate
-    from vfio_mig.jobs.pages import load_pages
-    from vfio_mig.jobs.parts import extract_image, pack_image
+    from vfio_mig.jobs.queries.devices import device_info, list_devices
+    from vfio_mig.jobs.queries.doctor import examine_host
     from vfio_mig.jobs.restore import restore, restore_all
     from vfio_mig.jobs.save import save, save_all
     from vfio_mig.jobs.session import Session, Settings
@@ -99,16 +99,16 @@ _MODULES = {
         "stop_device",
         "stop_devices",
     ),
-    "jobs.diff": ("diff_images",),
+    "jobs.files.diff": ("diff_images",),
     "jobs.dirty": ("fetch_dirty", "sync_dirty"),
-    "jobs.doctor": ("examine_host",),
+    "jobs.queries.doctor": ("examine_host",),
     "jobs.hold": ("hold_device",),
-    "jobs.inform": ("device_info", "list_devices"),
-    "jobs.inspect": ("inspect_image",),
+    "jobs.queries.devices": ("device_info", "list_devices"),
+    "jobs.files.inspect": ("inspect_image",),
     "jobs.live": ("Live",),
     "jobs.migrate": ("migrate",),
-    "jobs.pages": ("load_pages",),
-    "jobs.parts": ("extract_image", "pack_image"),
+    "jobs.files.pages": ("load_pages",),
+    "jobs.files.extract": ("extract_image", "pack_image"),
     "jobs.restore": ("restore", "restore_all"),
     "jobs.save": ("save", "save_all"),
     "jobs.session": ("Session", "Settings", "open_device"),

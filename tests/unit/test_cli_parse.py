@@ -272,7 +272,7 @@ def test_the_header_may_be_named_by_the_environment() -> None:
 
 WAITING: Final = """
 import sys, time
-from vfio_mig.jobs import inform
+from vfio_mig.jobs.queries import devices as inform
 
 def list_devices():
     print("ready", flush=True)

@@ -14,17 +14,17 @@ from tests.unit.saved_images import HEADER, Memory, gvt_state, js, patched, run,
 from tests.unit.test_image_archive import PAGE
 from tests.unit.test_image_gvt import CFG, GTT, SREG, VREG
 from tools.fuzz import saved
+from vfio_mig.decode.differences import state_differences
+from vfio_mig.decode.pagemap import PageMap, intersect, merge, pages_in, runs, subtract
 from vfio_mig.errors import UsageError
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.bytesource import BufferSource
-from vfio_mig.image.differences import state_differences
-from vfio_mig.image.pagemap import PageMap, intersect, merge, pages_in, runs, subtract
 from vfio_mig.image.writer import ArchiveWriter
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vfio_mig.image.pagemap import Range
+    from vfio_mig.decode.pagemap import Range
 
 
 def differences(first: Path, second: Path) -> list[tuple[str, str, int, Any, Any]]:

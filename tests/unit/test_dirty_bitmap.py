@@ -66,7 +66,7 @@ def test_a_bitmap_that_is_too_short_is_a_value_error() -> None:
 def test_counting_and_fetching_load_no_numpy() -> None:
     script = (
         "import sys; from vfio_mig.dirty.fetch import fetch; from vfio_mig.dirty.ranges import PageRange\n"
-        "import vfio_mig.image.archive, vfio_mig.image.files, vfio_mig.image.gvt, vfio_mig.dirty.memory\n"
+        "import vfio_mig.image.archive, vfio_mig.image.files, vfio_mig.decode.gvt_image, vfio_mig.dirty.memory\n"
         "print(sum(d.total() for d in fetch(lambda s, n: b'\\xff' * n, [PageRange(0, 9)])))\n"
         "print([m for m in ('numpy', 'rich', 'tempfile', 'tarfile', 'pathlib', 'dataclasses') if m in sys.modules])\n"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vfio_mig import proc
-from vfio_mig.jobs.doctor import NOTE, OK, PROBLEM, Diagnosis, DoctorReport, examine_host
+from vfio_mig.jobs.queries.doctor import NOTE, OK, PROBLEM, Diagnosis, DoctorReport, examine_host
 from vfio_mig.jobs.session import Settings
 
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"

@@ -17,9 +17,9 @@ from tools.fuzz import engine, limits, targets
 from tools.fuzz.corpus import Choices, good_archive, good_image
 from tools.fuzz.limits import BrokenPromiseError, Watch, bounded, require_line
 from tools.fuzz.targets import TARGETS, Target
+from vfio_mig.decode.gvt_image import parse
 from vfio_mig.errors import ImageError
 from vfio_mig.host.discover import Host
-from vfio_mig.image.gvt import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

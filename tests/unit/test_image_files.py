@@ -17,7 +17,7 @@ import pytest
 from vfio_mig.errors import HostError, UsageError
 from vfio_mig.image import files
 from vfio_mig.image.files import committed
-from vfio_mig.jobs.source import open_input
+from vfio_mig.jobs.files.input import open_input
 
 ROOT = Path(__file__).parents[2]
 

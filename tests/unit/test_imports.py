@@ -26,15 +26,17 @@ ROOMS: Final[dict[str, frozenset[str]]] = {
     "device": FLOOR | {"uapi"},
     "host": FLOOR | {"uapi", "device"},
     "image": FLOOR | {"uapi"},
+    "decode": FLOOR | {"uapi", "image"},
     "dirty": FLOOR | {"uapi"},
     "pictures": FLOOR | {"dirty"},
-    "protocols": FLOOR | {"uapi", "device", "host", "image"},  # the family knows how its image fits a device
-    "jobs": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols"},
-    "conform": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols", "jobs"},
-    "vm": FLOOR | {"uapi", "device", "host", "image", "dirty", "protocols", "jobs"},
-    "cli": FLOOR | {"uapi", "device", "host", "image", "dirty", "pictures", "protocols", "jobs", "conform", "vm"},
+    "protocols": FLOOR | {"uapi", "device", "host", "decode"},  # a family knows how its state fits a device
+    "jobs": FLOOR | {"uapi", "device", "host", "decode", "image", "dirty", "protocols"},
+    "conform": FLOOR | {"uapi", "device", "host", "decode", "image", "dirty", "protocols", "jobs"},
+    "vm": FLOOR | {"uapi", "device", "host", "decode", "image", "dirty", "protocols", "jobs"},
+    "cli": FLOOR
+    | {"uapi", "device", "host", "decode", "image", "dirty", "pictures", "protocols", "jobs", "conform", "vm"},
 }
-NO_DEVICE_CODE: Final = frozenset({"image", "dirty", "pictures"})
+NO_DEVICE_CODE: Final = frozenset({"decode", "image", "dirty", "pictures"})
 CALLERS: Final = frozenset({"uapi", "host"})  # ioctl; flock
 
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from tests.unit.test_image_gvt import CFG, GTT, HIGH, HIGH_BASE, LOW, ROOT, SREG, VREG, image, record
 from tests.vm import gpu
-from vfio_mig.image import gvt
-from vfio_mig.image.decode import commands, pci, registers
-from vfio_mig.image.decode.gtt import Table, present_runs
-from vfio_mig.image.decode.gvt import decode
+from vfio_mig.decode import commands, pci, registers
+from vfio_mig.decode import gvt_image as gvt
+from vfio_mig.decode.gtt import Table, present_runs
+from vfio_mig.decode.gvt import decode
 
 if TYPE_CHECKING:
-    from vfio_mig.image.decode.section import Decoded
+    from vfio_mig.decode.section import Decoded
 
 PAGE = 4096
 CDEFS = Path(__file__).parents[2] / "cdefs"
@@ -367,7 +367,7 @@ def test_names_and_places_of_pvinfo_are_those_of_the_header() -> None:
     constants = dict(re.findall(r"^#define (\w+) (0x[0-9a-f]+)$", text, re.MULTILINE))
     assert int(constants["GVT_FENCE_OFFSET"], 0) == registers.FENCES_AT
     assert int(constants["VGT_PVINFO_PAGE"], 0) == registers.PVINFO_AT
-    rings = dict(re.findall(r"^#define GVT_RING_(\w+) (\d)$", (CDEFS / "gvt_image.h").read_text(), re.MULTILINE))
+    rings = dict(re.findall(r"^#define GVT_RING_(\w+) (\d)$", (CDEFS / "gvt.h").read_text(), re.MULTILINE))
     assert {name.lower(): int(number) for name, number in rings.items() if name != "COUNT"} == {
         name: number for number, name in enumerate(registers.ENGINES)
     }

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 from tests.unit.test_image_gvt import image
 from tools.fuzz import saved
+from vfio_mig.decode import qemu, qemu_parts, streams
 from vfio_mig.errors import ImageError
 from vfio_mig.image.bytesource import BufferSource, FileSource, PartSource, PiecesSource, find
-from vfio_mig.image.decode import qemu, qemu_parts, streams
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vfio_mig.image.decode.qemu_parts import QemuStream
-    from vfio_mig.image.decode.section import Decoded
+    from vfio_mig.decode.qemu_parts import QemuStream
+    from vfio_mig.decode.section import Decoded
 
 QEMU = "qemu-system-x86_64"
 

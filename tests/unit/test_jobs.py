@@ -20,6 +20,7 @@ from tests.unit.test_image_gvt import image as gvt_image
 from tools.faults.injection import VARIABLE as FAULT
 from tools.faults.injection import install
 from vfio_mig import interrupts
+from vfio_mig.decode import gvt_image as gvt
 from vfio_mig.device import Device
 from vfio_mig.dirty.memory import MemoryMap
 from vfio_mig.dirty.ranges import PageRange
@@ -27,16 +28,15 @@ from vfio_mig.errors import DeviceBusyError, DeviceError, HostError, ImageError,
 from vfio_mig.host.discover import Host, HostDevice, Snapshot
 from vfio_mig.host.holders import Holder, View
 from vfio_mig.host.lock import LOADING, STOPPED, VARIABLE, DeviceLock, Left, left_behind
-from vfio_mig.image import gvt
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.interrupts import ENDING
 from vfio_mig.jobs import control, session
 from vfio_mig.jobs.check import verify_image
 from vfio_mig.jobs.control import device_status, reset_device, start_device, stop_device
-from vfio_mig.jobs.diff import diff_images
 from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
-from vfio_mig.jobs.inspect import InspectReport, inspect_image
+from vfio_mig.jobs.files.diff import diff_images
+from vfio_mig.jobs.files.inspect import InspectReport, inspect_image
 from vfio_mig.jobs.live import Live
 from vfio_mig.jobs.points import LISTENERS, POINTS
 from vfio_mig.jobs.restore import NOT_HELD, UNVERIFIED, RestoreReport, restore, restore_all

@@ -29,9 +29,9 @@ from vfio_mig.jobs.control import device_status, start_device, start_devices, st
 from vfio_mig.jobs.dirty import sync_dirty
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.memory import MAY_BE_OLD, SINCE_NOW
+from vfio_mig.jobs.files.pages import load_pages
 from vfio_mig.jobs.live import Live
 from vfio_mig.jobs.migrate import _check_memory
-from vfio_mig.jobs.pages import load_pages
 from vfio_mig.jobs.points import LISTENERS
 from vfio_mig.jobs.restore import OLD_PAGES, restore, restore_all
 from vfio_mig.jobs.save import describe_device, save, save_all

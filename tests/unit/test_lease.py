@@ -14,7 +14,7 @@ import pytest
 from tests.unit.saved_images import write
 from vfio_mig.host import lease
 from vfio_mig.host.lease import Lease
-from vfio_mig.jobs.source import read_image
+from vfio_mig.jobs.files.input import read_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

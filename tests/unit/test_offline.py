@@ -15,7 +15,7 @@ from vfio_mig.cli.devices import _line
 from vfio_mig.errors import DeviceNotFoundError, UsageError
 from vfio_mig.host import drivers
 from vfio_mig.host.offline import Known, look, read_within
-from vfio_mig.jobs.inform import Listed, device_info
+from vfio_mig.jobs.queries.devices import Listed, device_info
 
 if TYPE_CHECKING:
     from vfio_mig.host.discover import HostDevice

@@ -12,14 +12,14 @@ import pytest
 from tests.unit.qemu_streams import NAMES, stream
 from tools.fuzz import saved
 from tools.fuzz.saved import be64, begin, named, part
+from vfio_mig.decode import qemu, qemu_description, qemu_parts, streams
+from vfio_mig.decode.cursor import Cursor
 from vfio_mig.image.bytesource import BufferSource, PartSource, PiecesSource
-from vfio_mig.image.decode import qemu, qemu_description, qemu_parts, streams
-from vfio_mig.image.decode.cursor import Cursor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfio_mig.image.decode.qemu_parts import QemuStream
+    from vfio_mig.decode.qemu_parts import QemuStream
 
 EARLIER = {"mappedoff10": 8192}
 """Where a stream begins in its file."""

@@ -19,10 +19,10 @@ import vfio_mig
 from tests.unit.qemu_streams import stream
 from tests.unit.saved_images import js, run, text, write
 from tools.fuzz import saved
+from vfio_mig.decode import qemu
 from vfio_mig.errors import HostError, ImageError
 from vfio_mig.image import wrapped
 from vfio_mig.image.bytesource import BufferSource
-from vfio_mig.image.decode import qemu
 
 if TYPE_CHECKING:
     from collections.abc import Callable

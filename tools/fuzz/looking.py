@@ -17,16 +17,16 @@ from tools.fuzz.corpus import Choices
 from tools.fuzz.limits import INPUT_FACTOR, bounded, require, require_line, require_linear
 from tools.fuzz.printed import printed
 from vfio_mig.cli.inspect import print_report
+from vfio_mig.decode import qemu
+from vfio_mig.decode.differences import state_differences
 from vfio_mig.image.bytesource import BufferSource
-from vfio_mig.image.decode import qemu
-from vfio_mig.image.differences import state_differences
 from vfio_mig.image.writer import ArchiveWriter
-from vfio_mig.jobs.inspect import inspect_image
+from vfio_mig.jobs.files.inspect import inspect_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfio_mig.jobs.inspect import InspectReport
+    from vfio_mig.jobs.files.inspect import InspectReport
 
 PAGE: Final = 4096
 _RING, _CONTEXT = 0x1000, 0x2000

@@ -15,8 +15,8 @@ from tools.fuzz import looking, saved
 from tools.fuzz.corpus import Choices
 from tools.fuzz.limits import bounded, require, require_linear
 from tools.fuzz.saved import be64, named, part
+from vfio_mig.decode import qemu
 from vfio_mig.image.bytesource import BufferSource
-from vfio_mig.image.decode import qemu
 from vfio_mig.image.wrapped import HEADER_SIZE
 
 if TYPE_CHECKING:

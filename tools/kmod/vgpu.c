@@ -3,6 +3,7 @@
  * One vGPU: its life, and its VFIO device.
  */
 #include <linux/module.h>
+#include <linux/pci_regs.h>
 #include <linux/slab.h>
 #include <linux/sysfs.h>
 #include <linux/uaccess.h>

@@ -12,7 +12,7 @@ from vfio_mig.cli.output import borrow_options, print_json, put, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
-    from vfio_mig.jobs.inform import DeviceInfo, Listed
+    from vfio_mig.jobs.queries.devices import DeviceInfo, Listed
 
 
 def _word(text: str | None) -> str:
@@ -42,7 +42,7 @@ def list_command(options: Options) -> None:
     \b
     Example: vfio-mig list | awk '$6 == "-" { print $1 }'
     """
-    from vfio_mig.jobs.inform import list_devices
+    from vfio_mig.jobs.queries.devices import list_devices
 
     found = list_devices()
     if options.as_json:
@@ -117,7 +117,7 @@ def info_command(options: Options, device: str, *, open_closed: bool) -> None:
     \b
     Example: vfio-mig info 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
     """
-    from vfio_mig.jobs.inform import device_info
+    from vfio_mig.jobs.queries.devices import device_info
 
     info = device_info(device, settings_of(options), open_closed=open_closed)
     if options.as_json:

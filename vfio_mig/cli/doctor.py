@@ -27,7 +27,7 @@ def doctor_command(options: Options) -> None:
     \b
     Example: vfio-mig doctor | grep -v '^ok'
     """
-    from vfio_mig.jobs.doctor import examine_host
+    from vfio_mig.jobs.queries.doctor import examine_host
 
     report = examine_host(settings_of(options))
     if options.as_json:

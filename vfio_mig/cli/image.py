@@ -99,7 +99,7 @@ def pages_command(options: Options, file: str, memory: tuple[str, ...]) -> None:
     Example: follow a running device's pages to another host
       vfio-mig sync $UUID - --memory /dev/shm/guest@0 --max-downtime 50 | ssh HOST vfio-mig pages - --memory copy@0
     """
-    from vfio_mig.jobs.pages import load_pages
+    from vfio_mig.jobs.files.pages import load_pages
 
     with Meter(options) as meter:
         report = load_pages(file, memory=parse_memory(memory), progress=meter)

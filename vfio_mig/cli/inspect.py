@@ -14,8 +14,8 @@ from vfio_mig.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
-    from vfio_mig.image.differences import Difference
-    from vfio_mig.jobs.inspect import InspectReport
+    from vfio_mig.decode.differences import Difference
+    from vfio_mig.jobs.files.inspect import InspectReport
 
 DIFFERENT: Final = 1
 _ROWS: Final = 8
@@ -46,7 +46,7 @@ def inspect_command(options: Options, file: str, section: str | None, *, as_hex:
       vfio-mig inspect gpu.vfm --section gtt --hex | head
     """
     from vfio_mig.cli.pictures import plot_layout, prepare
-    from vfio_mig.jobs.inspect import choose_section, inspect_image
+    from vfio_mig.jobs.files.inspect import choose_section, inspect_image
 
     prepare(plot)
     if as_hex:
@@ -81,7 +81,7 @@ def _print_section(name: str, values: dict[str, object], rows: int) -> None:
 
 def print_report(report: InspectReport, rows: int = _ROWS) -> None:
     """Print a report in words, at most *rows* of each list in it."""
-    from vfio_mig.jobs.inspect import image_sections
+    from vfio_mig.jobs.files.inspect import image_sections
 
     inside = "".join(f" in {name}" for name in reversed(report.wrapping))
     what = f"{report.kind}{inside}, {report.size} bytes, {report.state_bytes} bytes of state: {report.layout}"
@@ -94,7 +94,7 @@ def print_report(report: InspectReport, rows: int = _ROWS) -> None:
 
 def _print_hex(options: Options, file: str, section: str) -> None:
     from vfio_mig.cli.words import hex_lines
-    from vfio_mig.jobs.inspect import section_bytes
+    from vfio_mig.jobs.files.inspect import section_bytes
 
     problems: list[str] = []
     if options.as_json:
@@ -127,7 +127,7 @@ def extract_command(options: Options, file: str, directory: str) -> None:
     \b
     Example: vfio-mig extract gpu.vfm parts && vfio-mig pack parts again.vfm && cmp gpu.vfm again.vfm
     """
-    from vfio_mig.jobs.parts import INCOMPLETE, extract_image
+    from vfio_mig.jobs.files.extract import INCOMPLETE, extract_image
 
     report = extract_image(file, directory)
     if report.complete:
@@ -159,7 +159,7 @@ def pack_command(options: Options, directory: str, file: str, *, force: bool) ->
     \b
     Example: vfio-mig pack parts gpu.vfm
     """
-    from vfio_mig.jobs.parts import pack_image
+    from vfio_mig.jobs.files.extract import pack_image
 
     report = pack_image(directory, file, force=force)
     options.done()
@@ -187,7 +187,7 @@ def diff_command(options: Options, first: str, second: str, *, exit_code: bool) 
     Example: what has a workload changed?
       vfio-mig diff before.vfm after.vfm
     """
-    from vfio_mig.jobs.diff import diff_images
+    from vfio_mig.jobs.files.diff import diff_images
 
     report = diff_images(first, second)
     if options.as_json:

@@ -17,9 +17,9 @@ from vfio_mig.conform.kit.rfc_device import PAGE, STATUS
 from vfio_mig.conform.kit.rig import first_difference
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, require
 from vfio_mig.conform.v2.feature import refusal
+from vfio_mig.decode import gvt_image as gvt
 from vfio_mig.device import MMAP, READ, WRITE
 from vfio_mig.errors import ImageError
-from vfio_mig.image import gvt
 
 if TYPE_CHECKING:
     from vfio_mig.conform.kit.rfc_device import Rfc
@@ -29,7 +29,7 @@ _STRUCTS: Final = "cdefs/gvt_rfc.h"
 INFO: Final = Checks("rfc.info", f"{_STRUCTS}, VFIO_DEVICE_FLAGS_MIGRATABLE", RFC)
 STATUS_CHECKS: Final = Checks("rfc.status", f"{_STRUCTS}, struct vfio_pci_status_set", RFC)
 DIRTY: Final = Checks("rfc.dirty", f"{_STRUCTS}, struct vfio_pci_get_dirty_bitmap", RFC)
-STATE: Final = Checks("rfc.state", f"{_STRUCTS}, VFIO_PCI_DEVICE_STATE_REGION_INDEX; cdefs/gvt_image.h", RFC)
+STATE: Final = Checks("rfc.state", f"{_STRUCTS}, VFIO_PCI_DEVICE_STATE_REGION_INDEX; cdefs/gvt.h", RFC)
 ENDS: Final = Checks("rfc", "VFIO_DEVICE_RESET; the RFC's trees: a vGPU runs once it is open", RFC)
 
 BAD_FLAGS: Final = (errno.EINVAL, errno.EFAULT)
@@ -267,7 +267,10 @@ def _state_repeat(rig: Rig) -> str:
 def _running(rig: Rig) -> str:
     rfc = rig.rfc
     kind, size, _, data_size = _HEAD.unpack_from(rfc.read())
-    require(kind == gvt.HEAD and size == gvt.HEAD_SIZE - gvt.RECORD.size, f"record type {kind} of {size} bytes")
+    require(
+        kind == gvt.HEAD and size == gvt.HEAD_SIZE - gvt.RECORD.size,
+        f"record type {kind} of {size} bytes",
+    )
     rfc.stop()
     rfc.start()
     return f"{data_size} bytes, 0, 0"

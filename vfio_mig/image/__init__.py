@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The saved archive, files that are whole or not there, and decoders of known device states.
+"""The saved archive, and files that are whole or not there.
 
 Works on bytes and files alone: nothing in here knows a device.
 
@@ -9,8 +9,5 @@ Works on bytes and files alone: nothing in here knows a device.
   several), ``bytesource`` (bytes that may be too many for memory), ``forms`` (what a file is that is not an archive),
   ``wrapped`` (compression, libvirt's header).
 - Guest memory: ``memoryplan`` (what is written when one or several archives are loaded).
-- A GVT-g state: ``gvt`` is the strict parser, before anything reaches a device. ``decode`` says in words what is in a
-  state of any known layout.
-- Looking inside: ``parts`` (taken apart and put together), ``guestpages`` (single pages), ``differences``,
-  ``memorydiff`` and ``pagemap`` (two archives compared).
+- Looking inside: ``parts`` (taken apart and put together), ``guestpages`` (single pages).
 """

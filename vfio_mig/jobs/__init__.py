@@ -2,10 +2,9 @@
 """Whole jobs with rollback: what the command line and the public API call.
 
 - On a device: ``control`` (stop, start, reset, state, status), ``dirty`` (bitmap, sync), ``save``, ``restore``,
-  ``migrate`` (with ``peer``, its other end), ``hold``, ``check`` (does an image fit?).
-- Without one: ``inform`` (list, info), ``doctor``, ``inspect``, ``diff``, ``parts`` (extract, pack), ``pages``.
+  ``migrate`` (with ``peer``, its other end), ``hold``, ``check`` (does an image fit? and is it whole?).
+- Without one: ``files`` (inspect, diff, extract, pack, pages). Questions: ``queries`` (list, info, doctor).
 - What they are made of: ``engine`` (the job itself, the pause, the copy of guest memory), ``session`` (from a name to
-  an open device and its protocol), ``live`` (rounds), ``dirtylog`` (where dirty pages come from), ``source`` and
-  ``saved`` (images to load, and to look into), ``rollback``, ``steps`` (events and hooks), ``points`` (each job's steps
-  by name).
+  an open device and its protocol), ``live`` (rounds), ``dirtylog`` (where dirty pages come from), ``rollback``,
+  ``steps`` (events and hooks), ``points`` (each job's steps by name).
 """

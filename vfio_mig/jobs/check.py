@@ -172,7 +172,7 @@ def check_image(name: str, file: str, settings: Settings | None = None, *, raw: 
     :param file: an image, ``-`` for standard input; *raw*: a bare state.
     :raises ImageError: it is not a whole image.
     """
-    from vfio_mig.jobs.source import look_at, open_input
+    from vfio_mig.jobs.files.input import look_at, open_input
 
     with open_input(file) as stream:
         look_at(stream, raw=raw)
@@ -180,7 +180,7 @@ def check_image(name: str, file: str, settings: Settings | None = None, *, raw: 
 
 
 def _check_stream(name: str, file: str, stream: BinaryIO, settings: Settings | None, *, raw: bool) -> CheckReport:
-    from vfio_mig.jobs.source import read_image
+    from vfio_mig.jobs.files.input import read_image
 
     with open_session(name, settings) as session:
         limit = None if session.protocol.streams else session.protocol.state_size_max
@@ -198,7 +198,7 @@ def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> 
     :raises ImageError: anything is wrong; the message names member or offset.
     """
     from vfio_mig.image.layout import PAGE
-    from vfio_mig.jobs.source import open_input, read_image
+    from vfio_mig.jobs.files.input import open_input, read_image
     from vfio_mig.uapi.profile import DEFAULT_PROFILE, IMAGE_LARGEST
 
     limit = DEFAULT_PROFILE.image_max if raw else IMAGE_LARGEST

@@ -12,7 +12,7 @@ from vfio_mig.jobs.check import findings, require_fit
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.loading import MemoryLoad
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
-from vfio_mig.jobs.source import STDIN, open_input, read_image
+from vfio_mig.jobs.files.input import STDIN, open_input, read_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

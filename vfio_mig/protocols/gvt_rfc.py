@@ -17,8 +17,8 @@ from vfio_mig.uapi import ffi
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vfio_mig.decode.gvt_image import GvtImage
     from vfio_mig.device import Device, Region
-    from vfio_mig.image.gvt import GvtImage
     from vfio_mig.uapi.profile import RfcProfile
 
 # gvt_region and the first fields of gvt_image_header, cdefs/gvt_image.h: type, size, version, data_size
@@ -170,7 +170,7 @@ class _GvtState:
 
     def compare(self, device: Device) -> Iterator[Compared]:
         """Compare the PCI IDs and the sizes of graphics memory; reads configuration space and PVINFO."""
-        from vfio_mig.image.gvt import compare_target
+        from vfio_mig.decode.gvt_image import compare_target
 
         vendor, number = _IDS.unpack(device.config(0, _IDS.size))
         for one in compare_target(self._image, vendor=vendor, device=number, gm=_graphics_memory(device)):
@@ -225,7 +225,7 @@ class _GvtRfcFamily(Family):
 
         :raises ImageError: it is broken; the message has the byte offset.
         """
-        from vfio_mig.image.gvt import parse
+        from vfio_mig.decode.gvt_image import parse
         from vfio_mig.uapi.profile import IMAGE_LARGEST
 
         return _GvtState(parse(state, image_max=IMAGE_LARGEST))

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""The GVT-g state image in words. The strict parser is :mod:`vfio_mig.image.gvt`; this shows what it has accepted."""
+"""The GVT-g state image in words: shows what the strict parser, :mod:`vfio_mig.decode.gvt_image`, has accepted."""
 
 from __future__ import annotations
 
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
+from vfio_mig.decode import commands, pci, registers
+from vfio_mig.decode import gvt_image as gvt
+from vfio_mig.decode.gtt import Table
+from vfio_mig.decode.section import LISTED_MAX, Decoded, Section, listed
 from vfio_mig.errors import ImageError
-from vfio_mig.image import gvt
-from vfio_mig.image.decode import commands, pci, registers
-from vfio_mig.image.decode.gtt import Table
-from vfio_mig.image.decode.section import LISTED_MAX, Decoded, Section, listed
 from vfio_mig.uapi.profile import IMAGE_LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vfio_mig.image.decode.commands import PageReader
-    from vfio_mig.image.gvt import GvtImage, Record
+    from vfio_mig.decode.commands import PageReader
+    from vfio_mig.decode.gvt_image import GvtImage, Record
 
 LAYOUT: Final = "gvt-rfc"
 NAMES: Final = {

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from vfio_mig.image.decode import pci
-from vfio_mig.image.decode.section import Section, listed
+from vfio_mig.decode import pci
+from vfio_mig.decode.section import Section, listed
 
 _VERSION_SIZE: Final = 4
 _IRQ_STATE_SIZE: Final = 16

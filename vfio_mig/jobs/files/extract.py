@@ -8,16 +8,16 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfio_mig.errors import ImageError, UsageError
-from vfio_mig.jobs.inspect import problems_of
-from vfio_mig.jobs.saved import open_saved
+from vfio_mig.jobs.files.inspect import problems_of
+from vfio_mig.jobs.files.open_file import open_saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vfio_mig.decode.qemu_parts import QemuStream
     from vfio_mig.image.bytesource import ByteSource
-    from vfio_mig.image.decode.qemu_parts import QemuStream
     from vfio_mig.image.directory import NewDirectory
-    from vfio_mig.jobs.saved import Saved
+    from vfio_mig.jobs.files.open_file import Saved
 
 _STEP: Final = 1 << 20
 STDOUT: Final = "-"

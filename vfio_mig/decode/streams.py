@@ -10,15 +10,15 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from vfio_mig.image.decode import gvt as gvt_words
-from vfio_mig.image.decode.section import LISTED_MAX, Decoded, Section, listed
+from vfio_mig.decode import gvt as gvt_words
+from vfio_mig.decode.section import LISTED_MAX, Decoded, Section, listed
 from vfio_mig.uapi.profile import IMAGE_LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from vfio_mig.decode.commands import PageReader
     from vfio_mig.image.bytesource import ByteSource
-    from vfio_mig.image.decode.commands import PageReader
 
 FIRST: Final = 64
 """Bytes that are shown of a stream whose layout is not known."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from vfio_mig.image.decode.gtt import PAGE
+from vfio_mig.decode.gtt import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfio_mig.image.decode.gtt import Table
+    from vfio_mig.decode.gtt import Table
 
     PageReader = Callable[[int], bytes | None]
     """Takes the guest-physical address of a page, gives its content, None where the image has none."""

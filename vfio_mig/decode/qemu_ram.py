@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from vfio_mig.image.decode.cursor import CutError
+from vfio_mig.decode.cursor import CutError
 
 if TYPE_CHECKING:
-    from vfio_mig.image.decode.cursor import Cursor
+    from vfio_mig.decode.cursor import Cursor
 
 VERSION: Final = 4
 """Of the section; the only one since QEMU 0.14."""

@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vfio_mig.errors import UsageError
-from vfio_mig.jobs.saved import QEMU, open_saved
-from vfio_mig.jobs.source import STDIN
+from vfio_mig.jobs.files.input import STDIN
+from vfio_mig.jobs.files.open_file import QEMU, open_saved
 
 if TYPE_CHECKING:
-    from vfio_mig.image.differences import Difference
+    from vfio_mig.decode.differences import Difference
 
 
 class DiffReport(NamedTuple):
@@ -40,8 +40,8 @@ def diff_images(first: str, second: str) -> DiffReport:
     :raises ImageError: one of them is not whole.
     :raises UsageError: one is a QEMU stream: extract its devices first.
     """
-    from vfio_mig.image.differences import header_differences, state_differences
-    from vfio_mig.image.memorydiff import dirty_differences, page_differences
+    from vfio_mig.decode.differences import header_differences, state_differences
+    from vfio_mig.decode.memorydiff import dirty_differences, page_differences
 
     if first == second == STDIN:
         raise UsageError("only one of them can be standard input")

@@ -6,16 +6,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.errors import UsageError, printable
-from vfio_mig.jobs.saved import open_saved
+from vfio_mig.jobs.files.open_file import open_saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vfio_mig.decode.qemu_parts import QemuStream
+    from vfio_mig.decode.section import Decoded, Section
     from vfio_mig.image.archive import Archive
     from vfio_mig.image.bytesource import ByteSource
-    from vfio_mig.image.decode.qemu_parts import QemuStream
-    from vfio_mig.image.decode.section import Decoded, Section
-    from vfio_mig.jobs.saved import Saved
+    from vfio_mig.jobs.files.open_file import Saved
 
 _NAMES_MAX: Final = 40
 """Names of sections that a message lists."""
@@ -74,7 +74,7 @@ class _Content(NamedTuple):
 
 
 def _look(saved: Saved) -> _Content:
-    from vfio_mig.image.decode import streams
+    from vfio_mig.decode import streams
     from vfio_mig.image.guestpages import GuestPages
 
     if saved.stream is not None:
@@ -88,9 +88,9 @@ def _look(saved: Saved) -> _Content:
 
 def _look_at_stream(saved: Saved, stream: QemuStream) -> _Content:
     """Decode every VFIO device of a QEMU stream; its sections have ``vfioN.`` in front of their names."""
+    from vfio_mig.decode import qemu_parts, streams
+    from vfio_mig.decode.section import LISTED_MAX, Decoded, Section
     from vfio_mig.image.bytesource import PartSource, PiecesSource
-    from vfio_mig.image.decode import qemu_parts, streams
-    from vfio_mig.image.decode.section import LISTED_MAX, Decoded, Section
 
     source = saved.source
     sections: list[Section] = list(stream.sections())
@@ -129,7 +129,7 @@ def problems_of(saved: Saved) -> list[str]:
 
 
 def _members(archive: Archive) -> dict[str, Any]:
-    from vfio_mig.image.decode.section import LISTED_MAX, listed
+    from vfio_mig.decode.section import LISTED_MAX, listed
 
     return listed([member.entry() for member in archive.members[:LISTED_MAX]], len(archive.members))
 
@@ -142,7 +142,7 @@ def inspect_image(file: str) -> InspectReport:
     :raises ImageError: an image or a QEMU stream that is not whole.
     :raises HostError: the file cannot be read.
     """
-    from vfio_mig.image.decode.section import plain
+    from vfio_mig.decode.section import plain
 
     with open_saved(file) as saved:
         content = _look(saved)
@@ -176,7 +176,7 @@ def choose_section(report: InspectReport, name: str) -> Section:
 
 def image_sections(report: InspectReport) -> list[Section]:
     """Return what an image has beside the state, as sections without bytes of their own; none of another kind."""
-    from vfio_mig.image.decode.section import Section
+    from vfio_mig.decode.section import Section
 
     members = None if report.members is None else {"members": report.members}
     parts = {"header": report.header, "members": members, "statistics": report.statistics}

@@ -6,12 +6,12 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from vfio_mig.decode import gvt_image as gvt
+from vfio_mig.decode import pci, registers, streams
+from vfio_mig.decode.gtt import ADDRESS, PAGE, PRESENT, Table, changed_runs
+from vfio_mig.decode.section import LISTED_MAX, plain
 from vfio_mig.errors import ImageError
-from vfio_mig.image import gvt
 from vfio_mig.image.bytesource import PartSource
-from vfio_mig.image.decode import pci, registers, streams
-from vfio_mig.image.decode.gtt import ADDRESS, PAGE, PRESENT, Table, changed_runs
-from vfio_mig.image.decode.section import LISTED_MAX, plain
 from vfio_mig.uapi.profile import IMAGE_LARGEST
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from vfio_mig.decode.gvt_image import GvtImage
+    from vfio_mig.decode.section import Section
     from vfio_mig.image.archive import Archive
     from vfio_mig.image.bytesource import ByteSource
-    from vfio_mig.image.decode.section import Section
-    from vfio_mig.image.gvt import GvtImage
 
 _HEADER_KEYS: Final = ("protocol", "kernel", "machine")
 _DEVICE_KEYS: Final = ("kind", "type", "driver")

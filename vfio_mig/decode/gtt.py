@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from vfio_mig.image.decode.section import LISTED_MAX
+from vfio_mig.decode.section import LISTED_MAX
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from vfio_mig.image.gvt import GvtImage
+    from vfio_mig.decode.gvt_image import GvtImage
 
 PAGE: Final = 4096
 PRESENT: Final = 1

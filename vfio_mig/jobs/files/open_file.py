@@ -10,14 +10,14 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, cast
 
 from vfio_mig.errors import ImageError
-from vfio_mig.jobs.source import open_input
+from vfio_mig.jobs.files.input import open_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vfio_mig.decode.qemu_parts import QemuStream
     from vfio_mig.image.archive import Archive
     from vfio_mig.image.bytesource import ByteSource
-    from vfio_mig.image.decode.qemu_parts import QemuStream
     from vfio_mig.image.wrapped import LibvirtHeader
 
 IMAGE: Final = "image"
@@ -119,10 +119,10 @@ def open_saved(file: str) -> Iterator[Saved]:
     """Open a file, ``-`` for standard input, whatever form it has.
 
     :raises ImageError: it is empty, or begins like an image or a QEMU stream and is not a whole one.
-    :raises UsageError, HostError: as :func:`vfio_mig.jobs.source.open_input`.
+    :raises UsageError, HostError: as :func:`vfio_mig.jobs.files.input.open_input`.
     """
+    from vfio_mig.decode import qemu
     from vfio_mig.image.archive import StateSource, read_archive
-    from vfio_mig.image.decode import qemu
     from vfio_mig.image.forms import EMPTY
 
     with _seekable(file) as stream, _unwrapped(stream) as inside:

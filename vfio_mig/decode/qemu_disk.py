@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from vfio_mig.image.decode.cursor import CutError
+from vfio_mig.decode.cursor import CutError
 
 if TYPE_CHECKING:
-    from vfio_mig.image.decode.cursor import Cursor
+    from vfio_mig.decode.cursor import Cursor
 
 _DEVICE, _EOS, _PROGRESS, _ZERO = 1, 2, 4, 8
 _FLAGS: Final = 0x1FF

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vfio_mig.errors import UsageError
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.loading import MemoryLoad
-from vfio_mig.jobs.source import open_input
+from vfio_mig.jobs.files.input import open_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vfio_mig.image.decode.section import LISTED_MAX
-from vfio_mig.image.differences import Difference, Found
-from vfio_mig.image.pagemap import PAGE, PageMap, pages_in, runs
+from vfio_mig.decode.differences import Difference, Found
+from vfio_mig.decode.pagemap import PAGE, PageMap, pages_in, runs
+from vfio_mig.decode.section import LISTED_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vfio_mig.decode.pagemap import Range
     from vfio_mig.image.archive import Archive
     from vfio_mig.image.layout import DirtyBitmap
-    from vfio_mig.image.pagemap import Range
 
 
 def dirty_differences(first: Archive, second: Archive) -> Iterator[Found]:

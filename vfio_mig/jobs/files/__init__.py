@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: MIT
+"""What is done with files alone, without a device.
+
+``input`` opens an image to load, ``open_file`` any saved device to look into: an image, a bare state, a QEMU stream,
+each also compressed. ``inspect``, ``diff``, ``extract`` (and pack) and ``pages`` are commands.
+"""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Questions that change nothing: ``devices`` (list, info), ``doctor``."""
