@@ -72,7 +72,7 @@ def test_a_good_image_is_taken_apart() -> None:
     assert parsed.data_size == len(GOOD)
     assert parsed.dialect == "rfc"
     assert list(parsed.records) == ["HEAD", "CFG_SPACE", "SREG", "VREG", "GTT", "PPGTT", "WORKLOAD"]
-    # Offsets from the table of the RFC's reference (cdefs/gvt.h has the structs).
+    # Offsets from the table of the RFC's reference (cdefs/gvt_image.h has the structs).
     assert [r.offset for r in parsed.records.values()][:5] == [0, 0x218, 0x1220, 0x201228, 0x401230]
     assert parsed.records["PPGTT"].offset == 0x4E1238
     assert parsed.pvinfo == (1, 0, 2, 0x1C, 0, LOW, HIGH_BASE, HIGH, 4)
@@ -221,7 +221,7 @@ def test_an_image_of_the_same_device_fits() -> None:
 
 @pytest.fixture(scope="module")
 def headers() -> tuple[Any, dict[str, int]]:
-    text = "".join((CDEFS / name).read_text() for name in ("gvt.h", "gvt_pvinfo.h", "gvt_rfc.h"))
+    text = "".join((CDEFS / name).read_text() for name in ("gvt_image.h", "gvt_pvinfo.h", "gvt_rfc.h"))
     constants = {name: int(value, 0) for name, value in re.findall(r"^#define (\w+) (\w+)$", text, re.MULTILINE)}
     ffi = importlib.import_module("cffi").FFI()  # with or without type stubs
     types = "".join(f"typedef {c} __{k};" for k, c in (("u8", "uint8_t"), ("u16", "uint16_t"), ("s32", "int32_t")))

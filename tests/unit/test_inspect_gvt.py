@@ -367,7 +367,7 @@ def test_names_and_places_of_pvinfo_are_those_of_the_header() -> None:
     constants = dict(re.findall(r"^#define (\w+) (0x[0-9a-f]+)$", text, re.MULTILINE))
     assert int(constants["GVT_FENCE_OFFSET"], 0) == registers.FENCES_AT
     assert int(constants["VGT_PVINFO_PAGE"], 0) == registers.PVINFO_AT
-    rings = dict(re.findall(r"^#define GVT_RING_(\w+) (\d)$", (CDEFS / "gvt.h").read_text(), re.MULTILINE))
+    rings = dict(re.findall(r"^#define GVT_RING_(\w+) (\d)$", (CDEFS / "gvt_image.h").read_text(), re.MULTILINE))
     assert {name.lower(): int(number) for name, number in rings.items() if name != "COUNT"} == {
         name: number for number, name in enumerate(registers.ENGINES)
     }

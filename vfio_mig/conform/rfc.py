@@ -29,7 +29,7 @@ _STRUCTS: Final = "cdefs/gvt_rfc.h"
 INFO: Final = Checks("rfc.info", f"{_STRUCTS}, VFIO_DEVICE_FLAGS_MIGRATABLE", RFC)
 STATUS_CHECKS: Final = Checks("rfc.status", f"{_STRUCTS}, struct vfio_pci_status_set", RFC)
 DIRTY: Final = Checks("rfc.dirty", f"{_STRUCTS}, struct vfio_pci_get_dirty_bitmap", RFC)
-STATE: Final = Checks("rfc.state", f"{_STRUCTS}, VFIO_PCI_DEVICE_STATE_REGION_INDEX; cdefs/gvt.h", RFC)
+STATE: Final = Checks("rfc.state", f"{_STRUCTS}, VFIO_PCI_DEVICE_STATE_REGION_INDEX; cdefs/gvt_image.h", RFC)
 ENDS: Final = Checks("rfc", "VFIO_DEVICE_RESET; the RFC's trees: a vGPU runs once it is open", RFC)
 
 BAD_FLAGS: Final = (errno.EINVAL, errno.EFAULT)
