@@ -77,7 +77,7 @@ DOCUMENTS: Final[dict[str, Shown]] = {
     "dirty": Shown((DirtyReport,)),
     "doctor": Shown((DoctorReport,)),
     "extract": Shown((ExtractReport,)),
-    "hold": Shown(({"device": str, "pid": int, "protocol": str},)),
+    "hold": Shown(({"device": str, "pid": int, "protocol": str | None},)),
     "info": Shown((DeviceInfo,)),
     "inspect": Shown((InspectReport, Section, SectionBytes)),
     "list": Shown((list[Listed],)),

@@ -349,7 +349,7 @@ def test_a_raw_state_has_no_header_to_compare_and_an_unverified_one_nothing_else
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "find", lambda _: FOUND)
-    monkeypatch.setattr(session_module, "_open_found", lambda *_: session_with())
+    monkeypatch.setattr(session_module, "_open_found", lambda *_, **__: session_with())
 
 
 @pytest.mark.usefixtures("played")

@@ -319,6 +319,12 @@ def test_a_gvt_g_without_migration_is_told_as_such(kind: str, is_named: bool) ->
     assert caught.value.exit_code == 4
 
 
+def test_a_gvt_g_with_another_migration_than_was_asked_for_is_not_told_to_have_none() -> None:
+    found = HostDevice("fake", "", "mdev", "i915-GVTg_V5_4", "0000:00:02.0", "intel_vgpu_mdev", 7)
+    with pytest.raises(UnsupportedError, match=r"^fake: it speaks gvt-rfc, not mainline-v2$"):
+        session._detect(found, FakeDevice(), DEFAULT_PROFILE, "mainline-v2")
+
+
 def test_capabilities_are_asked_for_with_the_size_that_the_kernel_wants() -> None:
     device = FakeDevice(replies={9: reply(type_cap(1, 1))})
     device.region(9)

@@ -72,6 +72,24 @@ def test_a_host_that_has_everything_has_no_problem(root: Path) -> None:
     assert report.as_dict()["checks"][0]["name"] == "kernel"
 
 
+def test_kvmgt_needs_a_kvm_and_only_ours_is_known_to_migrate(root: Path) -> None:
+    assert not {"gvt", "kvm"} & set(results(examine_host(root=str(root))))
+    put(root, "sys/module/kvmgt/initstate", "live")
+    report = examine_host(root=str(root))
+    assert "enable_gvt=1" in the(report, "gvt").text
+    assert "kvm" not in results(report)
+    put(root, "sys/class/mdev_bus/0000:00:02.0/mdev_supported_types/i915-GVTg_V5_4/name", "GVTg_V5_4")
+    report = examine_host(root=str(root))
+    assert (the(report, "gvt").result, the(report, "kvm").result) == (NOTE, PROBLEM)
+    assert "scripts/kvmgt builds one that can" in the(report, "gvt").text
+    assert "load kvm_intel or kvm_amd" in the(report, "kvm").text
+    put(root, "dev/kvm")
+    put(root, "sys/module/kvmgt/parameters/migration", "rfc")
+    report = examine_host(root=str(root))
+    assert the(report, "gvt") == Diagnosis("gvt", OK, "kvmgt on 0000:00:02.0")
+    assert the(report, "kvm") == Diagnosis("kvm", OK, "/dev/kvm")
+
+
 def test_a_node_that_may_not_be_opened_is_named_with_its_device(root: Path) -> None:
     device = root / "sys/bus/mdev/devices" / UUID
     device.mkdir(parents=True)

@@ -26,10 +26,10 @@ from vfio_mig.errors import (
     UsageError,
     VfioMigError,
 )
-from vfio_mig.host import kvm, mdev, opening
+from vfio_mig.host import holders, kvm, mdev, opening
 from vfio_mig.host.discover import Host, HostDevice, Snapshot
 from vfio_mig.host.guest import address_of
-from vfio_mig.host.holders import Holder, Unseen, View, duplicate_fd, find_holder, find_holders
+from vfio_mig.host.holders import Holder, Unseen, View, duplicate_container, duplicate_fd, find_holder, find_holders
 from vfio_mig.host.opening import open_device
 from vfio_mig.uapi import IoctlError, Request
 from vfio_mig.uapi import kvm as kvm_words
@@ -384,6 +384,43 @@ def test_a_borrowed_fd_is_the_same_open_file(held: HeldDevice) -> None:
         finally:
             os.close(borrowed)
     assert open_fds() == before
+
+
+def test_a_holder_s_container_is_borrowed_by_its_device_number(
+    held: HeldDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if borrowing_is_forbidden():
+        pytest.skip("pidfd_getfd is not permitted here")
+    monkeypatch.setattr(holders, "_CONTAINER", Path(held.sysfs).stat().st_rdev)
+    before = open_fds()
+    with process(held, ["cat"]) as (pid, fd):
+        holder = Holder(pid, "vfio-mig", True, fd, "/dev/vfio/7")
+        borrowed = duplicate_container(ONE, holder)
+        assert borrowed is not None
+        assert os.path.samestat(os.fstat(borrowed), Path(held.sysfs).stat())
+        os.close(borrowed)
+        monkeypatch.setattr(holders, "_CONTAINER", os.makedev(10, 196))
+        assert duplicate_container(ONE, holder) is None
+    assert open_fds() == before
+    gone = holder._replace(pid=pid)
+    assert duplicate_container(ONE, gone) is None
+
+
+def test_of_several_containers_none_is_borrowed(held: HeldDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holders, "_CONTAINER", Path(held.sysfs).stat().st_rdev)
+    fds = [os.open(held.sysfs, os.O_RDWR | os.O_NOCTTY) for _ in range(2)]
+    try:
+        me = Holder(os.getpid(), "vfio-mig", True, fds[0], "/dev/vfio/7")
+        with pytest.raises(DeviceBusyError, match=f"PID {os.getpid()} .vfio-mig. has 2 containers open"):
+            duplicate_container(ONE, me)
+        os.close(fds.pop())
+        copy = duplicate_container(ONE, me)
+        assert copy is not None
+        assert os.path.samestat(os.fstat(copy), Path(held.sysfs).stat())
+        os.close(copy)
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def test_an_fd_that_the_holder_has_closed_cannot_be_borrowed(held: HeldDevice) -> None:

@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import signal
+import threading
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 import pytest
@@ -24,19 +25,30 @@ from vfio_mig.decode import gvt_image as gvt
 from vfio_mig.device import Device
 from vfio_mig.dirty.memory import MemoryMap
 from vfio_mig.dirty.ranges import PageRange
-from vfio_mig.errors import DeviceBusyError, DeviceError, HostError, ImageError, MismatchError, UsageError
+from vfio_mig.errors import (
+    DeviceBusyError,
+    DeviceError,
+    HostError,
+    ImageError,
+    MismatchError,
+    UnsupportedError,
+    UsageError,
+)
+from vfio_mig.host import tracking
 from vfio_mig.host.discover import Host, HostDevice, Snapshot
 from vfio_mig.host.holders import Holder, View
 from vfio_mig.host.lock import LOADING, STOPPED, VARIABLE, DeviceLock, Left, left_behind
+from vfio_mig.host.tracking import HeldTracker
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.interrupts import ENDING
-from vfio_mig.jobs import control, session
+from vfio_mig.jobs import control, hold, session
 from vfio_mig.jobs.check import verify_image
 from vfio_mig.jobs.control import device_status, reset_device, start_device, stop_device
 from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
 from vfio_mig.jobs.files.diff import diff_images
 from vfio_mig.jobs.files.inspect import InspectReport, inspect_image
+from vfio_mig.jobs.hold import hold_device
 from vfio_mig.jobs.live import Live
 from vfio_mig.jobs.points import LISTENERS, POINTS
 from vfio_mig.jobs.restore import NOT_HELD, UNVERIFIED, RestoreReport, restore, restore_all
@@ -44,6 +56,7 @@ from vfio_mig.jobs.save import SaveReport, describe_device, save
 from vfio_mig.jobs.session import Session, Settings
 from vfio_mig.jobs.steps import Hooks
 from vfio_mig.protocols.base import MigrationProtocol
+from vfio_mig.protocols.none import NoMigration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,6 +79,7 @@ class Gpu:
     def __init__(self) -> None:
         self.holder: Holder | None = Holder(os.getpid(), "vfio-mig", is_hold=True, fd=3)
         self.protocol: type[FakeProtocol] = FakeProtocol
+        self.refusal: UnsupportedError | None = None
         self.running = True
         self.state = OLD
         self.calls: list[str] = []
@@ -150,11 +164,17 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     made = Gpu()
 
     def open_found(
-        found: HostDevice, settings: Settings, _profile: object, _memory: object, lock: DeviceLock | None, _view: object
-    ) -> Session:
+        found: HostDevice, settings: Settings, _profile: object, _memory: object, lock: DeviceLock | None,
+        _view: object, *, any_device: bool,
+    ) -> Session:  # fmt: skip
         how = "group" if made.holder is None else "borrowed"
         device = Device(found.name, -1, how=how, holder=made.holder)
-        return Session(found, device, made.protocol(device, made), lock, settings)
+        if made.refusal is None:
+            return Session(found, device, made.protocol(device, made), lock, settings)
+        if not any_device:
+            raise made.refusal
+        device.reset = lambda: made.request("reset")  # type: ignore[method-assign]
+        return Session(found, device, NoMigration(device, made.refusal), lock, settings)
 
     monkeypatch.setattr(session, "find", lambda _: FOUND)
     monkeypatch.setattr(session, "holder_of", lambda _: made.holder)
@@ -162,7 +182,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     def survey(*_: str) -> Snapshot:
         return Snapshot(Host("/nowhere"), [FOUND], View({NAME: () if made.holder is None else (made.holder,)}, None))
 
-    for module in (session, control):
+    for module in (session, control, hold):
         monkeypatch.setattr(module, "survey", survey)
     monkeypatch.setattr(session, "_open_found", open_found)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "locks"))
@@ -347,6 +367,69 @@ def test_a_command_is_one_request(gpu: Gpu, jobs: Jobs, job: str, *, runs: bool)
     assert gpu.running == runs
     assert gpu.left is None
     assert gpu.commits == 1
+
+
+@pytest.mark.parametrize("job", ["stop", "start", "save", "restore", "sync"])
+def test_a_device_without_a_protocol_is_refused_by_what_takes_one(gpu: Gpu, jobs: Jobs, job: str) -> None:
+    gpu.refusal = UnsupportedError("cannot be migrated: why", device=NAME)
+    with pytest.raises(UnsupportedError, match=f"^{NAME}: cannot be migrated: why$"):
+        jobs.run(job)
+    assert gpu.calls == []
+    assert jobs.files() == []
+
+
+def test_a_device_without_a_protocol_is_reset_described_and_held(gpu: Gpu, jobs: Jobs) -> None:
+    gpu.refusal = UnsupportedError("cannot be migrated: why", device=NAME, hint="do this")
+    jobs.run("reset")
+    assert gpu.calls == ["reset"]
+    status = device_status(NAME)
+    assert (status.state, status.protocol, status.migratable) == ("unknown", None, False)
+    gpu.holder = None
+    told: list[str | None] = []
+
+    def ready(held: Session) -> None:
+        told.append(held.protocol_name)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    hold_device(NAME, jobs.settings, ready=ready)
+    assert told == [None]
+    assert gpu.warnings == [f"{NAME}: cannot be migrated: why; do this; it is held all the same"]
+
+
+def test_a_device_without_a_protocol_is_asked_by_what_its_holder_has_mapped(
+    gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tracker(HeldTracker):
+        def start(self, ranges: object = ()) -> None:
+            assert ranges == [(0, PAGES * PAGE)]
+            with pytest.raises(DeviceBusyError, match="is at work on it"):
+                DeviceLock(FOUND, "dirty")
+            self._is_on = True
+
+        def collect(self) -> None:
+            assert self._is_on
+
+        def take(self, start_page: int, nr_pages: int) -> memoryview:
+            assert (start_page, nr_pages) == (0, PAGES)
+            return memoryview(b"\x26\0")
+
+        def stop(self) -> None:
+            self._is_on = False
+
+    tracker = Tracker(NAME, -1)
+    gpu.refusal = UnsupportedError("cannot be migrated: why", device=NAME)
+    monkeypatch.setattr(tracking, "find_tracker", lambda _: tracker)
+    report = fetch_dirty(NAME, jobs.settings, memory=jobs.maps, list_ranges=True, log_time=0)
+    assert report.ranges == [(PAGE, 2 * PAGE), (5 * PAGE, PAGE)]
+    assert not tracker._is_on
+    DeviceLock(FOUND, "dirty").close()
+
+    def refuse(_: object) -> NoReturn:
+        raise UnsupportedError("cannot be asked for its dirty pages: nobody knows", device=NAME, hint="ask elsewhere")
+
+    monkeypatch.setattr(tracking, "find_tracker", refuse)
+    with pytest.raises(UnsupportedError, match=r"cannot be migrated: why; it cannot be asked .* nobody knows"):
+        fetch_dirty(NAME, jobs.settings, memory=jobs.maps)
 
 
 @pytest.mark.parametrize("job", ["stop", "start", "save", "restore", "sync"])

@@ -99,6 +99,7 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
         _memory: object,
         lock: DeviceLock | None,
         _view: object,
+        **_: object,
     ) -> Session:
         gpu = made[device.name]
         opened = Device(device.name, -1, how="borrowed", holder=gpu.holder)

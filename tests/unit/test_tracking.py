@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from vfio_mig import uapi
 from vfio_mig.device import Device
 from vfio_mig.errors import DeviceError, UnsupportedError
+from vfio_mig.host import tracking
 from vfio_mig.host.dma import ContainerDma, IommufdDma
+from vfio_mig.host.holders import Holder
 from vfio_mig.host.tracking import PAGE, ContainerTracker, DmaTracker, IommuTracker, find_tracker
 from vfio_mig.uapi import IoctlError, Request, iommufd
 
 if TYPE_CHECKING:
-    from vfio_mig.host.holders import Holder
+    from collections.abc import Callable
+
     from vfio_mig.host.iommufd import Iommufd
 
 NAME: Final = "0000:3b:00.1"
@@ -206,6 +209,99 @@ def test_the_iommu_is_asked_first_then_the_container() -> None:
     assert "every mapped page counts as dirty" in find_tracker(device).caution
 
 
+class HeldContainer(FakeContainer):
+    """One with mappings that nobody tells; a question may span them and may not end, or begin, inside of one."""
+
+    def __init__(self, *mappings: tuple[int, int]) -> None:
+        super().__init__()
+        self.mappings = mappings
+        self.questions: list[int] = []
+
+    def call(self, fd: int, request: Request, arg: bytearray) -> int:
+        if struct.unpack_from("=I", arg, 4)[0] != 4 or self.refuse:
+            return super().call(fd, request, arg)
+        assert self.calls[-1:] == [True]
+        iova, size, _, length, where = struct.unpack_from("=QQQQQ", arg, 8)
+        self.questions.append(size)
+        if any(start < edge < start + long for start, long in self.mappings for edge in (iova, iova + size)):
+            raise IoctlError(errno.EINVAL, request)
+        bits = sum(1 << page - iova // PAGE for page in self.dirty if page * PAGE < iova + size)
+        ctypes.memmove(where, bits.to_bytes(length, "little"), length)
+        self.dirty = {page for page in self.dirty if page * PAGE >= iova + size}
+        return 0
+
+
+@pytest.fixture
+def borrowed(monkeypatch: pytest.MonkeyPatch) -> Callable[[HeldContainer], DmaTracker]:
+    holder = Holder(4711, "vfio-mig", is_hold=True, fd=5)
+
+    def find(container: HeldContainer) -> DmaTracker:
+        monkeypatch.setattr(uapi, "call", container.call)
+        monkeypatch.setattr(tracking, "duplicate_container", lambda *whose: FD if whose == (NAME, holder) else None)
+        device = Device(NAME, -1, how="borrowed", holder=holder)
+        tracker = find_tracker(device)
+        assert FD in device._owned
+        return tracker
+
+    return find
+
+
+def test_what_a_holder_has_mapped_is_told_whatever_ranges_are_asked_for(
+    borrowed: Callable[[HeldContainer], DmaTracker],
+) -> None:
+    container = HeldContainer((3 * PAGE, 13 * PAGE), (1 << 30, 1 << 20))
+    tracker = borrowed(container)
+    container.dirty = {3, 15}  # pinned already when the tracking begins
+    tracker.start([(4 * PAGE, PAGE)])
+    tracker.start()
+    assert container.calls == [True]
+    assert set(container.questions) == {1 << 32}
+    container.dirty |= {4, 1 << 18}
+    assert pages(tracker, 4, 1) == {4}
+    assert pages(tracker, 0, 1 << 20) == {3, 15, 1 << 18}
+    assert pages(tracker, 0, 1 << 20) == set()
+    tracker.stop()
+    assert container.calls == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "asked", "expected"),
+    [
+        ((0, 6 << 30), 0, [1 << 32, 1 << 33]),
+        ((0, 6 << 30), 5 << 30, [1 << 33]),
+        ((1 << 34, PAGE), 0, [1 << 32]),
+    ],
+    ids=["it goes on behind", "so far is asked for", "there is more"],
+)
+def test_a_holder_s_memory_may_end_anywhere(
+    borrowed: Callable[[HeldContainer], DmaTracker], mapping: tuple[int, int], asked: int, expected: list[int]
+) -> None:
+    container = HeldContainer(mapping)
+    borrowed(container).start([(0, asked)])
+    assert container.questions == expected
+
+
+def test_a_holder_s_container_that_refuses_is_left_as_it_was(borrowed: Callable[[HeldContainer], DmaTracker]) -> None:
+    container = HeldContainer()
+    tracker = borrowed(container)
+    with pytest.raises(DeviceError, match="more than a container can be asked for"):
+        tracker.start([(0, 1 << 44)])
+    assert container.calls == [True, False]
+
+    container = HeldContainer((0, 1 << 50))
+    with pytest.raises(DeviceError, match="EINVAL"):
+        borrowed(container).start()
+    assert container.calls == [True, False]
+    assert container.questions[-1] == 1 << 43
+
+
+def test_a_holder_without_a_container_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "duplicate_container", lambda *_: None)
+    device = Device(NAME, -1, how="borrowed", holder=Holder(4711, "vfio-mig", is_hold=True, fd=5))
+    with pytest.raises(UnsupportedError, match=r"PID 4711 \(vfio-mig\) has it without a container; hold it with --via"):
+        find_tracker(device)
+
+
 @pytest.mark.parametrize(
     ("device", "words"),
     [
@@ -214,7 +310,11 @@ def test_the_iommu_is_asked_first_then_the_container() -> None:
             "keeps no log of its writes, and its IOMMU cannot; leave out --memory",
         ),
         (Device(NAME, -1), "and no memory was mapped for it; name the guest's memory with --memory"),
-        (Device(NAME, -1, how="borrowed", holder=cast("Holder", None)), "what was mapped by another process is left"),
+        (Device(NAME, -1, how="borrowed", holder=None), "what was mapped by another process is left"),
+        (
+            Device(NAME, -1, how="borrowed", holder=Holder(4711, "qemu-system-x86", is_hold=False, fd=5)),
+            "what was mapped by another process is left",
+        ),
         (Device(NAME, -1, how="inherited"), "as that may be tracking it; ask that process, or leave out --memory"),
     ],
 )

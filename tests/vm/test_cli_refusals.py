@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.vm import gpu, host
-from tests.vm.cli import NOBODY, refused, run
+from tests.vm.cli import NOBODY, held, refused, run
 from tests.vm.raw import Guest
 from tests.vm.test_migration import guest_view
 from vfio_mig.image.archive import read_archive
@@ -218,17 +218,25 @@ def test_a_device_without_the_flag_is_never_sent_a_request_of_the_rfc(
     assert file.exists() == (command == "restore")
 
 
-@pytest.mark.parametrize("command", ["save", "hold"])
 def test_a_closed_device_without_the_flag_is_opened_and_closed_again(
-    make_instance: MakeInstance, command: str, tmp_path: Path
+    make_instance: MakeInstance, tmp_path: Path
 ) -> None:
     instance, file = make_instance(), tmp_path / "gpu.vfm"
     with host.parameter_set("migratable", 0), never_asked(instance):
-        rest: list[str | Path] = [file, "--open"] if command == "save" else []
-        refused(command, instance.uuid, *rest, code=4, warm=True)
+        refused("save", instance.uuid, file, "--open", code=4, warm=True)
     assert not file.exists()
     with Guest.opened(instance):  # which fails while somebody else has it open
         assert instance.run_state() == "running"
+
+
+def test_a_device_without_the_flag_is_held_reset_and_never_sent_a_request_of_the_rfc(
+    make_instance: MakeInstance,
+) -> None:
+    instance = make_instance()
+    with host.parameter_set("migratable", 0), never_asked(instance), held(instance.uuid):
+        refused("stop", instance.uuid, code=4, words=("migratable: flag 0x20 in 0x3",), warm=True)
+        run("reset", instance.uuid, warm=True)
+        assert b"protocol: none" in run("status", instance.uuid, warm=True).stdout
 
 
 def test_info_shows_the_check_that_fails(guest: Guest) -> None:

@@ -125,6 +125,8 @@ def status_command(options: Options, device: str) -> None:
         put(f"note: {status.left}; {status.repair}")
     if status.protocol is not None:
         put(f"protocol: {status.protocol}")
+    elif status.holder_pid is not None and status.migratable is False:
+        put("protocol: none, it cannot be migrated; 'vfio-mig info' says why")
 
 
 @click.command("state", short_help="Show a mainline v2 device's state, or go to another.")

@@ -52,7 +52,7 @@ def hold_command(
                 announce(ready_fd, text)
             options.done()
             if options.as_json:
-                print_json({"device": session.device.name, "pid": os.getpid(), "protocol": session.protocol.name})
+                print_json({"device": session.device.name, "pid": os.getpid(), "protocol": session.protocol_name})
             elif not options.quiet:
                 put(text)
 

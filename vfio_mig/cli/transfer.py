@@ -321,8 +321,9 @@ def dirty_command(
 ) -> None:
     """Tell which guest pages DEVICE may have written.
 
-    A GVT-g vGPU always knows them, and nothing is cleared by asking. A mainline v2 device is told to log its writes,
-    and asked after a while for those since then.
+    A GVT-g vGPU with the RFC always knows them, and nothing is cleared by asking. A mainline v2 device is told to log
+    its writes, and asked after a while for those since then. Of a device that keeps no log, or cannot be migrated at
+    all, its container tells which pages the driver has pinned, if this command opens it or `vfio-mig hold` has it.
 
     \b
     Examples:

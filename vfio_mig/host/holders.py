@@ -32,6 +32,8 @@ _HOLDS: Final = f"{_MARK}hold:"
 _BORROWS: Final = f"{_MARK}borrows:"
 _MARK_MAX: Final = 200
 _MFD_NOEXEC_SEAL: Final = 8
+_CONTAINER: Final = os.makedev(10, 196)
+"""Of /dev/vfio/vfio: MISC_MAJOR in <linux/major.h>, VFIO_MINOR in <linux/miscdevice.h>."""
 
 
 class Unseen(NamedTuple):
@@ -318,13 +320,44 @@ def duplicate_fd(device: HostDevice, holder: Holder) -> int:
             return os.dup(holder.fd)
         fd = proc.duplicate(holder.pid, holder.fd, holder.thread)
     except OSError as error:
-        raise _refused(device, holder, error.errno or 0) from error
+        raise _refused(device.name, holder, error.errno or 0) from error
     # The process may have closed it meanwhile and opened something else, or be another one with a recycled number
     file = proc.look_at_fd(fd)
     if not file.is_character_device or file.number != number:
         os.close(fd)
-        raise _refused(device, holder, errno.EBADF)
+        raise _refused(device.name, holder, errno.EBADF)
     return fd
+
+
+def duplicate_container(name: str, holder: Holder) -> int | None:
+    """Duplicate the fd of a holder's VFIO container; the caller's. None if it has none.
+
+    :param name: the device's, for errors.
+    :param holder: one that is known to have one device only, and so one container: a `vfio-mig hold`.
+    :raises DeviceBusyError: the holder has gone, or we may not; or it has more than one.
+    """
+    directory = proc.fd_directory(holder.pid, holder.thread)
+    try:
+        found = [fd for fd, link in proc.links(directory) if _may_be_container(link, f"{directory}/{fd}")]
+        if not found:
+            return None
+        if len(found) > 1:
+            raise DeviceBusyError(
+                f"{holder} has {len(found)} containers open, and nothing says which is the device's", device=name
+            )
+        if holder.pid == os.getpid():
+            return os.dup(found[0])
+        fd = proc.duplicate(holder.pid, found[0], holder.thread)
+    except OSError as error:
+        raise _refused(name, holder, error.errno or 0) from error
+    if proc.look_at_fd(fd).number == _CONTAINER:
+        return fd
+    os.close(fd)
+    raise _refused(name, holder, errno.EBADF)
+
+
+def _may_be_container(link: str, path: str) -> bool:
+    return (link.startswith("/dev/") or "vfio" in link) and _character_device(path) == _CONTAINER
 
 
 def _require_node(holder: Holder, number: int) -> None:
@@ -344,7 +377,7 @@ def _require_node(holder: Holder, number: int) -> None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
-def _refused(device: HostDevice, holder: Holder, number: int) -> DeviceBusyError:
+def _refused(name: str, holder: Holder, number: int) -> DeviceBusyError:
     where = f"{'it takes' if os.geteuid() == 0 else 'run as root or with'} {RIGHTS}"
     hint = {
         errno.EPERM: f"{where}; kernel.yama.ptrace_scope=3 forbids it to everybody, "
@@ -355,5 +388,5 @@ def _refused(device: HostDevice, holder: Holder, number: int) -> DeviceBusyError
         errno.EINVAL: "only one of its threads has it; Linux 6.9 or newer is needed",
     }.get(number)
     return DeviceBusyError(
-        f"{holder} has it open and its fd cannot be borrowed: {errno_text(number)}", device=device.name, hint=hint
+        f"{holder} has it open and its fd cannot be borrowed: {errno_text(number)}", device=name, hint=hint
     )

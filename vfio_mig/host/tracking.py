@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Which pages did a device write that keeps no log of its own? What the IOMMU, or the container, knows of it.
 
-Only of a device that we opened and mapped guest memory for ourselves: whoever else has mapped it may be tracking, and
-what is read here would be missing there. Both kinds count from :meth:`DmaTracker.start` on, and tell a page once.
+Only of a device that we opened and mapped guest memory for ourselves, or that a `vfio-mig hold` has: whoever else has
+mapped it may be tracking, and what is read here would be missing there. All kinds count from :meth:`DmaTracker.start`
+on, and tell a page once.
 """
 
 from __future__ import annotations
 
+import errno
 import struct
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from vfio_mig import uapi
 from vfio_mig.errors import DeviceError, UnsupportedError
 from vfio_mig.host.dma import ContainerDma, IommufdDma
+from vfio_mig.host.holders import duplicate_container
 from vfio_mig.uapi import IoctlError, ffi
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 PAGE: Final = 4096
 _BYTE: Final = 8
+_REACH: Final = (1 << 32, 1 << 43)
+"""Bytes of a holder's container, from 0 on, that are asked for first and at most (DIRTY_BITMAP_SIZE_MAX of type1)."""
 _START: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_START")
 _STOP: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP")
 _GET: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP")
@@ -46,9 +51,12 @@ class DmaTracker(ABC):
 
     def __init__(self, name: str, pieces: Sequence[tuple[int, int]]) -> None:
         self._name = name
+        self._set_pieces(pieces)
+        self._is_on = False
+
+    def _set_pieces(self, pieces: Sequence[tuple[int, int]]) -> None:
         self._pieces = tuple(pieces)
         self._kept = [bytearray((size // PAGE + _BYTE - 1) // _BYTE) for _, size in self._pieces]
-        self._is_on = False
 
     def start(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
         """Track writes from now on, to all that is mapped; a second call changes nothing.
@@ -179,8 +187,57 @@ class ContainerTracker(DmaTracker):
         return bitmap
 
 
+class HeldTracker(ContainerTracker):
+    """The same of a container that a `vfio-mig hold` has made; which mappings are in there, nobody tells.
+
+    A question may span many mappings and what lies between them, and may not end inside of one: so its reach is doubled
+    until the kernel has no objection.
+
+    :param container: its fd, the caller's.
+    """
+
+    def __init__(self, name: str, container: int) -> None:
+        super().__init__(name, ContainerDma(container, ()))
+
+    def start(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
+        """Track writes from now on, to all that is mapped; a second call changes nothing.
+
+        :raises DeviceError: refused.
+        """
+        if self._is_on:
+            return
+        super().start()
+        try:
+            self._find_reach(max((iova + size for iova, size in ranges), default=0))
+        except BaseException:
+            self.stop()
+            raise
+
+    def _find_reach(self, end: int) -> None:
+        reach, most = _REACH
+        while True:
+            if reach >= end:
+                self._set_pieces([(0, reach)])
+                try:
+                    self.collect()
+                except DeviceError as error:
+                    if error.errno != errno.EINVAL or reach >= most:
+                        raise
+                else:
+                    return
+            elif reach >= most:
+                raise DeviceError(
+                    f"tracking its writes: memory up to {end:#x} is more than a container can be asked for",
+                    device=self._name,
+                    errno=errno.EINVAL,
+                )
+            reach *= 2
+
+
 def find_tracker(device: Device) -> DmaTracker:
     """Return what can tell the writes of a device that has no log of its own: its IOMMU, else its container.
+
+    The container of a `vfio-mig hold` is borrowed, as the device is, and belongs to *device* from then on.
 
     :raises UnsupportedError: nothing can; says what was looked at.
     """
@@ -194,6 +251,12 @@ def find_tracker(device: Device) -> DmaTracker:
             dma.why_not,
             "leave out --memory, or open it with --via group: all that is mapped counts as dirty then",
         )
+    elif device.holder is not None and device.holder.is_hold:
+        container = duplicate_container(device.name, device.holder)
+        if container is not None:
+            device.own(container)
+            return HeldTracker(device.name, container)
+        why, hint = f"{device.holder} has it without a container", "hold it with --via group"
     elif device.borrowed:
         why = "what was mapped by another process is left alone, as that may be tracking it"
         hint = "ask that process, or leave out --memory"

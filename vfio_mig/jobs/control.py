@@ -38,7 +38,8 @@ class Status(NamedTuple):
     """What can be said of a device.
 
     :param holder_pid: process that has it open, None when nobody has.
-    :param protocol: name of the migration protocol; None when nobody holds the device, as only an open device tells.
+    :param protocol: name of the migration protocol; None when it has none, or when nobody holds the device, as only an
+        open device tells.
     :param state: of a mainline v2 device its state by QEMU's name; ``closed`` when nobody has it open; ``unknown``
         where it cannot be asked: the RFC has no way, and a holder may be one that cannot be seen.
     :param left: what a job that did not come to its end has left behind, None for nothing.
@@ -194,7 +195,7 @@ def _do_at_once(session: Session, action: str) -> None:
         session.left = None
         if was_left:  # what was left is gone, but for the stop
             session.note(STOPPED)
-    if action == "start" or was_left:
+    if action == "start" or (was_left and session.refusal is None):
         session.protocol.start()
     session.clear_note()
 
@@ -215,7 +216,7 @@ def reset_device(name: str, settings: Settings | None = None, *, force: bool = F
             hint="use --force if that is what you want",
         )
     with Job("reset", settings) as job:
-        session = job.open(name, seen=seen)
+        session = job.open(name, seen=seen, any_device=True)
         job.step("opened", session)
         done = _now(session, "reset")
         job.commit()
@@ -266,8 +267,8 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
     (known,) = look([found], seen.host)
     migratable = known.migratable
     if holder is not None and known.state != NO_ANSWER:
-        with open_session(found.name, settings, seen=seen) as session:
-            protocol, state, migratable = session.protocol.name, session.protocol.state(), True
+        with open_session(found.name, settings, seen=seen, any_device=True) as session:
+            protocol, state, migratable = session.protocol_name, session.protocol.state(), session.refusal is None
     return Status(
         found.name,
         found.kind,

@@ -85,7 +85,8 @@ def fetch_dirty(
 ) -> DirtyReport:
     """Fetch the dirty bitmap. For the RFC: pages the device may write, running or stopped; reading clears nothing.
 
-    A device that logs its writes is told to, and asked after *log_time*.
+    A device that logs its writes is told to, and asked after *log_time*. So is the container of one that keeps no log,
+    whether it can be migrated or not.
 
     :param ranges: guest pages to ask for; by default those of *memory*, else the first 4 GiB.
     :param list_ranges: fill in the report's ranges.
@@ -94,12 +95,15 @@ def fetch_dirty(
     :raises UnsupportedError: it cannot be asked.
     """
     from vfio_mig.dirty.memory import Memory
+    from vfio_mig.host.lock import DeviceLock
 
     with Job("dirty", settings) as job:
         guest = job.enter(Memory(memory))
-        session = job.open(name, memory=guest.maps, alone=False)
+        session = job.open(name, memory=guest.maps, alone=False, any_device=True)
         log = DirtyLog(session, default_ranges(guest, ranges))
         log.require()
+        if log.is_holders:  # others that read it would have what is missing here
+            job.enter(DeviceLock(session.found, "dirty"))
         job.step("opened", session)
         if log.is_log:
             job.undo_with(log.end)

@@ -46,6 +46,13 @@ class DirtyLog:
         return self._session.protocol.logs or self._tracker is not None
 
     @property
+    def is_holders(self) -> bool:
+        """Whether it is what a `vfio-mig hold` has mapped: one job at a time can read that."""
+        from vfio_mig.host.tracking import HeldTracker
+
+        return isinstance(self._tracker, HeldTracker)
+
+    @property
     def is_snapshot(self) -> bool:
         """Whether it tells, at any time, the pages that the device may write then: the RFC's."""
         return self._session.protocol.has_dirty and not self.is_log
@@ -58,7 +65,14 @@ class DirtyLog:
         if not self._session.protocol.has_dirty:
             from vfio_mig.host.tracking import find_tracker
 
-            self._tracker = find_tracker(self._session.device)
+            try:
+                self._tracker = find_tracker(self._session.device)
+            except UnsupportedError as error:
+                refusal = self._session.refusal
+                if refusal is None:
+                    raise
+                refusal.problem = f"{refusal.problem}; it {error.problem}"
+                raise refusal from error
 
     def begin(self) -> None:
         """Have the device log its writes from now on, if it has to be told.

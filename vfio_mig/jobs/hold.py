@@ -27,6 +27,8 @@ def hold_device(
 ) -> None:
     """Open a device, call *ready*, and keep the device open until SIGINT, SIGTERM or SIGHUP.
 
+    One that cannot be migrated is kept open, too: the user is told why it cannot.
+
     :param memory: guest memory, mapped for the device's DMA as long as it is held.
     :param ready: called once other commands can borrow the device.
     :raises OpenError: the device cannot be opened, or another process has it.
@@ -47,8 +49,10 @@ def hold_device(
     try:
         with (
             Memory(memory, writable=True) as guest,
-            open_session(found.name, settings, memory=guest.maps, seen=seen) as session,
+            open_session(found.name, settings, memory=guest.maps, seen=seen, any_device=True) as session,
         ):
+            if session.refusal is not None:
+                session.warn(f"{session.refusal}; it is held all the same")
             ready(session)
             notify("READY=1")
             signal.sigwait(ENDING)

@@ -126,6 +126,18 @@ class Session:
         """Whether another device has its state now."""
         return self.left is not None and self.left.is_moved
 
+    @property
+    def protocol_name(self) -> str | None:
+        """What it speaks, None for nothing: only jobs that take any device see one."""
+        return None if self.refusal is not None else self.protocol.name
+
+    @property
+    def refusal(self) -> UnsupportedError | None:
+        """Why it cannot be migrated, None if it can."""
+        from vfio_mig.protocols.none import NoMigration
+
+        return self.protocol.why if isinstance(self.protocol, NoMigration) else None
+
     def note(self, effect: str) -> None:
         """Write down what is about to be done to the device, in case this process does not live to undo it.
 
@@ -282,6 +294,7 @@ def open_session(
     job: str | None = None,
     seen: Snapshot | None = None,
     force: bool = False,
+    any_device: bool = False,
 ) -> Session:
     """Open a device, or borrow it from its holder, and choose its protocol.
 
@@ -289,6 +302,7 @@ def open_session(
     :param job: name of the job that needs the device for itself; None for one that changes nothing.
     :param seen: the devices and who has them open, where that is known already.
     :param force: also if an earlier job has moved its state to another device, which goes on with it.
+    :param any_device: also one that speaks no protocol: what takes one is refused when it is asked for.
     :raises OpenError: there is no such device, it cannot be opened, or another job is at work on it.
     :raises UnsupportedError: it speaks no protocol of ours; no ioctl of the RFC was sent.
     :raises DeviceError: an earlier job has left it in a state that this one cannot start from.
@@ -302,12 +316,12 @@ def open_session(
     found = find(name) if seen is None else seen.find(name)
     view = None if seen is None else seen.view
     if job is None:
-        return _open_found(found, settings, profile, memory, None, view)
+        return _open_found(found, settings, profile, memory, None, view, any_device=any_device)
     from vfio_mig.host.lock import DeviceLock
 
     lock = DeviceLock(found, job)
     try:
-        session = _open_found(found, settings, profile, memory, lock, view)
+        session = _open_found(found, settings, profile, memory, lock, view, any_device=any_device)
     except BaseException:
         lock.close()
         raise
@@ -342,6 +356,8 @@ def _open_found(  # noqa: PLR0917 -- each is one thing
     memory: Sequence[MemoryMap],
     lock: DeviceLock | None,
     view: View | None,
+    *,
+    any_device: bool,
 ) -> Session:
     from vfio_mig.host.opening import open_device
 
@@ -350,7 +366,8 @@ def _open_found(  # noqa: PLR0917 -- each is one thing
         found, memory=pieces, pid=settings.pid, fd=settings.fd, via=settings.via, kvm=settings.kvm, view=view
     )
     try:
-        session = Session(found, device, _detect(found, device, profile, settings.abi), lock, settings)
+        protocol = (_detect_any if any_device else _detect)(found, device, profile, settings.abi)
+        session = Session(found, device, protocol, lock, settings)
         if settings.tell is not None:
             settings.tell(session.describe())
     except BaseException:
@@ -361,15 +378,29 @@ def _open_found(  # noqa: PLR0917 -- each is one thing
 
 def _detect(found: HostDevice, device: Device, profile: RfcProfile, abi: str) -> MigrationProtocol:
     """Choose the protocol; say so when it is kvmgt as distributions have it that speaks none."""
-    from vfio_mig.protocols.registry import detect
+    from vfio_mig.protocols.registry import detect, spoken
 
     try:
         return detect(device, profile, abi)
     except UnsupportedError as error:
-        if found.kind == "mdev" and found.type.startswith(GVT_TYPES):
+        if found.kind == "mdev" and found.type.startswith(GVT_TYPES) and not spoken(device, profile):
             error.problem = f"it is a GVT-g vGPU of a driver without migration, and {error.problem}"
             error.hint = f"scripts/kvmgt builds a driver with it; {error.hint}"
         raise
+
+
+def _detect_any(found: HostDevice, device: Device, profile: RfcProfile, abi: str) -> MigrationProtocol:
+    """Choose the protocol; where there is none, and none was asked for, what refuses all that takes one."""
+    from vfio_mig.protocols.registry import AUTO
+
+    try:
+        return _detect(found, device, profile, abi)
+    except UnsupportedError as error:
+        if abi != AUTO:
+            raise
+        from vfio_mig.protocols.none import NoMigration
+
+        return NoMigration(device, error)
 
 
 def _take_over(session: Session, lock: DeviceLock, job: str, *, force: bool) -> None:

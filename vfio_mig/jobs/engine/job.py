@@ -69,6 +69,7 @@ class Job:
         force: bool = False,
         held_for: str | None = None,
         seen: Snapshot | None = None,
+        any_device: bool = False,
     ) -> Session:
         """Open a device, or borrow it, for as long as the job lasts; as :func:`open_session` does.
 
@@ -76,6 +77,7 @@ class Job:
         :param force: also one whose state an earlier job has moved away.
         :param held_for: refuse a device that nobody has open; names what would be lost with the last close.
         :param seen: the devices and who has them open, where that is known already.
+        :param any_device: also one that speaks no protocol.
         :raises DeviceBusyError: nobody has it open.
         """
         if held_for is not None and self.settings.fd is None and self.settings.pid is None:
@@ -86,7 +88,9 @@ class Job:
                 error.hint = f"{error.hint}, or use --open to open it for this {held_for} alone"
                 raise
         job = self.name if alone else None
-        return self.enter(open_session(device, self.settings, memory=memory, job=job, seen=seen, force=force))
+        return self.enter(
+            open_session(device, self.settings, memory=memory, job=job, seen=seen, force=force, any_device=any_device)
+        )
 
     def step(self, name: str, session: Session | None = None) -> None:
         """Tell whoever listens, and the device's journal, that the job has come to one of its steps.

@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.errors import UsageError, VfioMigError
+from vfio_mig.jobs.session import GVT_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,6 +66,7 @@ def examine_host(settings: Settings | None = None, *, root: str = "/") -> Doctor
         *_kernel(),
         *_vfio(host),
         *_devices(host),
+        *_gvt(host),
         *_borrowing(host),
         *_seeing(),
         *_limits(host),
@@ -130,6 +132,31 @@ def _devices(host: Host) -> Iterator[Diagnosis]:
         else:
             what = "it has neither a group nor a node of its own; is its VFIO driver loaded?"
         yield Diagnosis("node", PROBLEM, f"{one.name}: {what}")
+
+
+def _gvt(host: Host) -> Iterator[Diagnosis]:
+    """Look for what kvmgt needs: i915's consent, a KVM for who opens a vGPU, and a build that can migrate."""
+    offers = [name for name in host.names("sys/class/mdev_bus") if _offers_gvt(host, name)]
+    if not offers:
+        if host.names("sys/module/kvmgt"):
+            text = "kvmgt is loaded and offers no type of vGPU: load i915 with enable_gvt=1, on a GPU that has GVT-g"
+            yield Diagnosis("gvt", NOTE, text)
+        return
+    if os.path.exists(host.path("sys/module/kvmgt/parameters/migration")):
+        yield Diagnosis("gvt", OK, f"kvmgt on {', '.join(offers)}")
+    else:
+        text = "only an open vGPU tells whether it can be migrated: with the distributions' kvmgt none can"
+        yield Diagnosis("gvt", NOTE, f"{text}, scripts/kvmgt builds one that can")
+    if os.access(host.path("dev/kvm"), os.R_OK | os.W_OK):
+        yield Diagnosis("kvm", OK, "/dev/kvm")
+    else:
+        is_there = os.path.lexists(host.path("dev/kvm"))
+        what = "may not be opened by this user" if is_there else "is not there; load kvm_intel or kvm_amd"
+        yield Diagnosis("kvm", PROBLEM, f"kvmgt opens a vGPU only for a process with a KVM VM, and /dev/kvm {what}")
+
+
+def _offers_gvt(host: Host, parent: str) -> bool:
+    return any(name.startswith(GVT_TYPES) for name in host.names(f"sys/class/mdev_bus/{parent}/mdev_supported_types"))
 
 
 def _capabilities(host: Host) -> int:
