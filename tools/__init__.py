@@ -5,6 +5,7 @@
 ``vm``            the VM runner: ``scripts/vm``
 ``kmod``          the sample driver, a kernel module for that VM: tools/kmod/README.md
 ``gpu``           an Intel gen9 GPU in software, for i915 and kvmgt in that VM: tools/gpu/README.md
+``l2``            a guest with a load for a vGPU: tools/l2/README.md
 ``kvmgt``         the real driver with migration, patched and built: tools/kvmgt/README.md
 ``demo``          ``scripts/demo``
 ``qemu_host``     the former place of ``vfio_mig.vm``

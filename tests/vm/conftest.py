@@ -33,6 +33,12 @@ WHERE_TO_RUN_GVT = (
 )
 
 
+WHERE_TO_RUN_L2 = (
+    "needs the VM with the emulated GPU and a guest for it: run `scripts/test --gvt`, or `scripts/vm --gvt --l2 -- "
+    "pytest -m l2`"
+)
+
+
 def in_vm() -> bool:
     return "VFIO_MIG_KMOD_DIR" in os.environ and host.TYPES.exists() and host.DEBUGFS.exists()
 
@@ -42,7 +48,7 @@ def runnable(item: pytest.Item) -> bool:
     if item.get_closest_marker("mtty"):
         return "VFIO_MIG_VM" in os.environ and host.MTTY_TYPES.exists()
     if item.get_closest_marker("gvt"):
-        return kvmgt.available()
+        return kvmgt.available() and ("VFIO_MIG_L2" in os.environ or not item.get_closest_marker("l2"))
     return in_vm() and (alloc_faults.available() or not item.get_closest_marker("custom"))
 
 
@@ -50,7 +56,7 @@ def where_to_run(item: pytest.Item) -> str:
     if item.get_closest_marker("mtty"):
         return WHERE_TO_RUN_MTTY
     if item.get_closest_marker("gvt"):
-        return WHERE_TO_RUN_GVT
+        return WHERE_TO_RUN_L2 if item.get_closest_marker("l2") else WHERE_TO_RUN_GVT
     return WHERE_TO_RUN_CUSTOM if item.get_closest_marker("custom") else WHERE_TO_RUN
 
 

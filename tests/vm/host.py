@@ -78,6 +78,19 @@ def wait_until(what: str, condition: Callable[[], bool], seconds: float = 20.0) 
         time.sleep(0.005)
 
 
+def slowness(seconds: float = 1.0) -> float:
+    """How many times slower than if they were alone programs are here now: other work on the machine shares its CPUs.
+
+    The same small work is done again and again: the shortest time is that of undisturbed work, the mean one is not.
+    """
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while (began := time.perf_counter()) < end:
+        sum(range(2000))
+        times.append(time.perf_counter() - began)
+    return sum(times) / len(times) / min(times)
+
+
 def module_directory() -> Path:
     """Where the runner keeps gvt_sample.ko and its mutants."""
     return Path(os.environ["VFIO_MIG_KMOD_DIR"])

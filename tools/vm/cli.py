@@ -16,6 +16,7 @@ from typing import Final, Never
 
 from tools.kvmgt import build as kvmgt
 from tools.kvmgt import source
+from tools.l2 import image as l2
 from tools.vm import custom, guest, gvt, kernels, kvm, machine, module, mtty, newest, qemu
 from tools.vm.cache import cache_root
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT, Interrupted, RunnerError
@@ -62,6 +63,10 @@ def parser() -> argparse.ArgumentParser:
         help="with --gvt: the kernel's own, or the one that scripts/kvmgt builds; default: %(default)s",
     )  # fmt: skip
     result.add_argument("--kvmgt-args", default="", metavar="'migration=off'", help="parameters of our kvmgt")
+    result.add_argument(
+        "--l2", action="store_true",
+        help="with --gvt: make a guest for a vGPU, whose driver has a load; $VFIO_MIG_L2 has it (tools/l2/README.md)",
+    )  # fmt: skip
     result.add_argument("--build-all", action="store_true", help="build all mutations first; alone: do only that")
     result.add_argument("--stdin", action="store_true", help="pass standard input to COMMAND, instead of /dev/null")
     result.add_argument("--memory", default="1G", help="default: %(default)s")
@@ -83,6 +88,8 @@ def _check_gvt(options: argparse.Namespace) -> None:
         parser().error("--kvmgt needs --gvt")
     if options.kvmgt_args and options.kvmgt != "ours":
         parser().error("--kvmgt-args needs --kvmgt ours")
+    if options.l2 and not options.gvt:
+        parser().error("--l2 needs --gvt")
     if options.gvt and not options.gpu:
         options.gpu = gvt.MODELS[0]
 
@@ -153,7 +160,7 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     host_driver = gvt.modules(kernel, cache, log) if options.gvt else None
     environment = guest.environment(
         os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release,
-        gpu=options.gpu, gvt=host_driver, uapi=kernel.uapi,
+        gpu=options.gpu, gvt=host_driver, uapi=kernel.uapi, l2=l2.build(kernel, cache, log) if options.l2 else None,
     )  # fmt: skip
     what = guest.Guest(
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,

@@ -148,10 +148,26 @@ def module_name(path: str) -> str:
 def _expand(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.suffix == ".xz":
-        with lzma.open(source) as packed, target.with_suffix("").open("wb") as plain:
-            shutil.copyfileobj(packed, plain)
-    else:
-        shutil.copyfile(source, target)
+        target = target.with_suffix("")
+    target.write_bytes(expanded(source))
+
+
+def expanded(module: Path) -> bytes:
+    """Return a module's file, uncompressed."""
+    content = module.read_bytes()
+    return lzma.decompress(content) if module.suffix == ".xz" else content
+
+
+def load_order(kernel: Kernel, name: str) -> list[Path]:
+    """Return the files of a module and of all that it needs, as they are loaded one by one.
+
+    :raises RunnerError: the kernel has no such module.
+    """
+    source = kernel.tree / "lib" / "modules" / kernel.release
+    known = _dependencies(source)
+    if name not in known:
+        raise RunnerError(f"kernel {kernel.release} has no module {name}")
+    return [source / path for path in reversed(known[name])]
 
 
 def modules(kernel: Kernel, cache: Path, log: Callable[[str], None]) -> Path:

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""A Linux guest with its own i915 on a vGPU of the kernel's own kvmgt: its work is right, and the GPU has done it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.vm import cli, host, kvmgt
+from tools.l2.image import Image
+from tools.l2.machine import L2, SIGNATURE, START_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = [pytest.mark.gvt, pytest.mark.l2]
+
+KIND = "i915-GVTg_V5_4"
+ENGINES = ["rcs0", "bcs0", "vcs0", "vecs0"]
+RESULTS = 200
+
+
+@pytest.fixture(scope="module")
+def name() -> Iterator[str]:
+    with kvmgt.instance(KIND) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def l2(name: str) -> Iterator[L2]:
+    image = Image.of(Path(os.environ["VFIO_MIG_L2"]))
+    with (
+        tempfile.TemporaryDirectory(prefix="l2-", dir="/run") as directory,
+        L2.started(image, str(kvmgt.DEVICES / name), Path(directory)) as guest,
+    ):
+        guest.await_ready(5 * START_SECONDS)
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def slowness() -> float:
+    """How much slower the machine is than if it were idle, before the guest is started."""
+    return host.slowness()
+
+
+@pytest.fixture(autouse=True)
+def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
+    """As everywhere, but the guest stays for the next test."""
+    kernel_log.new()
+    yield
+    assert kernel_log.complaints() == []
+
+
+def js(*words: str | Path) -> Any:
+    return json.loads(cli.run("--json", *words, warm=True).stdout)
+
+
+def test_it_is_up_in_a_minute_and_its_console_is_quiet(
+    slowness: float, l2: L2, record_property: Callable[[str, object], None]
+) -> None:
+    assert l2.up_after is not None
+    slower = max(slowness, host.slowness())
+    record_property("seconds", f"{l2.up_after:.1f}, {slower:.1f} times slower than an idle machine")
+    assert l2.up_after < START_SECONDS * slower
+    assert l2.lines()[0] == f"load: ready {' '.join(ENGINES)}"
+    assert all(line.startswith("load: ") for line in l2.lines())
+
+
+def test_its_results_are_right_and_the_gpu_says_that_it_has_stored_them(l2: L2) -> None:
+    with kvmgt.gpu() as gpu:
+        since = gpu.last()
+        before = l2.counts()
+        after = l2.await_right(RESULTS)
+        stored: dict[str, set[int]] = {engine: set() for engine in ENGINES}
+        for entry in gpu.record(since):
+            values = {value for _, value in entry["writes"] if value & 0xFFFF_0000 == SIGNATURE}
+            stored[entry["engine"]] |= values
+        state = gpu.state()
+    assert after.right >= before.right + RESULTS
+    assert after.wrong == 0
+    assert all(len(values) >= 8 for values in stored.values()), {name: len(values) for name, values in stored.items()}
+    # each number is one engine's alone
+    assert sum(map(len, stored.values())) == len(set().union(*stored.values()))
+    assert all(engine["state"] != "hung" for engine in state["engines"].values())
+
+
+def test_it_stands_still_while_it_is_paused_and_goes_on(l2: L2) -> None:
+    l2.pause()
+    try:
+        assert l2.status() == "paused"
+        said = l2.lines()
+        time.sleep(2.0)
+        assert l2.lines() == said
+    finally:
+        l2.cont()
+    l2.await_right(RESULTS)
+    assert l2.counts().wrong == 0
+
+
+def test_the_command_sees_who_has_it_and_borrows_it_from_there(l2: L2, name: str) -> None:
+    (line,) = [one for one in cli.run("list", warm=True).stdout.decode().splitlines() if one.startswith(name)]
+    assert line.split()[5] == f"{l2.pid}:qemu-system-x86"
+    info = js("info", name)
+    assert (info["how"], info["holder_pid"], info["protocol"], info["migratable"]) == ("borrowed", l2.pid, None, False)
+    assert [region["type"] for region in info["regions"]][9:] == [0x80008086, 1]
+    status = js("status", name)
+    assert (status["state"], status["holder"], status["protocol"]) == ("unknown", "qemu-system-x86", None)
+    stock = ("a GVT-g vGPU of a driver without migration",)
+    cli.refused("save", name, "/run/image", code=4, words=stock, warm=True)
+    cli.refused("stop", name, code=4, words=stock, warm=True)
+    cli.refused("dirty", name, code=4, words=(*stock, "what was mapped by another process is left alone"), warm=True)
+    cli.refused("reset", name, code=2, words=("--force", f"PID {l2.pid} (qemu-system-x86)"), warm=True)
+    cli.refused("hold", name, code=3, words=(f"PID {l2.pid} (qemu-system-x86)",), warm=True)
+    cli.refused("mdev", "remove", name, code=3, words=(f"PID {l2.pid} (qemu-system-x86)",), warm=True)
+    l2.await_right(RESULTS)
+    assert l2.counts().wrong == 0
