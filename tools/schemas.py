@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Union, get_args, get_o
 
 from vfio_mig.conform.kit.check import Check as ConformCheck
 from vfio_mig.conform.kit.check import Result
-from vfio_mig.conform.runner import Report
+from vfio_mig.conform.runner import ConformReport
 from vfio_mig.decode.differences import Difference
 from vfio_mig.decode.section import Section
 from vfio_mig.device import Region
@@ -23,7 +23,7 @@ from vfio_mig.dirty.sync import Round
 from vfio_mig.errors import VfioMigError
 from vfio_mig.host.mdev import MdevType
 from vfio_mig.jobs.check import CheckReport, Finding, VerifyReport
-from vfio_mig.jobs.control import Done, State, Status
+from vfio_mig.jobs.control import ActionReport, StateReport, StatusReport
 from vfio_mig.jobs.dirty import DirtyReport, SyncReport
 from vfio_mig.jobs.files.diff import DiffReport
 from vfio_mig.jobs.files.extract import ExtractReport, PackReport
@@ -32,7 +32,7 @@ from vfio_mig.jobs.files.pages import PagesReport
 from vfio_mig.jobs.live import StateRound
 from vfio_mig.jobs.migrate import MigrateReport
 from vfio_mig.jobs.points import POINTS
-from vfio_mig.jobs.queries.devices import DeviceInfo, Listed
+from vfio_mig.jobs.queries.devices import DeviceInfo, DeviceRow
 from vfio_mig.jobs.queries.doctor import Diagnosis, DoctorReport
 from vfio_mig.jobs.restore import RestoreReport
 from vfio_mig.jobs.save import SaveReport
@@ -54,7 +54,7 @@ _ADDED: Final[dict[type, dict[str, tuple[Any, str]]]] = {
         "estimated_downtime": (float, "seconds that the same round would take with the device stopped"),
     },
     StateRound: {"estimated_downtime": (float, "seconds that the rest is expected to take with the device stopped")},
-    Report: {"counts": (dict[str, int], "checks of each outcome")},
+    ConformReport: {"counts": (dict[str, int], "checks of each outcome")},
 }
 """What ``as_dict`` adds to the fields."""
 _UNITS: Final = (("_time", "seconds"), ("seconds", "seconds"), ("downtime", "seconds"), ("_bytes", "bytes"))
@@ -72,7 +72,7 @@ class Shown(NamedTuple):
 
 DOCUMENTS: Final[dict[str, Shown]] = {
     "check": Shown((CheckReport,)),
-    "conform": Shown((Report, list[ConformCheck])),
+    "conform": Shown((ConformReport, list[ConformCheck])),
     "diff": Shown((DiffReport,)),
     "dirty": Shown((DirtyReport,)),
     "doctor": Shown((DoctorReport,)),
@@ -80,19 +80,19 @@ DOCUMENTS: Final[dict[str, Shown]] = {
     "hold": Shown(({"device": str, "pid": int, "protocol": str | None},)),
     "info": Shown((DeviceInfo,)),
     "inspect": Shown((InspectReport, Section, SectionBytes)),
-    "list": Shown((list[Listed],)),
+    "list": Shown((list[DeviceRow],)),
     "mdev-create": Shown(({"device": str},)),
     "mdev-types": Shown((list[MdevType],)),
     "migrate": Shown((MigrateReport,)),
     "pack": Shown((PackReport,)),
     "pages": Shown((PagesReport,)),
-    "reset": Shown((Done,)),
+    "reset": Shown((ActionReport,)),
     "restore": Shown((RestoreReport, list[RestoreReport])),
     "save": Shown((SaveReport, list[SaveReport])),
-    "start": Shown((Done, list[Done])),
-    "state": Shown((State,)),
-    "status": Shown((Status,)),
-    "stop": Shown((Done, list[Done])),
+    "start": Shown((ActionReport, list[ActionReport])),
+    "state": Shown((StateReport,)),
+    "status": Shown((StatusReport,)),
+    "stop": Shown((ActionReport, list[ActionReport])),
     "sync": Shown((SyncReport,)),
     "verify": Shown((VerifyReport,)),
 }
@@ -110,7 +110,7 @@ def _words(report: type) -> dict[str, str]:
 
 
 def _described(report: type, name: str) -> str:
-    words = _words(report).get(name) or _STATES.get(name, "") * ("state" in name and report is not Status)
+    words = _words(report).get(name) or _STATES.get(name, "") * ("state" in name and report is not StatusReport)
     unit = next((unit for end, unit in _UNITS if name.endswith(end)), "")
     return "; ".join(part for part in (unit, words.rstrip(".")) if part)
 

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: MIT
 """Stop, save and restore VFIO devices without a VMM in the way.
 
-What the command line does, as functions; each returns a report (a named tuple) or raises a subclass of
-:class:`VfioMigError`. What the user must read is a :class:`VfioMigWarning`, unless ``Settings.warn`` takes it::
+What the command line does, for Python programs, as objects::
 
     import vfio_mig
 
-    with vfio_mig.open_device("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001") as session:
-        print(session.describe(), session.device.regions())
-    report = vfio_mig.save("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "gpu.vfm", leave_running=True)
+    with vfio_mig.Host().open("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001") as device:
+        report = device.save("gpu.vfm", leave_running=True, on_event=print)
+    vfio_mig.Image("gpu.vfm").verify()
 
-Names are imported when they are first used, so ``import vfio_mig`` costs nothing.
+or as functions, one for each command: ``vfio_mig.save(name, "gpu.vfm")``. Each returns a report or raises a subclass of
+:class:`VfioMigError`. What the user must read is a :class:`VfioMigWarning`, unless ``Settings.warn`` takes it.
+docs/python.md is the guide. Names are imported when they are first used, so ``import vfio_mig`` costs nothing.
 
 Rooms, from the top down; each imports from those below it only, and its own docstring says what is in it:
-``cli`` (parses and prints), ``vm`` (a QEMU around the device), ``conform`` (checks of a driver), ``jobs`` (whole jobs
-with rollback), ``protocols`` (how a family of devices is stopped, read and loaded), ``host`` (finding and opening
-devices), ``device`` (an open one), ``pictures``, ``decode`` (what is in a saved state), ``image`` and ``dirty`` (bytes
-and files alone, no device), ``uapi`` (the kernel's words). Everywhere: ``errors``, ``interrupts`` (signals),
-``threads``, ``version``, ``proc`` (what /proc says of other processes). docs/concepts.md says what the words mean.
+``cli`` (parses and prints), ``library`` (the jobs as objects), ``vm`` (a QEMU around the device), ``conform`` (checks
+of a driver), ``jobs`` (whole jobs with rollback), ``protocols`` (how a family of devices is stopped, read and loaded),
+``host`` (finding and opening devices), ``device`` (an open one), ``pictures``, ``decode`` (what is in a saved state),
+``image`` and ``dirty`` (bytes and files alone, no device), ``uapi`` (the kernel's words). Everywhere: ``errors``,
+``interrupts`` (signals), ``threads``, ``version``, ``proc`` (what /proc says of other processes). docs/concepts.md says
+what the words mean.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,10 @@ from typing import TYPE_CHECKING, Any
 from vfio_mig.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from vfio_mig.conform.runner import conform_device
+    from vfio_mig.conform.runner import (
+        ConformReport,
+        conform_device,
+    )
     from vfio_mig.dirty.memory import MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.errors import (
@@ -45,8 +50,16 @@ if TYPE_CHECKING:
     from vfio_mig.host.mdev import create as create_mdev
     from vfio_mig.host.mdev import remove as remove_mdev
     from vfio_mig.host.mdev import types as mdev_types
-    from vfio_mig.jobs.check import check_image, verify_image
+    from vfio_mig.jobs.check import (
+        CheckReport,
+        VerifyReport,
+        check_image,
+        verify_image,
+    )
     from vfio_mig.jobs.control import (
+        ActionReport,
+        StateReport,
+        StatusReport,
         device_state,
         device_status,
         reset_device,
@@ -55,23 +68,67 @@ if TYPE_CHECKING:
         stop_device,
         stop_devices,
     )
-    from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
-    from vfio_mig.jobs.files.diff import diff_images
-    from vfio_mig.jobs.files.extract import extract_image, pack_image
-    from vfio_mig.jobs.files.inspect import inspect_image
-    from vfio_mig.jobs.files.pages import load_pages
+    from vfio_mig.jobs.dirty import (
+        DirtyReport,
+        SyncReport,
+        fetch_dirty,
+        sync_dirty,
+    )
+    from vfio_mig.jobs.files.diff import (
+        DiffReport,
+        diff_images,
+    )
+    from vfio_mig.jobs.files.extract import (
+        ExtractReport,
+        PackReport,
+        extract_image,
+        pack_image,
+    )
+    from vfio_mig.jobs.files.inspect import (
+        InspectReport,
+        inspect_image,
+    )
+    from vfio_mig.jobs.files.pages import (
+        PagesReport,
+        load_pages,
+    )
     from vfio_mig.jobs.hold import hold_device
     from vfio_mig.jobs.live import Live
-    from vfio_mig.jobs.migrate import migrate
-    from vfio_mig.jobs.queries.devices import device_info, list_devices
-    from vfio_mig.jobs.queries.doctor import examine_host
-    from vfio_mig.jobs.restore import restore, restore_all
-    from vfio_mig.jobs.save import save, save_all
+    from vfio_mig.jobs.migrate import (
+        MigrateReport,
+        migrate,
+    )
+    from vfio_mig.jobs.queries.devices import (
+        DeviceInfo,
+        DeviceRow,
+        device_info,
+        list_devices,
+    )
+    from vfio_mig.jobs.queries.doctor import (
+        DoctorReport,
+        examine_host,
+    )
+    from vfio_mig.jobs.restore import (
+        RestoreReport,
+        restore,
+        restore_all,
+    )
+    from vfio_mig.jobs.save import (
+        SaveReport,
+        save,
+        save_all,
+    )
     from vfio_mig.jobs.session import Session, Settings
     from vfio_mig.jobs.session import open_session as open_device
+    from vfio_mig.library import (
+        Device,
+        Event,
+        Host,
+        Image,
+    )
 
 _MODULES = {
-    "conform.runner": ("conform_device",),
+    "conform.runner": ("ConformReport", "conform_device"),
     "dirty.memory": ("MemoryMap",),
     "dirty.ranges": ("PageRange",),
     "errors": (
@@ -89,8 +146,11 @@ _MODULES = {
         "VfioMigWarning",
     ),
     "host.mdev": ("create_mdev", "mdev_types", "remove_mdev"),
-    "jobs.check": ("check_image", "verify_image"),
+    "jobs.check": ("CheckReport", "VerifyReport", "check_image", "verify_image"),
     "jobs.control": (
+        "ActionReport",
+        "StateReport",
+        "StatusReport",
         "device_state",
         "device_status",
         "reset_device",
@@ -99,19 +159,20 @@ _MODULES = {
         "stop_device",
         "stop_devices",
     ),
-    "jobs.files.diff": ("diff_images",),
-    "jobs.dirty": ("fetch_dirty", "sync_dirty"),
-    "jobs.queries.doctor": ("examine_host",),
+    "jobs.files.diff": ("DiffReport", "diff_images"),
+    "jobs.dirty": ("DirtyReport", "SyncReport", "fetch_dirty", "sync_dirty"),
+    "jobs.queries.doctor": ("DoctorReport", "examine_host"),
     "jobs.hold": ("hold_device",),
-    "jobs.queries.devices": ("device_info", "list_devices"),
-    "jobs.files.inspect": ("inspect_image",),
+    "jobs.queries.devices": ("DeviceInfo", "DeviceRow", "device_info", "list_devices"),
+    "jobs.files.inspect": ("InspectReport", "inspect_image"),
     "jobs.live": ("Live",),
-    "jobs.migrate": ("migrate",),
-    "jobs.files.pages": ("load_pages",),
-    "jobs.files.extract": ("extract_image", "pack_image"),
-    "jobs.restore": ("restore", "restore_all"),
-    "jobs.save": ("save", "save_all"),
+    "jobs.migrate": ("MigrateReport", "migrate"),
+    "jobs.files.pages": ("PagesReport", "load_pages"),
+    "jobs.files.extract": ("ExtractReport", "PackReport", "extract_image", "pack_image"),
+    "jobs.restore": ("RestoreReport", "restore", "restore_all"),
+    "jobs.save": ("SaveReport", "save", "save_all"),
     "jobs.session": ("Session", "Settings", "open_device"),
+    "library": ("Device", "Event", "Host", "Image"),
 }
 _RENAMED = {
     "create_mdev": "create",
@@ -121,21 +182,44 @@ _RENAMED = {
 }
 
 __all__ = [
+    "ActionReport",
+    "CheckReport",
+    "ConformReport",
+    "Device",
     "DeviceBusyError",
     "DeviceError",
+    "DeviceInfo",
     "DeviceNotFoundError",
+    "DeviceRow",
+    "DiffReport",
+    "DirtyReport",
+    "DoctorReport",
+    "Event",
+    "ExtractReport",
+    "Host",
     "HostError",
+    "Image",
     "ImageError",
+    "InspectReport",
     "InterruptedJobError",
     "Live",
     "MemoryMap",
+    "MigrateReport",
     "MismatchError",
     "OpenError",
+    "PackReport",
     "PageRange",
+    "PagesReport",
+    "RestoreReport",
+    "SaveReport",
     "Session",
     "Settings",
+    "StateReport",
+    "StatusReport",
+    "SyncReport",
     "UnsupportedError",
     "UsageError",
+    "VerifyReport",
     "VfioMigError",
     "VfioMigWarning",
     "check_image",

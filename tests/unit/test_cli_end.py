@@ -120,9 +120,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, lambda *_, **__: result)
 
     for action in ("stop", "start"):
-        fake(control, f"{action}_devices", [report_of(control.Done, action=action, seconds=1.0)])
-    fake(control, "reset_device", report_of(control.Done, action="reset"))
-    fake(control, "device_state", report_of(control.State))
+        fake(control, f"{action}_devices", [report_of(control.ActionReport, action=action, seconds=1.0)])
+    fake(control, "reset_device", report_of(control.ActionReport, action="reset"))
+    fake(control, "device_state", report_of(control.StateReport))
     fake(save, "save_all", [report_of(save.SaveReport)])
     fake(restore, "restore_all", [report_of(restore.RestoreReport, warnings=["w"])])
     fake(migrate, "migrate", report_of(migrate.MigrateReport, target="y", target_state="running"))

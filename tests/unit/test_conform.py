@@ -19,11 +19,11 @@ from vfio_mig.cli.main import cli
 from vfio_mig.conform import runner
 from vfio_mig.conform.kit import rfc_device, v2_device
 from vfio_mig.conform.kit.check import FAIL, OUTCOMES, PASS, SKIP, V2, WARN, Check, Result
-from vfio_mig.conform.kit.report import FORMATS
 from vfio_mig.conform.kit.v2_device import NAMES, STATES
 from vfio_mig.conform.kit.verdict import NotApplicable
 from vfio_mig.conform.registry import all_checks, select
-from vfio_mig.conform.runner import Report, run_check
+from vfio_mig.conform.report import FORMATS
+from vfio_mig.conform.runner import ConformReport, run_check
 from vfio_mig.conform.v2 import dirty
 from vfio_mig.errors import UsageError
 from vfio_mig.protocols import mainline_v2
@@ -316,14 +316,16 @@ def test_a_check_that_does_not_end_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 # --- reports
 
 
-def a_report() -> Report:
+def a_report() -> ConformReport:
     results = [
         Result(
             f"v2.x.{outcome}", 'a "rule" <&> # 1', "linux/vfio.h", "0", f"seen {outcome} #\\ <&>", outcome, note, 0.25
         )
         for outcome, note in zip(OUTCOMES, ("", "", "why # it is none", ""), strict=True)
     ]
-    return Report("dev", "type-1", "driver", "6.12", "mainline-v2 (stop-copy)", "running", "closed", 1.0, results)
+    return ConformReport(
+        "dev", "type-1", "driver", "6.12", "mainline-v2 (stop-copy)", "running", "closed", 1.0, results
+    )
 
 
 def test_the_table_has_a_line_per_check_and_tells_rule_and_source_of_findings() -> None:

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT: Final = Path(__file__).parents[2]
-PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES: Final = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 ROOMS: Final = "vfio_mig|cdefs|tools|tests|scripts|docs|man"
 _PATH: Final = re.compile(rf"(?<![\w./-])(?:{ROOMS})/[\w./*@-]*\w")
 _NAMES: Final = re.compile(rf"`((?:{ROOMS})/[\w./-]+\.(?:py|c|h))`\s+\(((?:`\w+`(?:,\s)?)+)")

@@ -33,6 +33,7 @@ ROOMS: Final[dict[str, frozenset[str]]] = {
     "jobs": FLOOR | {"uapi", "device", "host", "decode", "image", "dirty", "protocols"},
     "conform": FLOOR | {"uapi", "device", "host", "decode", "image", "dirty", "protocols", "jobs"},
     "vm": FLOOR | {"uapi", "device", "host", "decode", "image", "dirty", "protocols", "jobs"},
+    "library": FLOOR | {"uapi", "host", "decode", "image", "dirty", "protocols", "jobs", "conform"},
     "cli": FLOOR
     | {"uapi", "device", "host", "decode", "image", "dirty", "pictures", "protocols", "jobs", "conform", "vm"},
 }

@@ -15,7 +15,7 @@ from vfio_mig.cli.devices import _line
 from vfio_mig.errors import DeviceNotFoundError, UsageError
 from vfio_mig.host import drivers
 from vfio_mig.host.offline import Known, look, read_within
-from vfio_mig.jobs.queries.devices import Listed, device_info
+from vfio_mig.jobs.queries.devices import DeviceRow, device_info
 
 if TYPE_CHECKING:
     from vfio_mig.host.discover import HostDevice
@@ -277,9 +277,9 @@ def test_a_function_without_a_vfio_driver_is_told_its_variant(tree: Tree) -> Non
 
 
 def test_a_column_of_list_has_no_spaces() -> None:
-    full = Listed("name", "pci", "1:2", "", "vfio-pci", "/dev/vfio/1", 42, "a b\tc", False, "running", "/dev/cdev")
+    full = DeviceRow("name", "pci", "1:2", "", "vfio-pci", "/dev/vfio/1", 42, "a b\tc", False, "running", "/dev/cdev")
     assert _line(full) == "name pci 1:2 vfio-pci /dev/vfio/1 42:a_b_c no running /dev/cdev"
-    empty = Listed("name", "mdev", "", "", "", None, None, None, None, None, None)
+    empty = DeviceRow("name", "mdev", "", "", "", None, None, None, None, None, None)
     assert _line(empty) == "name mdev - - - - ? - -"
     unseen = empty._replace(holder="?", migratable=True, state="?")
     assert _line(unseen) == "name mdev - - - ? yes ? -"

@@ -13,7 +13,7 @@ import pytest
 from tests.unit.saved_images import HEADER, run, write
 from vfio_mig.cli import output
 from vfio_mig.errors import json_text
-from vfio_mig.jobs.queries.devices import Listed
+from vfio_mig.jobs.queries.devices import DeviceRow
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = ROOT / "vfio_mig"
@@ -190,9 +190,9 @@ def test_what_an_image_holds_is_escaped_keys_and_names_of_files_included(tmp_pat
 
 
 def test_a_process_cannot_forge_a_line_of_the_list_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    values: dict[str, Any] = dict.fromkeys(Listed._fields)
+    values: dict[str, Any] = dict.fromkeys(DeviceRow._fields)
     values.update(device="one", kind="mdev", type=BAD, driver=BAD, node=BAD, holder=f"qemu{BAD} x", holder_pid=7)
-    one = Listed(**{**values, "migratable": None, "state": "?", "cdev": None})
+    one = DeviceRow(**{**values, "migratable": None, "state": "?", "cdev": None})
     monkeypatch.setattr("vfio_mig.jobs.queries.devices.list_devices", lambda: [one])
     result = run("list")
     assert result.exception is None

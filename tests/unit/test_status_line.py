@@ -8,9 +8,9 @@ import re
 import pytest
 
 from vfio_mig.cli.control import _job
-from vfio_mig.jobs.control import Status
+from vfio_mig.jobs.control import StatusReport
 
-IDLE = Status("name", "mdev", "x", 1, "vfio-mig", None, "unknown", None, None, None, None)
+IDLE = StatusReport("name", "mdev", "x", 1, "vfio-mig", None, "unknown", None, None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -25,4 +25,4 @@ IDLE = Status("name", "mdev", "x", 1, "vfio-mig", None, "unknown", None, None, N
     ],
 )
 def test_a_job_is_named_with_its_start_and_step(changes: dict[str, object], expected: str) -> None:
-    assert re.fullmatch(expected, _job(Status(**{**IDLE._asdict(), **changes})))
+    assert re.fullmatch(expected, _job(StatusReport(**{**IDLE._asdict(), **changes})))

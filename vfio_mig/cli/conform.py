@@ -13,7 +13,7 @@ from vfio_mig.cli.output import borrow_options, print_json, put, put_lines, sett
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
-    from vfio_mig.conform.runner import Report
+    from vfio_mig.conform.runner import ConformReport
 
 SHOWN = 3
 
@@ -60,7 +60,7 @@ def conform_command(
         return
     if device is None:
         raise click.UsageError("Missing argument 'DEVICE'.")
-    from vfio_mig.conform.kit.report import FORMATS
+    from vfio_mig.conform.report import FORMATS
     from vfio_mig.conform.runner import conform_device
     from vfio_mig.image.files import committed
 
@@ -88,7 +88,7 @@ def _list(options: Options, patterns: tuple[str, ...]) -> None:
         put(f"{check.id:<34} {check.rule}{' (--dangerous)' if check.danger else ''}")
 
 
-def _judge(report: Report) -> None:
+def _judge(report: ConformReport) -> None:
     from vfio_mig.errors import DeviceError
 
     failed = [result.id for result in report.checks if result.outcome == "fail"]

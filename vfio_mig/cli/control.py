@@ -13,12 +13,12 @@ from vfio_mig.cli.output import borrow_options, p2p_option, print_json, put, set
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
-    from vfio_mig.jobs.control import Done, Status
+    from vfio_mig.jobs.control import ActionReport, StatusReport
 
 PAST = {"stop": "stopped", "start": "started", "reset": "reset"}
 
 
-def _report(options: Options, reports: list[Done]) -> None:
+def _report(options: Options, reports: list[ActionReport]) -> None:
     options.done()
     if options.as_json:
         print_json(reports[0]._asdict() if len(reports) == 1 else [done._asdict() for done in reports])
@@ -81,7 +81,7 @@ def reset_command(options: Options, device: str, *, force: bool) -> None:
     _report(options, [reset_device(device, settings_of(options), force=force)])
 
 
-def _job(status: Status) -> str:
+def _job(status: StatusReport) -> str:
     """Tell whose job is at work, since when, and at which step."""
     who = f"'vfio-mig {status.job}', PID {status.job_pid}" if status.job else "another vfio-mig"
     since = "" if status.job_since is None else f", since {_time(status.job_since)}"

@@ -12,7 +12,7 @@ from vfio_mig.cli.output import borrow_options, print_json, put, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
-    from vfio_mig.jobs.queries.devices import DeviceInfo, Listed
+    from vfio_mig.jobs.queries.devices import DeviceInfo, DeviceRow
 
 
 def _word(text: str | None) -> str:
@@ -24,7 +24,7 @@ def _yes_or_no(migratable: bool | None) -> str:
     return "?" if migratable is None else "yes" if migratable else "no"
 
 
-def _line(one: Listed) -> str:
+def _line(one: DeviceRow) -> str:
     holder = one.holder if one.holder_pid is None else f"{one.holder_pid}:{one.holder}"
     words = (one.device, one.kind, one.type, one.driver, one.node, holder, _yes_or_no(one.migratable), one.state)
     return " ".join(_word(word) for word in (*words, one.cdev))

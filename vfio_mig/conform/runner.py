@@ -40,7 +40,7 @@ UNDEFINED: Final = "undefined"
 NOT_ASKED: Final = "only with --dangerous: "
 
 
-class Report(NamedTuple):
+class ConformReport(NamedTuple):
     """What came of all checks.
 
     :param protocol: with its flags, as `vfio-mig info` says it.
@@ -138,7 +138,7 @@ def conform_device(
     second: str | None = None,
     dangerous: bool = False,
     force: bool = False,
-) -> Report:
+) -> ConformReport:
     """Check a device's migration driver against the rules of the header; the device's state is lost.
 
     :param checks: ids or patterns of the checks to run; all without any.
@@ -249,7 +249,7 @@ class _OpenRig:
         return None
 
 
-def _run(job: Job, session: Session, other: Session | None, checks: list[Check], *, dangerous: bool) -> Report:
+def _run(job: Job, session: Session, other: Session | None, checks: list[Check], *, dangerous: bool) -> ConformReport:
     settings = job.settings
     found, protocol = session.protocol.state(), session.protocol.describe()
     began = time.perf_counter()
@@ -262,7 +262,7 @@ def _run(job: Job, session: Session, other: Session | None, checks: list[Check],
         rig = stack.enter_context(one)
         results = list(_results(job, session, rig, checks, dangerous=dangerous))
         seconds = time.perf_counter() - began
-    return Report(
+    return ConformReport(
         device=session.device.name,
         type=session.found.type,
         driver=session.found.driver,

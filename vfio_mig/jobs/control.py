@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UNKNOWN = "unknown"
 
 
-class Done(NamedTuple):
+class ActionReport(NamedTuple):
     """One thing done to one device.
 
     :param action: ``stop``, ``start`` or ``reset``.
@@ -34,7 +34,7 @@ class Done(NamedTuple):
     seconds: float
 
 
-class Status(NamedTuple):
+class StatusReport(NamedTuple):
     """What can be said of a device.
 
     :param holder_pid: process that has it open, None when nobody has.
@@ -73,7 +73,7 @@ class Status(NamedTuple):
     job_step: str | None = None
 
 
-def stop_device(name: str, settings: Settings | None = None) -> Done:
+def stop_device(name: str, settings: Settings | None = None) -> ActionReport:
     """Stop a device that some process keeps open; its running work finishes, queued work stays queued.
 
     :raises DeviceBusyError: nobody has it open, so the stop would not outlive this call.
@@ -82,7 +82,9 @@ def stop_device(name: str, settings: Settings | None = None) -> Done:
     return stop_devices([name], settings)[0]
 
 
-def stop_devices(names: Sequence[str], settings: Settings | None = None, *, without_p2p: bool = False) -> list[Done]:
+def stop_devices(
+    names: Sequence[str], settings: Settings | None = None, *, without_p2p: bool = False
+) -> list[ActionReport]:
     """Stop several devices as one job: after a failure all of them run.
 
     :param without_p2p: also if one of them has no P2P states.
@@ -103,10 +105,10 @@ def stop_devices(names: Sequence[str], settings: Settings | None = None, *, with
             *[session.require_holder_alive for session in sessions],
             *[lambda session=session: session.note("") for session in sessions],
         )
-        return [Done(pause.session.device.name, "stop", pause.times["stop_time"]) for pause in pauses]
+        return [ActionReport(pause.session.device.name, "stop", pause.times["stop_time"]) for pause in pauses]
 
 
-def start_device(name: str, settings: Settings | None = None, *, force: bool = False) -> Done:
+def start_device(name: str, settings: Settings | None = None, *, force: bool = False) -> ActionReport:
     """Let a stopped device go on.
 
     :param force: also if its state was moved to another device.
@@ -117,7 +119,7 @@ def start_device(name: str, settings: Settings | None = None, *, force: bool = F
 
 def start_devices(
     names: Sequence[str], settings: Settings | None = None, *, without_p2p: bool = False, force: bool = False
-) -> list[Done]:
+) -> list[ActionReport]:
     """Let several devices go on, all by way of the P2P states. What has been started stays so; after a failure the
     others are as they were found, and the error says which is which.
 
@@ -129,7 +131,7 @@ def start_devices(
     seen = survey(*names)
     for name in names:
         require_holder(seen.find(name), "start", seen)
-    done: list[Done] = []
+    done: list[ActionReport] = []
     with Job("start", settings) as job:
         sessions = [job.open(name, force=force, seen=seen) for name in names]
         require_p2p(sessions, waived=without_p2p)
@@ -168,7 +170,7 @@ def _wake(job: Job, sessions: Sequence[Session]) -> None:
     wake(sessions)
 
 
-def _say_which(error: BaseException, sessions: Sequence[Session], done: Sequence[Done]) -> None:
+def _say_which(error: BaseException, sessions: Sequence[Session], done: Sequence[ActionReport]) -> None:
     if len(sessions) < 2:  # noqa: PLR2004 -- the error names the one
         return
     names = [session.device.name for session in sessions]
@@ -179,11 +181,11 @@ def _say_which(error: BaseException, sessions: Sequence[Session], done: Sequence
         error.add_note(text)
 
 
-def _now(session: Session, action: str) -> Done:
+def _now(session: Session, action: str) -> ActionReport:
     """Start or reset one device."""
     began = time.perf_counter()
     _do_at_once(session, action)
-    return Done(session.device.name, action, time.perf_counter() - began)
+    return ActionReport(session.device.name, action, time.perf_counter() - began)
 
 
 @protected
@@ -200,7 +202,7 @@ def _do_at_once(session: Session, action: str) -> None:
     session.clear_note()
 
 
-def reset_device(name: str, settings: Settings | None = None, *, force: bool = False) -> Done:
+def reset_device(name: str, settings: Settings | None = None, *, force: bool = False) -> ActionReport:
     """Reset a device: registers, queued work and interrupts are lost.
 
     :param force: also when it is borrowed from a process that is not our own holder.
@@ -223,14 +225,14 @@ def reset_device(name: str, settings: Settings | None = None, *, force: bool = F
         return done
 
 
-class State(NamedTuple):
+class StateReport(NamedTuple):
     """The state of a device, by QEMU's name."""
 
     device: str
     state: str
 
 
-def device_state(name: str, settings: Settings | None = None, *, new: str | None = None) -> State:
+def device_state(name: str, settings: Settings | None = None, *, new: str | None = None) -> StateReport:
     """Return the migration state of a mainline v2 device that some process keeps open, after going to *new*.
 
     :raises UnsupportedError: the device has no states to ask for.
@@ -247,10 +249,10 @@ def device_state(name: str, settings: Settings | None = None, *, new: str | None
             )
         if new is not None:
             protocol.go_to(new)
-        return State(session.device.name, protocol.state())
+        return StateReport(session.device.name, protocol.state())
 
 
-def device_status(name: str, settings: Settings | None = None) -> Status:
+def device_status(name: str, settings: Settings | None = None) -> StatusReport:
     """Tell who has a device open and what it speaks; opens nothing that is closed.
 
     A driver that does not answer is asked nothing: its lock may never be given free, and who waits for that cannot be
@@ -269,7 +271,7 @@ def device_status(name: str, settings: Settings | None = None) -> Status:
     if holder is not None and known.state != NO_ANSWER:
         with open_session(found.name, settings, seen=seen, any_device=True) as session:
             protocol, state, migratable = session.protocol_name, session.protocol.state(), session.refusal is None
-    return Status(
+    return StatusReport(
         found.name,
         found.kind,
         found.type,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vfio_mig.uapi.profile import RfcProfile
 
 
-class Listed(NamedTuple):
+class DeviceRow(NamedTuple):
     """A device of this host; nothing was opened to find it.
 
     :param node: of its group; its own where it has no group.
@@ -84,7 +84,7 @@ class DeviceInfo(NamedTuple):
         }
 
 
-def list_devices() -> list[Listed]:
+def list_devices() -> list[DeviceRow]:
     """Return all VFIO devices of this host with who has them open."""
     from vfio_mig.host.offline import look
 
@@ -94,7 +94,7 @@ def list_devices() -> list[Listed]:
     for found, known in zip(seen.devices, look(seen.devices, seen.host), strict=True):
         holder = seen.holder_of(found)
         listed.append(
-            Listed(
+            DeviceRow(
                 found.name,
                 found.kind,
                 found.type,

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from vfio_mig.conform.kit.check import Result
-    from vfio_mig.conform.runner import Report
+    from vfio_mig.conform.runner import ConformReport
 
 _WIDTH: Final = 5
 _LOUD: Final = {PASS: "pass", FAIL: "FAIL", WARN: "WARN", SKIP: "skip"}
 
 
-def _title(report: Report) -> str:
+def _title(report: ConformReport) -> str:
     what = " ".join(part for part in (report.type, report.driver) if part)
     return f"{report.device}: {what}, {report.protocol}, Linux {report.kernel}"
 
 
-def summary(report: Report) -> str:
+def summary(report: ConformReport) -> str:
     """Say in one sentence what came of it, and what state the device is left in."""
     counts = ", ".join(f"{report.count(outcome)} {outcome}" for outcome in OUTCOMES)
     left = {"closed": "closed, running before"}.get(report.state, report.state)
@@ -42,7 +42,7 @@ def _findings(result: Result) -> Iterator[tuple[str, str]]:
         yield "note", result.note
 
 
-def as_table(report: Report) -> str:
+def as_table(report: ConformReport) -> str:
     """One line per check: outcome, id, what was seen; with rule, source and expectation where it deviates."""
     width = max((len(result.id) for result in report.checks), default=0)
     lines = [_title(report)]
@@ -57,7 +57,7 @@ def _tap(text: str) -> str:
     return text.replace("\\", "\\\\").replace("#", "\\#")
 
 
-def as_tap(report: Report) -> str:
+def as_tap(report: ConformReport) -> str:
     """TAP 14; a warning is a TODO, which is not a failure."""
     lines = ["TAP version 14", f"1..{len(report.checks)}", f"# {_title(report)}"]
     for number, result in enumerate(report.checks, 1):
@@ -90,7 +90,7 @@ def _case(result: Result) -> str:
     return f"    <testcase{attributes}>{inner}</testcase>"
 
 
-def as_junit(report: Report) -> str:
+def as_junit(report: ConformReport) -> str:
     """JUnit XML; a warning is a passed case that says so in its output."""
     attributes = _attributes(
         name="vfio-mig conform",
@@ -126,12 +126,12 @@ def as_junit(report: Report) -> str:
     )
 
 
-def as_json(report: Report) -> str:
+def as_json(report: ConformReport) -> str:
     """One JSON document."""
     return json_text(report.as_dict()) + "\n"
 
 
-FORMATS: Final[dict[str, Callable[[Report], str]]] = {
+FORMATS: Final[dict[str, Callable[[ConformReport], str]]] = {
     "table": as_table,
     "tap": as_tap,
     "junit": as_junit,
