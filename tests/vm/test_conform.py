@@ -183,8 +183,19 @@ def test_every_format_comes_to_a_file_or_to_stdout(make_instance: MakeInstance, 
 def test_a_device_without_migration_is_not_supported() -> None:
     with host.parameter_set("migratable", 0), host.instance() as one:
         cli.refused("conform", one.uuid, code=4, words=("migratable",), warm=True)
-    with host.parameter_set("v2", 1), host.instance() as one:
+    with host.parameter_set("v2", 1), host.parameter_set("migratable", 0), host.instance() as one:
         cli.refused("--abi", "gvt-rfc", "conform", one.uuid, code=4, words=("mainline-v2",), warm=True)
+
+
+def test_of_a_device_that_speaks_both_the_family_is_checked_that_is_asked_for() -> None:
+    with host.parameter_set("v2", 1), host.instance() as one:
+        for abi, check in (("auto", "v2.feature"), ("gvt-rfc", "rfc.reset"), ("mainline-v2", "v2.feature")):
+            done = cli.run("--abi", abi, "--json", "conform", one.uuid, "--check", check, warm=True)
+            results = json.loads(done.stdout)["checks"]
+            assert results
+            assert all(result["id"].startswith(check) for result in results)
+        info = json.loads(cli.run("--json", "info", "--open", one.uuid, warm=True).stdout)
+        assert (info["protocol"], info["speaks"]) == ("mainline-v2", ["mainline-v2", "gvt-rfc"])
 
 
 @contextlib.contextmanager
