@@ -6,7 +6,8 @@
 - ``vm/``: on real ioctls, inside the VM (``scripts/vm``, ``scripts/test --vm``). Without the library under test:
   ``raw.py`` and ``raw_v2.py`` (requests), ``host.py`` (mdevs and the driver's truth in debugfs), ``v2.py`` (its v2
   side), ``gpu.py`` (what a guest's driver does), ``image.py`` (the RFC's image as bytes), ``mtty.py``, ``qemu_vm.py``,
-  ``alloc_faults.py``, ``defects.py`` (the sample driver's). With it: ``cli.py`` (the installed command), ``held.py`` (a
+  ``alloc_faults.py``, ``defects.py`` (the sample driver's), ``kvmgt.py`` (vGPUs of the kernel's own kvmgt),
+  ``drivers.py`` (either driver behind one face). With it: ``cli.py`` (the installed command), ``held.py`` (a
   vGPU that is held, with a guest at work), ``faults.py`` (the promise, fault by fault).
 - ``runner/``: ``scripts/vm`` itself, from outside.
 """

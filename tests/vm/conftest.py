@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import alloc_faults, host, kvmgt
+from tests.vm import alloc_faults, drivers, host, kvmgt
 from tests.vm.raw import Guest
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def runnable(item: pytest.Item) -> bool:
     """Tests of the mtty sample need no other driver; those for the custom kernel need what other kernels lack."""
     if item.get_closest_marker("mtty"):
         return "VFIO_MIG_VM" in os.environ and host.MTTY_TYPES.exists()
+    if item.get_closest_marker("both"):
+        return drivers.is_there()
     if item.get_closest_marker("gvt"):
         return kvmgt.available() and ("VFIO_MIG_L2" in os.environ or not item.get_closest_marker("l2"))
     return in_vm() and (alloc_faults.available() or not item.get_closest_marker("custom"))

@@ -278,3 +278,13 @@ def test_guest_memory_is_let_go_when_the_vgpu_is_closed() -> None:
         with Vgpu.opened(name) as again:
             again.container.dirty_tracking(raw.DIRTY_START)
             assert again.container.dirty_pages(again.memory) == set()
+
+
+def test_memory_that_is_unmapped_is_unpinned_and_stays_in_hardware(vgpu: Vgpu, gpu: Control) -> None:
+    """A VMM unmaps memory that its guest does not use any more; the hardware's entry waits for the guest's next."""
+    vgpu.device.set_pte(vgpu.low, MEMORY + RESULT | 1)
+    at = vgpu.at(RESULT)
+    vgpu.container.dirty_tracking(raw.DIRTY_START)
+    assert vgpu.container.unmap(vgpu.memory) == vgpu.memory.size
+    assert vgpu.container.dirty_pages(vgpu.memory) == set()
+    assert gpu.translate(vgpu.low) == at

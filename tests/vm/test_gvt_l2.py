@@ -23,7 +23,9 @@ pytestmark = [pytest.mark.gvt, pytest.mark.l2]
 
 KIND = "i915-GVTg_V5_4"
 ENGINES = ["rcs0", "bcs0", "vcs0", "vecs0"]
-RESULTS = 200
+RESULTS = 96
+SECONDS = 300.0
+"""For so many results on a machine that has more to do; alone it takes some seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_its_results_are_right_and_the_gpu_says_that_it_has_stored_them(l2: L2) 
     with kvmgt.gpu() as gpu:
         since = gpu.last()
         before = l2.counts()
-        after = l2.await_right(RESULTS)
+        after = l2.await_right(RESULTS, SECONDS)
         stored: dict[str, set[int]] = {engine: set() for engine in ENGINES}
         for entry in gpu.record(since):
             values = {value for _, value in entry["writes"] if value & 0xFFFF_0000 == SIGNATURE}
@@ -99,7 +101,7 @@ def test_it_stands_still_while_it_is_paused_and_goes_on(l2: L2) -> None:
         assert l2.lines() == said
     finally:
         l2.cont()
-    l2.await_right(RESULTS)
+    l2.await_right(RESULTS, SECONDS)
     assert l2.counts().wrong == 0
 
 
@@ -118,5 +120,5 @@ def test_the_command_sees_who_has_it_and_borrows_it_from_there(l2: L2, name: str
     cli.refused("reset", name, code=2, words=("--force", f"PID {l2.pid} (qemu-system-x86)"), warm=True)
     cli.refused("hold", name, code=3, words=(f"PID {l2.pid} (qemu-system-x86)",), warm=True)
     cli.refused("mdev", "remove", name, code=3, words=(f"PID {l2.pid} (qemu-system-x86)",), warm=True)
-    l2.await_right(RESULTS)
+    l2.await_right(RESULTS, SECONDS)
     assert l2.counts().wrong == 0
