@@ -116,11 +116,15 @@ def test_the_status_is_what_the_report_says(tmp_path: Path) -> None:
     [
         ({"state": "closed"}, "nobody has it open"),
         ({"type": "other"}, "the target is a 'other', the source a 't'"),
+        (
+            {"protocol": None, "migratable": False},
+            "the-name: it speaks no migration protocol; 'vfio-mig info the-name'",
+        ),
         ({"protocol": "mainline-v2"}, "the target speaks 'mainline-v2', the source 'gvt-rfc'"),
     ],
 )
 def test_a_target_that_cannot_take_it_is_refused_before_the_image_is_begun(
-    tmp_path: Path, status: dict[str, str], words: str
+    tmp_path: Path, status: dict[str, object], words: str
 ) -> None:
     text = json.dumps({"state": "running", "type": "t", "protocol": "gvt-rfc", **status})
     found = SimpleNamespace(found=SimpleNamespace(type="t"), device=SimpleNamespace(name="x"))

@@ -244,6 +244,7 @@ class Played:
         self.commits = False
         self.checks: list[Finding] = []
         self.holder_pid: int | None = FakeQmp.pid
+        self.migratable: bool | None = True
         self.meanwhile: Callable[[], object] = lambda: None
 
     def save(
@@ -279,7 +280,9 @@ class Played:
         return Report("running" if running else "stop")
 
     def device_status(self, name: str) -> Any:
-        return type("Status", (), {"device": name.lower(), "holder_pid": self.holder_pid})
+        return type(
+            "Status", (), {"device": name.lower(), "holder_pid": self.holder_pid, "migratable": self.migratable}
+        )
 
     def check_image(self, device: str, file: str, settings: Any) -> Any:
         del device, file, settings
@@ -699,6 +702,14 @@ def test_what_is_no_iommu_is_not_taken_for_one(played: Played, kind: str) -> Non
 def test_a_vm_in_another_state_is_left_alone(played: Played, status: str) -> None:
     qmp: Any = FakeQmp(status)
     with pytest.raises(UsageError, match=f"the VM is in state '{status}'"):
+        jobs.save_vgpu(qmp, UUID, "gpu.vfm")
+    assert (played.calls, qmp.changes) == ([], [])
+
+
+def test_a_device_that_cannot_be_migrated_is_refused_before_the_vm_is_paused(played: Played) -> None:
+    played.migratable = False
+    qmp: Any = FakeQmp()
+    with pytest.raises(UnsupportedError, match="it speaks no migration protocol; 'vfio-mig info"):
         jobs.save_vgpu(qmp, UUID, "gpu.vfm")
     assert (played.calls, qmp.changes) == ([], [])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -119,6 +120,14 @@ def test_the_command_sees_who_has_it_and_borrows_it_from_there(l2: L2, name: str
     cli.refused("dirty", name, code=4, words=(*stock, "what was mapped by another process is left alone"), warm=True)
     cli.refused("reset", name, code=2, words=("--force", f"PID {l2.pid} (qemu-system-x86)"), warm=True)
     cli.refused("hold", name, code=3, words=(f"PID {l2.pid} (qemu-system-x86)",), warm=True)
+    done = subprocess.run(
+        ["scripts/qemu-save", l2.socket, name, "/run/image"], stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (4, b"")
+    assert (
+        done.stderr.decode() == f"qemu-save: {name}: it speaks no migration protocol; 'vfio-mig info {name}' says why\n"
+    )
+    assert l2.status() == "running"
     cli.refused("mdev", "remove", name, code=3, words=(f"PID {l2.pid} (qemu-system-x86)",), warm=True)
     l2.await_right(RESULTS, SECONDS)
     assert l2.counts().wrong == 0

@@ -12,7 +12,15 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from vfio_mig.errors import DeviceError, HostError, MismatchError, OpenError, UsageError, VfioMigError
+from vfio_mig.errors import (
+    DeviceError,
+    HostError,
+    MismatchError,
+    OpenError,
+    UnsupportedError,
+    UsageError,
+    VfioMigError,
+)
 from vfio_mig.host.lock import MOVED
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import parse_state
@@ -98,6 +106,7 @@ def _require_target(session: Session, peer: Peer) -> None:
     """Make sure before the stop that the target is there, held, and of the same type.
 
     :raises OpenError: nobody holds it, so the state would go with the restore's end.
+    :raises UnsupportedError: it cannot be migrated.
     :raises MismatchError: it is of another type, or speaks another protocol.
     """
     status = peer.status()
@@ -105,6 +114,10 @@ def _require_target(session: Session, peer: Peer) -> None:
         raise OpenError(
             f"{peer.target}: nobody has it open, so what is restored would be lost at once",
             hint=f"keep it open there with 'vfio-mig hold {peer.name}' first",
+        )
+    if status.migratable is False:
+        raise UnsupportedError(
+            f"{peer.target}: it speaks no migration protocol", hint=f"'vfio-mig info {peer.name}' there says why"
         )
     if status.type != session.found.type:
         raise MismatchError(

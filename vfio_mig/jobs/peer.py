@@ -105,11 +105,13 @@ class TargetStatus(NamedTuple):
     """What is believed of the other end's ``status``: names as they came, for comparison and for messages.
 
     :param protocol: None where it is not known, as that of a device that the other end may not ask.
+    :param migratable: whether it speaks a protocol, None where that is not known.
     """
 
     state: str
     type: str
     protocol: str | None
+    migratable: bool | None = None
 
 
 class Peer:
@@ -170,7 +172,10 @@ class Peer:
                 f"{self.target}: the report of 'status' is none: state {excerpt(state)}, type {excerpt(kind)}"
             )
         known = protocol[:_WORDS_MAX] if isinstance(protocol, str) else None
-        return TargetStatus(state[:_WORDS_MAX], kind[:_WORDS_MAX], known)
+        migratable = report.get("migratable")
+        return TargetStatus(
+            state[:_WORDS_MAX], kind[:_WORDS_MAX], known, migratable if isinstance(migratable, bool) else None
+        )
 
 
 class _Tail:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 from vfio_mig import interrupts
 from vfio_mig.dirty.bitmap import preload
 from vfio_mig.dirty.memory import MemoryMap
-from vfio_mig.errors import DeviceBusyError, DeviceNotFoundError, HostError, MismatchError, UsageError
+from vfio_mig.errors import (
+    DeviceBusyError,
+    DeviceNotFoundError,
+    HostError,
+    MismatchError,
+    UnsupportedError,
+    UsageError,
+)
 from vfio_mig.jobs.check import check_image
 from vfio_mig.jobs.control import device_status
 from vfio_mig.jobs.restore import restore
@@ -51,8 +58,15 @@ class Owner:
 
         :raises DeviceNotFoundError: the VM does not have it.
         :raises DeviceBusyError: another process has it, or nobody can tell which.
+        :raises UnsupportedError: it speaks no migration protocol.
         """
         status = device_status(name)
+        if status.holder_pid is not None and status.migratable is False:
+            raise UnsupportedError(
+                "it speaks no migration protocol",
+                device=status.device,
+                hint=f"'vfio-mig info {status.device}' says why",
+            )
         self.device: str = status.device
         self.pid = qmp.pid
         there = vfio_devices(qmp)
