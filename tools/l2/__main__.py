@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tools.l2.image import Image
-from tools.l2.machine import L2, START_SECONDS, GuestError
+from tools.l2.machine import L2, QEMU, START_SECONDS, GuestError
 from vfio_mig.errors import VfioMigError
 from vfio_mig.host import mdev
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 VARIABLE: Final = "VFIO_MIG_L2"
 TYPE: Final = "GVTg_V5_4"
@@ -26,19 +30,20 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m tools.l2", description=__doc__, allow_abbrev=False)
     result.add_argument("--type", default=TYPE, help="of the vGPU; default: %(default)s")
     result.add_argument("--seconds", type=float, default=20.0, help="for which the load runs; default: %(default)s")
+    result.add_argument("--vm-qemu", action="store_true", help="by the QEMU that runs this VM, not by the one on PATH")
     return result
 
 
-def run(image: Image, vgpu: str, seconds: float) -> None:
+def run(image: Image, vgpu: str, seconds: float, qemu: Sequence[str]) -> None:
     """Run a guest for so long and print what it says as it says it.
 
     :raises GuestError: it failed, or a result was wrong.
     """
     with (
         tempfile.TemporaryDirectory(prefix="l2-", dir="/run") as directory,
-        L2.started(image, str(_DEVICES / vgpu), Path(directory)) as guest,
+        L2.started(image, str(_DEVICES / vgpu), Path(directory), qemu=qemu) as guest,
     ):
-        guest.await_ready()
+        guest.await_ready(5 * START_SECONDS)
         print(f"up after {guest.up_after or 0:.1f} s (limit {START_SECONDS:g})", flush=True)
         end, said = time.monotonic() + seconds, 0
         while time.monotonic() < end:
@@ -56,10 +61,11 @@ def main() -> int:
     if directory is None:
         print("l2: run it by scripts/vm --gvt --l2 -- python -m tools.l2", file=sys.stderr)
         return 2
+    qemu = shlex.split(os.environ["VFIO_MIG_QEMU"]) if options.vm_qemu else QEMU
     try:
         vgpu = mdev.create(options.type)
         try:
-            run(Image.of(Path(directory)), vgpu, options.seconds)
+            run(Image.of(Path(directory)), vgpu, options.seconds, qemu)
         finally:
             mdev.remove(vgpu)
     except (GuestError, VfioMigError) as error:

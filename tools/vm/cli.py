@@ -161,6 +161,7 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     environment = guest.environment(
         os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release,
         gpu=options.gpu, gvt=host_driver, uapi=kernel.uapi, l2=l2.build(kernel, cache, log) if options.l2 else None,
+        qemu=machine_options.qemu.shell_words() if options.l2 else None,
     )  # fmt: skip
     what = guest.Guest(
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,
