@@ -16,8 +16,11 @@ from tests.vm.raw import Guest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tools.gpu.control import Control
+
     MakeInstance = Callable[..., host.Instance]
     MakeGuest = Callable[..., Guest]
+    MakeVgpu = Callable[[], kvmgt.Vgpu]
 
 HERE = Path(__file__).parent
 WHERE_TO_RUN = (
@@ -125,3 +128,24 @@ def guest(make_guest: MakeGuest) -> Guest:
 def other(guest: Guest, make_guest: MakeGuest) -> Guest:  # noqa: ARG001  # made after it
     """Give a second vGPU, hence one with other host bases, in a container of its own."""
     return make_guest()
+
+
+# Of the emulated GPU
+
+
+@pytest.fixture
+def gpu() -> Iterator[Control]:
+    with kvmgt.gpu() as control:
+        yield control
+        control.behave()
+
+
+@pytest.fixture
+def make_vgpu(resources: contextlib.ExitStack) -> MakeVgpu:
+    """Make open vGPUs of the kernel's driver that go away with the test."""
+    return lambda: resources.enter_context(kvmgt.Vgpu.opened(resources.enter_context(kvmgt.instance())))
+
+
+@pytest.fixture
+def vgpu(make_vgpu: MakeVgpu) -> kvmgt.Vgpu:
+    return make_vgpu()

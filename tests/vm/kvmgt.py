@@ -55,9 +55,9 @@ _GT_IMR: Final = 0x44304
 _GT_IER: Final = 0x4430C
 _HWS_PGA: Final = 0x80
 _IMR: Final = 0xA8
-_ELSP: Final = 0x230
+ELSP: Final = 0x230
 _MODE: Final = 0x29C
-_CSB_POINTER: Final = 0x3A0
+CSB_POINTER: Final = 0x3A0
 _MODE_EXECLISTS: Final = 0x8000_8000  # masked
 _CSB_START: Final = 0xFFFF_0505
 _MSI_ENABLE: Final = 0xAC + 2  # in the configuration space
@@ -185,9 +185,10 @@ class Vgpu:
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, name: str) -> Iterator[Self]:
+    def opened(cls, name: str, file: Path | None = None) -> Iterator[Self]:
+        """Have it open; the guest's memory is a *file*, as of a VMM with shared memory, or nobody else's."""
         with contextlib.ExitStack() as stack:
-            memory = Memory(MEMORY, MEMORY_PAGES)
+            memory = Memory(MEMORY, MEMORY_PAGES, file)
             container = Container(int((DEVICES / name / "iommu_group").readlink().name))
             stack.callback(container.close)
             container.map(memory)
@@ -246,7 +247,7 @@ class Vgpu:
         self.device.set_reg(engine.base + _IMR, 0)
         self.device.set_reg(engine.base + _HWS_PGA, self.low + HWSP)
         self.device.set_reg(engine.base + _MODE, _MODE_EXECLISTS)
-        self.device.set_reg(engine.base + _CSB_POINTER, _CSB_START)
+        self.device.set_reg(engine.base + CSB_POINTER, _CSB_START)
 
     def prepare(self, engine: Engine) -> None:
         self.map_ggtt()
@@ -259,26 +260,50 @@ class Vgpu:
             return [_PIPE_CONTROL, _PIPE_STORE, self.low + RESULT, 0, value, 0, 0, 0]
         return [_FLUSH_DW, self.low + RESULT | _FLUSH_GGTT, 0, value]
 
+    def make_batch(self, target: int, *, wait: bool = False) -> None:
+        """Make the batch store *target* through the PPGTT.
+
+        :param wait: it first waits until SEMAPHORE is 1.
+        """
+        semaphore = [_SEMAPHORE_WAIT, 1, 2 * PAGE, 0] if wait else []
+        self.put(BATCH, *semaphore, _SDI, PAGE, 0, target, _BATCH_END)
+
+    def run_batch(self) -> list[int]:
+        """Return the command that runs the batch."""
+        return [_BATCH_START, 0, 0, 0]
+
+    def make_context(self, engine: Engine, ring: list[int], *, context: int = CONTEXT, at: int = RING) -> None:
+        """Make a context that is about to execute *ring*; both are mapped where they are in guest memory.
+
+        :param context: offset of its first page, :param at: and of the ring's.
+        """
+        ring = [*ring, *[0] * (len(ring) % 2)]
+        self.put(at, *ring)
+        state = context + PAGE
+        for offset in range(state, state + PAGE, 4):
+            self.put(offset, 0)
+        self.put(state, 0, _LRI)
+        registers = {
+            2: (0x244, 0x0009_0009), 4: (0x34, 0), 6: (0x30, 4 * len(ring)), 8: (0x38, self.low + at), 10: (0x3C, 1),
+            0x30: (0x274, MEMORY + PML4 >> 32), 0x32: (0x270, MEMORY + PML4 & 0xFFFF_FFFF),
+        }  # fmt: skip
+        for index, (register, value) in registers.items():
+            self.put(state + 4 * index, engine.base + register, value)
+
+    def run_contexts(self, engine: Engine, first: int = CONTEXT, second: int | None = None) -> None:
+        """Submit a context, or a pair of them, by their offsets, which are their IDs, too."""
+        pair = (0, 0) if second is None else (second // PAGE, self.low + second | _CONTEXT_VALID)
+        for dword in (*pair, first // PAGE, self.low + first | _CONTEXT_VALID):
+            self.device.set_reg(engine.base + ELSP, dword)
+
     def submit(self, engine: Engine, target: int, result: int, *, wait: bool = False) -> None:
         """Run a batch that stores *target* through the PPGTT, then a flush that stores *result* through the GGTT.
 
         :param wait: the batch first waits until SEMAPHORE is 1.
         """
-        semaphore = [_SEMAPHORE_WAIT, 1, 2 * PAGE, 0] if wait else []
-        self.put(BATCH, *semaphore, _SDI, PAGE, 0, target, _BATCH_END)
-        ring = [_BATCH_START, 0, 0, 0, *self.flush(engine, result), _USER_INTERRUPT, 0, 0, 0]
-        self.put(RING, *ring)
-        for offset in range(STATE, STATE + PAGE, 4):
-            self.put(offset, 0)
-        self.put(STATE, 0, _LRI)
-        registers = {
-            2: (0x244, 0x0009_0009), 4: (0x34, 0), 6: (0x30, 4 * len(ring)), 8: (0x38, self.low + RING), 10: (0x3C, 1),
-            0x30: (0x274, MEMORY + PML4 >> 32), 0x32: (0x270, MEMORY + PML4 & 0xFFFF_FFFF),
-        }  # fmt: skip
-        for index, (register, value) in registers.items():
-            self.put(STATE + 4 * index, engine.base + register, value)
-        for dword in (0, 0, 1, self.low + CONTEXT | _CONTEXT_VALID):
-            self.device.set_reg(engine.base + _ELSP, dword)
+        self.make_batch(target, wait=wait)
+        self.make_context(engine, [*self.run_batch(), *self.flush(engine, result), _USER_INTERRUPT, 0, 0, 0])
+        self.run_contexts(engine)
 
     def await_u32(self, offset: int, value: int, seconds: float = 20.0) -> None:
         """Wait until guest memory has a value."""

@@ -83,6 +83,7 @@ bool intel_vgpu_is_stopped(struct intel_vgpu *vgpu);
 int intel_vgpu_stop(struct intel_vgpu *vgpu);
 void intel_vgpu_start(struct intel_vgpu *vgpu);
 int intel_vgpu_set_status(struct intel_vgpu *vgpu, const void __user *arg);
+void intel_vgpu_reset_stopped(struct intel_vgpu *vgpu);
 int intel_vgpu_reset_migration(struct intel_vgpu *vgpu);
 void intel_vgpu_close_migration(struct intel_vgpu *vgpu);
 

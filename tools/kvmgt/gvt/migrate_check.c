@@ -420,6 +420,9 @@ static int check_context(struct intel_vgpu *vgpu, const struct intel_vgpu_image 
 	ret = intel_gvt_read_gpa(vgpu, gpa, context, sizeof(*context));
 	if (!ret && !IS_ALIGNED(context->rb_start.val, I915_GTT_PAGE_SIZE))
 		ret = bad(vgpu, "a ring that is not aligned");
+	/* as in memory that nobody has brought along: its work would be lost without a word */
+	if (!ret && !(context->rb_ctrl.val & RING_VALID))
+		ret = bad(vgpu, "a context without a ring");
 	kfree(context);
 	return ret;
 }

@@ -104,16 +104,6 @@ static void load_display(struct intel_vgpu *vgpu, const struct gvt_ext_display *
 
 /* --- page tables ------------------------------------------------------ */
 
-static void drop_partial_ptes(struct intel_vgpu *vgpu)
-{
-	struct intel_gvt_partial_pte *pte, *next;
-
-	list_for_each_entry_safe(pte, next, &vgpu->gtt.ggtt_mm->ggtt_mm.partial_pte_list, list) {
-		list_del(&pte->list);
-		kfree(pte);
-	}
-}
-
 static int load_partial_ptes(struct intel_vgpu *vgpu, const struct intel_vgpu_image *image)
 {
 	u32 i;
@@ -329,10 +319,7 @@ static int load(struct intel_vgpu *vgpu, const struct intel_vgpu_image *image)
 static void reset(struct intel_vgpu *vgpu)
 {
 	vgpu->d3_entered = false;	/* or page tables would be kept */
-	intel_gvt_reset_vgpu_locked(vgpu, true, 0);
-	drop_partial_ptes(vgpu);
-	vgpu->migration.vblank = false;
-	intel_vgpu_forget_written(vgpu);
+	intel_vgpu_reset_stopped(vgpu);
 }
 
 struct restore_work {

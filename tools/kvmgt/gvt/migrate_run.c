@@ -109,6 +109,49 @@ void intel_vgpu_start(struct intel_vgpu *vgpu)
 		resume_vgpu(vgpu);
 }
 
+static void drop_page_tables(struct intel_vgpu *vgpu)
+{
+	struct intel_vgpu_mm *mm;
+
+	/* A guest that has announced one twice has it twice. */
+	while ((mm = list_first_entry_or_null(&vgpu->gtt.ppgtt_mm_list_head,
+					      struct intel_vgpu_mm, ppgtt_mm.list)))
+		intel_vgpu_destroy_mm(mm);
+}
+
+static void drop_partial_ptes(struct intel_vgpu *vgpu)
+{
+	struct intel_gvt_partial_pte *pte, *next;
+
+	list_for_each_entry_safe(pte, next, &vgpu->gtt.ggtt_mm->ggtt_mm.partial_pte_list, list) {
+		list_del(&pte->list);
+		kfree(pte);
+	}
+}
+
+/**
+ * intel_vgpu_reset_stopped - reset a vGPU, and leave nothing of what it was
+ * @vgpu: a vGPU that is open and stopped
+ *
+ * GVT's own reset keeps a page table that was announced twice, half-written
+ * entries of the GGTT, and the execution lists of engines that the guest has not
+ * turned on again. As nothing is being executed, nobody but the guest and its
+ * queue uses them.
+ */
+void intel_vgpu_reset_stopped(struct intel_vgpu *vgpu)
+{
+	lockdep_assert_held(&vgpu->vgpu_lock);
+
+	intel_vgpu_clean_workloads(vgpu, ALL_ENGINES);
+	if (!vgpu->d3_entered)
+		drop_page_tables(vgpu);
+	intel_gvt_reset_vgpu_locked(vgpu, true, 0);
+	memset(vgpu->submission.execlist, 0, sizeof(vgpu->submission.execlist));
+	drop_partial_ptes(vgpu);
+	vgpu->migration.vblank = false;
+	intel_vgpu_forget_written(vgpu);
+}
+
 /**
  * intel_vgpu_reset_migration - reset a vGPU for its user
  * @vgpu: a vGPU that is open
@@ -129,9 +172,9 @@ int intel_vgpu_reset_migration(struct intel_vgpu *vgpu)
 	mutex_lock(&vgpu->migration.lock);
 	ret = intel_vgpu_stop(vgpu);
 	if (!ret) {
-		intel_gvt_reset_vgpu(vgpu);
-		vgpu->migration.vblank = false;
-		intel_vgpu_forget_written(vgpu);
+		mutex_lock(&vgpu->vgpu_lock);
+		intel_vgpu_reset_stopped(vgpu);
+		mutex_unlock(&vgpu->vgpu_lock);
 		intel_vgpu_start(vgpu);
 	}
 	mutex_unlock(&vgpu->migration.lock);
