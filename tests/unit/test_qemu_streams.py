@@ -366,6 +366,8 @@ UGLY: dict[str, Callable[[int], bytes]] = {
     "small sections": lambda n: ENDED + many(n, lambda i: begin(100 + i, b"x", b"", full=True)),
     "names": lambda n: ENDED + b"\xfe" + (b"\1" * 250 + b"vfio" + be64(0) + be64(saved.DATA)) * (n // 20),
     "a description that is none": lambda n: ENDED + b"\0\6" + struct.pack(">I", n) + b"[" * n + b"}",
+    "ends with something behind each": lambda n: HEAD + bytes(n) + b"x",
+    "ends with a description cut off behind each": lambda n: HEAD + b"\0\6\xff\xff\xff\xff" * (n // 6),
     "types in the last bytes": lambda n: ENDED + b"\6" * n + b"}",
     "pages": lambda n: (
         HEAD
@@ -393,6 +395,13 @@ def test_configurations_without_an_end_are_linear_in_a_large_stream_too() -> Non
     content = UGLY["configurations without an end"](35_000)
     assert len(content) > 1 << 20
     assert read(content).work <= 100 * len(content)
+
+
+@pytest.mark.parametrize("behind", [bytes(1000) + b"x", b"\6\0\0\xff\xff", b"\0x"])
+def test_nothing_goes_on_behind_the_end(behind: bytes) -> None:
+    found = read(HEAD + b"\0" + behind)
+    assert not found.complete
+    assert len(found.problems) == 1
 
 
 def test_a_search_looks_at_no_byte_twice() -> None:

@@ -76,6 +76,8 @@ class _Reader:
         self.devices: dict[int, VfioDevice] = {}
         self.problems: list[str] = []
         self.complete = False
+        self.at_end = False
+        """Whether QEMU's mark of the end has come; whatever follows, nothing goes on behind it."""
         self.trusted = True
         """Whether nothing that could change the layout is unknown."""
         self.has_footers: bool | None = None
@@ -99,7 +101,7 @@ class _Reader:
             self._page_size(self.description.page_size)
         safe = self.cursor.at
         try:
-            while not self.complete:
+            while not self.at_end:
                 safe = self.cursor.at
                 self._section()
         except CutError as error:
@@ -170,7 +172,7 @@ class _Reader:
     def _end(self) -> None:
         """See to it that the end is one: nothing follows but QEMU's description, and zeros that fill a block."""
         at, left = self.cursor.at, self.source.size - self.cursor.at
-        self.complete = True
+        self.at_end = self.complete = True
         if self.description is not None:
             if self.description.at != at:
                 self.compared.problem = (
