@@ -436,4 +436,4 @@ def bench_of(kernel: Played, second: Played | None = None, *, dangerous: bool = 
     v2.flags = kernel.flags
     other = None if second is None else bench_of(second, dangerous=dangerous)
     same = second is not None and second.kind == kernel.kind
-    return Rig(PlayedDevice(kernel), v2=v2, opener=lambda: PlayedDevice(kernel), second=other, same_type=same)
+    return Rig(PlayedDevice(kernel), v2=v2, opener=lambda _: PlayedDevice(kernel), second=other, same_type=same)

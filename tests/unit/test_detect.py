@@ -554,6 +554,13 @@ def test_the_state_is_loaded_with_one_write_of_the_region_with_zeros_behind_it(l
     assert device.writes == [(STATE_INDEX, 0, b"\xff" * length + bytes(SMALL - length))]
 
 
+def test_what_lies_behind_a_state_in_a_dump_of_the_region_is_not_written() -> None:
+    device = RfcDevice()
+    state = struct.pack("<IIii", 1, 528, 0, 600) + b"\x11" * 584
+    rfc(device).write_state(memoryview(state + b"\x22" * 50))
+    assert device.writes == [(STATE_INDEX, 0, state + bytes(SMALL - 600))]
+
+
 def test_a_state_as_long_as_the_region_is_not_written() -> None:
     device = RfcDevice()
     assert rfc(device).state_size_max == SMALL - 1

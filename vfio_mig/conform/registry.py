@@ -6,7 +6,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from vfio_mig.conform import rfc
+from vfio_mig.conform import rfc, rfc_work
 from vfio_mig.conform.v2 import arcs, dirty, ends, fds, feature, precopy, streams
 from vfio_mig.errors import UsageError
 
@@ -27,6 +27,7 @@ def all_checks() -> list[Check]:
         *dirty.CHECKS,
         *ends.CHECKS,
         *rfc.CHECKS,
+        *rfc_work.CHECKS,
     ]
 
 

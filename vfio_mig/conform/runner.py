@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vfio_mig.conform.kit.check import Check
     from vfio_mig.device import Device
     from vfio_mig.host.discover import Snapshot
+    from vfio_mig.host.guest import GuestMemory
     from vfio_mig.jobs.session import Session
 
 PATIENCE: Final = 30.0
@@ -214,10 +215,10 @@ class _OpenRig:
             same_type=same_type,
         )
 
-    def _open_again(self) -> Device:
+    def _open_again(self, memory: Sequence[GuestMemory]) -> Device:
         from vfio_mig.host.opening import open_device
 
-        return open_device(self._session.found, via=self._settings.via)
+        return open_device(self._session.found, memory=memory, via=self._settings.via)
 
     def __enter__(self) -> Rig:
         self._session.note(LOADING)

@@ -113,9 +113,16 @@ class GvtRfc(MigrationProtocol):
         return whole[:data_size]
 
     def write_state(self, state: memoryview) -> None:
-        """Write the whole region in one call; zeros behind the state, as the kernel reads on until it finds some."""
+        """Write the whole region in one call; zeros behind the state, as the kernel reads on until it finds some.
+
+        What lies behind the state's data_size, as in a dump of a region, is not written: the kernel would read it.
+        """
         if len(state) > self.state_size_max:
             raise ValueError(f"{len(state)} bytes do not fit into {self._region.size}")
+        if len(state) >= _HEAD.size:
+            kind, size, _, data_size = _HEAD.unpack_from(state)
+            if (kind, size) == (_HEAD_TYPE, _HEAD_PAYLOAD) and _HEAD_BYTES <= data_size < len(state):
+                state = state[:data_size]
         whole = memoryview(self._take_buffer())
         whole[: len(state)] = state  # a bytearray's slice would take a copy first
         self.device.pwrite(self._region, 0, whole)

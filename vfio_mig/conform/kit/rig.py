@@ -10,10 +10,11 @@ from vfio_mig.conform.kit.v2_device import ERROR, RESUMING, RUNNING, SAVING, STO
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vfio_mig.conform.kit.rfc_device import Rfc
     from vfio_mig.device import Device
+    from vfio_mig.host.guest import GuestMemory
 
 
 class Refusal(NamedTuple):
@@ -59,7 +60,7 @@ class Rig:
     :param device: it; closed and opened again by :meth:`reopen`.
     :param v2: how it is driven, if it speaks v2.
     :param rfc: how it is driven, if it speaks the RFC.
-    :param opener: opens it again; None for a device that another process has open too.
+    :param opener: opens it again, with guest memory mapped; None for a device that another process has open, too.
     :param second: another device, of the same type if *same_type*.
     """
 
@@ -69,7 +70,7 @@ class Rig:
         *,
         v2: V2Device | None = None,
         rfc: Rfc | None = None,
-        opener: Callable[[], Device] | None = None,
+        opener: Callable[[Sequence[GuestMemory]], Device] | None = None,
         second: Rig | None = None,
         same_type: bool = False,
     ) -> None:
@@ -83,6 +84,7 @@ class Rig:
         self._repeats = True
         self._altered = False
         self._is_closed = False
+        self._memory: Sequence[GuestMemory] = ()
 
     @property
     def v2(self) -> V2Device:
@@ -115,21 +117,23 @@ class Rig:
         if self._opener is None:
             raise NotApplicable("another process has it open, too")
 
-    def reopen(self, *, before: Callable[[], None] | None = None) -> None:
+    def reopen(self, *, before: Callable[[], None] | None = None, memory: Sequence[GuestMemory] = ()) -> None:
         """Close the device and open it again.
 
         :param before: called in between.
+        :param memory: mapped for its DMA, until the next check that closes it.
         """
         self.require_own()
         self._set_fd(-1)
         self.device.close()
         if before is not None:
             before()
+        self._memory = memory
         self._open_again()
 
     def _open_again(self) -> None:
         if self._opener is not None and self._is_closed:
-            self.device = self._opener()
+            self.device = self._opener(self._memory)
             self._set_fd(self.device.fileno())
 
     def _set_fd(self, fd: int) -> None:
