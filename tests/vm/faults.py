@@ -9,11 +9,14 @@ is untouched or wholly written, and the next save works.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
 
-from tests.vm import cli, gpu
+from tests.vm import cli, gpu, gvt_held
 from tests.vm.held import Side, run_some_work
+from tests.vm.kvmgt import MEMORY
+from tests.vm.raw import PAGE
 from tools.faults.injection import VARIABLE
 from vfio_mig.host.discover import Host
 from vfio_mig.host.holders import find_holder
@@ -22,14 +25,18 @@ from vfio_mig.image.archive import read_archive
 from vfio_mig.jobs.points import POINTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from tests.vm.raw import Device, Memory
 
 ACTIONS: Final = {"EIO": 5, "ENOSPC": 7, "sigint": 130, "sigterm": 130, "sighup": 130, "kill": -9}
 """What happens at a point, and the exit code that tells of it."""
 
 AFTER_COMMIT: Final = ("start", "after-start")
 """A step behind the commit: whatever happens there, the job is done."""
+
+_TIMESTAMP: Final = 0x22358  # of the blitter
 
 
 class Cell(NamedTuple):
@@ -146,19 +153,51 @@ class Outcome:
     broken: list[str] = field(default_factory=list)
 
 
-class Stage:
+class Held(Protocol):
+    """A vGPU that `vfio-mig hold` keeps open, with its guest's memory."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def memory(self) -> Memory: ...
+
+    @property
+    def memory_option(self) -> str: ...
+
+
+HeldT = TypeVar("HeldT", bound=Held)
+
+
+class Stage(ABC, Generic[HeldT]):
     """Two held vGPUs on which the cells are played one after the other."""
 
-    def __init__(self, source: Side, target: Side, directory: Path) -> None:
-        self.source = source
-        self.target = target
+    def __init__(self, source: HeldT, target: HeldT, directory: Path) -> None:
+        self.source: Final = source
+        self.target: Final = target
         self.directory = directory
         self.image = directory / "good.vfm"
-        run_some_work(source.guest, gpu.Engine(source.guest), 2)
+        self.work()
         cli.run("-q", "save", source.name, self.image, "--memory", source.memory_option, warm=True)
         with self.image.open("rb") as file, read_archive(file) as archive:
             self.pages = [(gpa, bytes(content)) for gpa, content in archive.pages()]
         assert self.pages
+
+    @abstractmethod
+    def work(self) -> None:
+        """Have the source's GPU write some pages."""
+
+    @abstractmethod
+    def device(self, side: HeldT) -> Device:
+        """Return a second fd of a side's device."""
+
+    @abstractmethod
+    def run_state(self, side: HeldT) -> str:
+        """Tell whether it is ``running`` or ``stopped``, by other means than the command's."""
+
+    def arm(self, side: HeldT, rules: Sequence[str]) -> None:
+        """Have the driver fail; without rules, no more."""
+        assert not rules, f"the driver of {side.name} fails by no rule"
 
     def play(self, cell: Cell) -> Outcome:
         """Do the job with its fault, and compare with the promise."""
@@ -167,14 +206,13 @@ class Stage:
         work = self.directory / "work"
         work.mkdir()
         os.environ[VARIABLE] = f"{cell.job}:{cell.point}={cell.action}" if cell.point else ""
-        for rule in cell.driver:
-            (side.instance.debugfs / "fault").write_text(rule)
+        self.arm(side, cell.driver)
         try:
             done = cli.run(*self._arguments(cell.job, work), rc=None, warm=True)
         finally:
             os.environ.pop(VARIABLE)
-            (side.instance.debugfs / "fault").write_text("clear")
-        outcome = Outcome(done.returncode, side.instance.run_state(), self._file(work), self._memory())
+            self.arm(side, ())
+        outcome = Outcome(done.returncode, self.run_state(side), self._file(work), self._memory())
         self._judge(cell, outcome, done.stderr.decode(), side)
         for path in work.iterdir():
             path.unlink()
@@ -191,14 +229,15 @@ class Stage:
             "dirty": ["dirty", source.name, *memory],
         }.get(job, [job, source.name])
 
-    def _prepare(self, side: Side, cell: Cell) -> None:
+    def _prepare(self, side: HeldT, cell: Cell) -> None:
+        device = self.device(side)
         if cell.job == "restore":
-            side.guest.device.reset()
+            device.reset()
             side.memory.bytes[:] = bytes(side.memory.size)
         if cell.job == "start":
-            side.guest.device.stop()
+            device.stop()
         else:
-            side.guest.device.start()
+            device.start()
 
     def _file(self, work: Path) -> str:
         names = sorted(path.name for path in work.iterdir())
@@ -207,7 +246,7 @@ class Stage:
                 return "whole" if archive.state_size else "empty"
         if names == ["copy"]:
             content = (work / "copy").read_bytes()
-            dirty = self.source.instance.pinned()
+            dirty = self.device(self.source).dirty(self.source.memory)
             good = all(content[at : at + 4096] == self.source.memory.read(at, 4096) for at in dirty)
             return "whole" if good else "torn"
         return "none" if not names else f"unexpected: {names}"
@@ -218,7 +257,7 @@ class Stage:
             return "untouched"
         return "whole" if all(memory.read(gpa, len(content)) == content for gpa, content in self.pages) else "torn"
 
-    def _judge(self, cell: Cell, outcome: Outcome, stderr: str, side: Side) -> None:
+    def _judge(self, cell: Cell, outcome: Outcome, stderr: str, side: HeldT) -> None:
         broken = outcome.broken
         lines = stderr.splitlines()
         if outcome.code != cell.code:
@@ -234,7 +273,7 @@ class Stage:
         self._judge_device(cell, outcome, side)
         self._judge_next(cell, outcome, side)
 
-    def _judge_device(self, cell: Cell, outcome: Outcome, side: Side) -> None:
+    def _judge_device(self, cell: Cell, outcome: Outcome, side: HeldT) -> None:
         left = self._left(side)
         effect = None if left is None else left.effect
         if effect != cell.left:
@@ -247,7 +286,7 @@ class Stage:
             if outcome.state != expected:
                 outcome.broken.append(f"device {outcome.state}, expected {expected}")
 
-    def _judge_next(self, cell: Cell, outcome: Outcome, side: Side) -> None:
+    def _judge_next(self, cell: Cell, outcome: Outcome, side: HeldT) -> None:
         """The next job of its kind works and clears what was written down; after a restore a restore, else a save."""
         again = Cell("restore" if cell.left == "loading" else "save", "", "", (), 0)
         path = self.directory / "next.vfm"
@@ -262,10 +301,44 @@ class Stage:
         path.unlink(missing_ok=True)
         if self._left(side) is not None:
             outcome.broken.append(f"still written down after the next {again.job}")
-        if side.instance.run_state() != "running":
+        if self.run_state(side) != "running":
             outcome.broken.append(f"device not running after the next {again.job}")
 
     @staticmethod
-    def _left(side: Side) -> Left | None:
+    def _left(side: Held) -> Left | None:
         found = Host().find(side.name)
         return left_behind(found, find_holder(found))
+
+
+class SampleStage(Stage[Side]):
+    """The sample driver, which fails at request."""
+
+    def work(self) -> None:
+        run_some_work(self.source.guest, gpu.Engine(self.source.guest), 2)
+
+    def device(self, side: Side) -> Device:
+        return side.guest.device
+
+    def run_state(self, side: Side) -> str:
+        return side.instance.run_state()
+
+    def arm(self, side: Side, rules: Sequence[str]) -> None:
+        for rule in rules or ["clear"]:
+            (side.instance.debugfs / "fault").write_text(rule)
+
+
+class GvtStage(Stage[gvt_held.Side]):
+    """The real driver, which does what it should."""
+
+    def work(self) -> None:
+        for page in range(8):
+            self.source.device.set_pte(page * PAGE, MEMORY + page * PAGE | 1)
+            self.source.memory.write(MEMORY + page * PAGE, bytes([page + 1]) * PAGE)
+
+    def device(self, side: gvt_held.Side) -> Device:
+        return side.device
+
+    def run_state(self, side: gvt_held.Side) -> str:
+        """Look at a clock of the vGPU: a stopped one's stands still."""
+        clock = [side.device.reg(_TIMESTAMP) for _ in range(2)]
+        return "stopped" if clock[0] == clock[1] else "running"

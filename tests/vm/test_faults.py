@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm.faults import Cell, Stage, all_cells, driver_cells
+from tests.vm.faults import Cell, SampleStage, all_cells, driver_cells
 from tests.vm.held import side
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
+def stage() -> Iterator[SampleStage]:
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
         source = stack.enter_context(side(directory / "source.mem"))
         target = stack.enter_context(side(directory / "target.mem"))
-        yield Stage(source, target, directory)
+        yield SampleStage(source, target, directory)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def marks_of(cell: Cell) -> list[pytest.MarkDecorator]:
 
 
 @pytest.mark.parametrize("cell", [pytest.param(cell, marks=marks_of(cell)) for cell in all_cells()], ids=str)
-def test_the_promise_holds(stage: Stage, cell: Cell) -> None:
+def test_the_promise_holds(stage: SampleStage, cell: Cell) -> None:
     outcome = stage.play(cell)
     assert outcome.broken == []
 

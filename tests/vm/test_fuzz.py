@@ -11,12 +11,12 @@ import os
 import random
 import struct
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from tests.vm import gpu, host, image
+from tests.vm.kernel_memory import SLAB_NOISE, kmemleak, slab_growth, slab_objects, vmalloc_areas
 from tests.vm.raw import BAR0, CONFIG, FENCE, GTT, IRQ_MSI, PVINFO, STATE, STATE_SIZE, Guest
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 PAGE: Final = 4096
-SLAB_NOISE: Final = 200
-SLAB_SAMPLES: Final = 10
 IMAGES: Final = 20_000
 WRITES: Final = 100_000
 INTERESTING: Final = (0, 1, 2, 7, 8, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFF000, STATE_SIZE, PAGE)
@@ -62,51 +60,6 @@ def report(text: str) -> None:
 # --- kernel memory
 
 
-def slab_sample() -> dict[str, int]:
-    """Objects of each kmalloc cache, after the per-CPU leftovers have been given back.
-
-    Never too few: from its next allocation on a CPU has a slab to itself again, whose free objects count as live (512
-    for kmalloc-8).
-    """
-    for shrink in Path("/sys/kernel/slab").glob("kmalloc-*/shrink"):
-        with contextlib.suppress(OSError):
-            shrink.write_text("1")
-    rows = (line.split() for line in Path("/proc/slabinfo").read_text().splitlines()[2:])
-    return {row[0]: int(row[1]) for row in rows if row[0].startswith(("kmalloc-", "radix_tree_node"))}
-
-
-def slab_objects() -> dict[str, int]:
-    """Live objects of each kmalloc cache: of several samples the least, as none is too low.
-
-    Names of files that the test run has looked at are in these caches too, hence are dropped first.
-    """
-    Path("/proc/sys/vm/drop_caches").write_text("2")
-    samples = [slab_sample() for _ in range(SLAB_SAMPLES)]
-    return {name: min(sample[name] for sample in samples if name in sample) for name in samples[0]}
-
-
-def slab_growth(before: dict[str, int]) -> dict[str, int]:
-    """By how much each cache has grown for good: what RCU still holds back gets some seconds."""
-    deadline = time.monotonic() + 5
-    while True:
-        growth = {name: count - before.get(name, 0) for name, count in slab_objects().items()}
-        if max(growth.values()) <= SLAB_NOISE or time.monotonic() > deadline:
-            return growth
-        time.sleep(0.5)
-
-
-def vmalloc_areas() -> int:
-    return sum("gvt_" in line for line in Path("/proc/vmallocinfo").read_text().splitlines())
-
-
-def kmemleak() -> list[str]:
-    file = Path("/sys/kernel/debug/kmemleak")
-    if not file.exists():
-        return []
-    file.write_text("scan")
-    return [line for line in file.read_text().splitlines() if "gvt_" in line]
-
-
 @contextlib.contextmanager
 def no_leak() -> Iterator[None]:
     """Check that the module's memory is all back once it is unloaded.
@@ -119,19 +72,19 @@ def no_leak() -> Iterator[None]:
         guest.device.restore(guest.device.save())
     host.unload_module()
     before = slab_objects()
-    areas = vmalloc_areas()
+    areas = vmalloc_areas("gvt_")
     host.load_module()
-    loaded_areas = vmalloc_areas()
+    loaded_areas = vmalloc_areas("gvt_")
     try:
         yield
     finally:
         host.remove_all()
-    left_areas = vmalloc_areas()
+    left_areas = vmalloc_areas("gvt_")
     host.unload_module()
     try:
         growth = slab_growth(before)
-        assert (left_areas, vmalloc_areas()) == (loaded_areas, areas)
-        assert kmemleak() == []
+        assert (left_areas, vmalloc_areas("gvt_")) == (loaded_areas, areas)
+        assert kmemleak("gvt_") == []
     finally:
         host.load_module()
     grown = {name: count for name, count in growth.items() if count > SLAB_NOISE}

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.gvt
 
 PIPE_CONTROL: Final = 0x7A00_0004
-HOSTILE_IMAGES: Final = 150
+HOSTILE_IMAGES: Final = 40
 HIGH_SPARE: Final = 0x5000  # a page of the hidden part
 
 if not MODULES.is_dir():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The demonstration that ``scripts/demo`` runs inside the VM.
 
-``__main__`` on two vGPUs alone, ``qemu`` in two real QEMUs, ``mainline`` on the kernel's own mtty; ``report`` checks
-and prints.
+``__main__`` on two vGPUs alone, ``qemu`` in two real QEMUs, ``mainline`` on the kernel's own mtty, ``gvt`` on the
+real kvmgt; ``report`` checks and prints.
 """

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT
+"""Move a vGPU of the real driver, kvmgt with the RFC's patches, with nothing but ``vfio-mig``, and check it.
+
+The GPU is emulated, the distribution's i915 drives it, and our kvmgt divides it (``scripts/vm --gvt --kvmgt ours``).
+kvmgt reads a guest's memory in the process that mapped it. So this process holds the source and plays its guest, as a
+VMM would; the target is held by ``vfio-mig hold``, and ``restore`` and ``start`` borrow it there. What the hardware's
+side looks like is asked from the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tests.vm import cli, gvt_rfc, kvmgt, raw
+from tests.vm.gvt_rfc import QUEUED, result_of
+from tests.vm.held import borrowed_fd
+from tests.vm.host import wait_until
+from tests.vm.kvmgt import MEMORY, MEMORY_PAGES, Vgpu
+from tests.vm.raw import PAGE, Memory
+from tools.demo.report import Report, vfio_mig
+
+if TYPE_CHECKING:
+    from tools.gpu.control import Control
+
+
+class Migration:
+    """The main job, check by check.
+
+    :param target: the UUID of the other vGPU, which another process holds with the memory *into*.
+    """
+
+    def __init__(
+        self, gpu: Control, source: Vgpu, target: str, *, into: Memory, directory: Path, report: Report
+    ) -> None:
+        self.gpu: Final = gpu
+        self.source: Final = source
+        self.target: Final = target
+        self.into: Final = into
+        self.directory: Final = directory
+        self.report: Final = report
+        self.device: Final = raw.Device(borrowed_fd(target), target)
+        self.times: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Do it all."""
+        self.look()
+        self.work()
+        self.save()
+        view = gvt_rfc.view(self.source.device)
+        self.restore(view)
+        self.start()
+        self.show_times()
+
+    def look(self) -> None:
+        """Have the command say what it is."""
+        self.report.step("Both are vGPUs of kvmgt, on the distribution's i915; each guest has its aperture at 0")
+        told = vfio_mig("info", self.source.name)
+        self.report.check(f"its protocol is {told['protocol']}", told["protocol"] == "gvt-rfc")
+        self.report.check(f"the guest's aperture is at {self.source.low:#x}", self.source.low == 0)
+
+    def work(self) -> None:
+        """Leave work done, and work queued."""
+        self.report.step("The first guest's work is executed; then it is stopped, and its guest submits more")
+        gvt_rfc.queue_work(self.source)
+        self.source.device.set_fence(0, 0x0010_0001, 0x001F_F003)
+        self.source.device.set_pte(self.source.high, MEMORY + kvmgt.TARGET | 1)
+        self.report.check("what ran has written guest memory", self.source.u32(kvmgt.RESULT) != 0)
+        waiting = [self.source.u32(result_of(engine, turn)) for engine in QUEUED for turn in range(2)]
+        self.report.check("two pairs of contexts wait, on the blitter and on the render engine", not any(waiting))
+
+    def save(self) -> None:
+        """Sync its dirty pages and save its state."""
+        self.report.step("Sync its dirty pages, and save its state")
+        memory = f"{self.directory / 'source'}@{MEMORY:#x}"
+        image = str(self.directory / "gpu.vfm")
+        saved = vfio_mig("save", self.source.name, image, "--memory", memory)
+        pages = saved["pages_dirty"]
+        known = self.source.device.dirty(self.source.memory)
+        self.report.check(f"{pages} pages are in it, those that the driver has pinned or written", pages == len(known))
+        print(f"  state: {saved['state_bytes']} bytes, image file: {Path(image).stat().st_size} bytes")
+        self.times["stop"] = saved["stop_time"]
+        self.times["read state"] = saved["state_read_time"]
+
+    def restore(self, view: bytes) -> None:
+        """Load it into the target."""
+        self.report.step("Copy the rest of the guest's memory (its page tables are never dirty), and restore")
+        self.into.bytes[:] = self.source.memory.bytes[:]
+        before = self.device.guest_high()
+        restored = vfio_mig("restore", self.target, str(self.directory / "gpu.vfm"),
+                            "--memory", f"{self.directory / 'target'}@{MEMORY:#x}")  # fmt: skip
+        self.times["write state"] = restored["state_write_time"]
+        self.report.check("the guest's view is identical", gvt_rfc.view(self.device) == view)
+        high = self.source.high
+        text = f"the guest has its hidden part at {high:#x} still, and this host has it at {before:#x}"
+        self.report.check(text, self.device.guest_high() == high != before)
+        address = gvt_rfc.dma(self.gpu, before)
+        self.report.check("the GPU's page table there has the target's pages", address == self._page_of(high))
+
+    def _page_of(self, address: int) -> int | None:
+        """Where the guest's entry for a graphics address leads in the machine's memory, None for one that is absent."""
+        entry = self.device.pte(address)
+        return kvmgt.host_address(self.into, (entry & -PAGE) - MEMORY) if entry & 1 else None
+
+    def start(self) -> None:
+        """Start the target, and see who executes the queue."""
+        self.report.step("Start it: the queue is executed, with this host's addresses")
+        since, untouched = self.gpu.last(), self.source.memory.bytes[:]
+        started = vfio_mig("start", self.target)
+        self.times["start"] = started["seconds"]
+        wanted = {value: result_of(engine, turn) for engine in QUEUED for turn, value in enumerate(QUEUED[engine])}
+        wait_until("the queued work", lambda: all(self.into.u32(MEMORY + at) == value for value, at in wanted.items()))
+        stored = gvt_rfc.stored(self.gpu, since)
+        here = all(stored[value] == kvmgt.host_address(self.into, at) for value, at in wanted.items())
+        self.report.check(f"the GPU stored all {len(wanted)} values in the target's memory", here)
+        self.report.check("and none in the source's", self.source.memory.bytes[:] == untouched)
+
+    def show_times(self) -> None:
+        """Print where the downtime went."""
+        self.report.step("Downtime by phase (emulated CPU; without starting the commands)")
+        for name, seconds in (*self.times.items(), ("sum", sum(self.times.values()))):
+            print(f"  {name:<16} {seconds * 1e3:8.1f} ms")
+
+
+def main() -> int:
+    """Run the demonstration; 1 if a check fails."""
+    report = Report()
+    print(f"vfio-mig on Linux {os.uname().release}: a vGPU of the real driver moves from one to another")
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        gpu = stack.enter_context(kvmgt.gpu())
+        source = stack.enter_context(Vgpu.opened(stack.enter_context(kvmgt.instance()), directory / "source"))
+        target = stack.enter_context(kvmgt.instance())
+        into = Memory(MEMORY, MEMORY_PAGES, directory / "target")
+        option = f"{directory / 'target'}@{MEMORY:#x}"
+        stack.enter_context(cli.held(target, option))
+        print(f"  $ vfio-mig hold {target} --memory {option} &", flush=True)
+        Migration(gpu, source, target, into=into, directory=directory, report=report).run()
+    return report.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
