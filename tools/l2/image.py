@@ -62,8 +62,9 @@ def compile_load(kernel: Kernel, target: Path) -> None:
 
     :raises RunnerError: the compiler complains.
     """
-    headers = kernel.uapi / "drm"
-    command = [*_COMPILE, "-isystem", str(headers), "-o", str(target), str(_HERE / "load.c")]
+    # Its headers of DRM, and of the rest those that the C library's package is too old for
+    where = ["-isystem", str(kernel.uapi / "drm"), "-idirafter", str(kernel.uapi)]
+    command = [*_COMPILE, *where, "-o", str(target), str(_HERE / "load.c")]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunnerError(f"the load of a vGPU's guest cannot be compiled:\n{done.stderr.strip()}")

@@ -35,7 +35,10 @@ _KEPT_LINES: Final = 40
 _COUNTS: Final = re.compile(r"load: right (\d+) wrong (\d+) late (\d+)")
 _OPTIONS: Final = (
     # Each character on a serial console costs an exit from the guest
-    "console=ttyS0", "quiet", "loglevel=1", "panic=-1", "mitigations=off", "no_timer_check", "nokaslr", "rdinit=/init",
+    "console=ttyS0", "quiet", "loglevel=1",
+    # On a busy machine its CPU may stand still for long
+    "nowatchdog", "no_timer_check",
+    "mitigations=off", "nokaslr", "panic=-1", "rdinit=/init",
 )  # fmt: skip
 
 
