@@ -44,6 +44,7 @@ class Migration:
         self.directory: Final = directory
         self.report: Final = report
         self.device: Final = raw.Device(borrowed_fd(target), target)
+        """A second fd of the target; the caller closes it, as a vGPU that is open cannot be removed."""
         self.times: dict[str, float] = {}
 
     def run(self) -> None:
@@ -139,7 +140,9 @@ def main() -> int:
         option = f"{directory / 'target'}@{MEMORY:#x}"
         stack.enter_context(cli.held(target, option))
         print(f"  $ vfio-mig hold {target} --memory {option} &", flush=True)
-        Migration(gpu, source, target, into=into, directory=directory, report=report).run()
+        migration = Migration(gpu, source, target, into=into, directory=directory, report=report)
+        stack.callback(migration.device.close)
+        migration.run()
     return report.end()
 
 
