@@ -23,7 +23,7 @@ main()
 def modules_of_save() -> list[str]:
     """Save a vGPU and return the modules that were imported, in order of name."""
     with host.instance("GVTg_V4_8") as vgpu, tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-c", _RUN, "save", vgpu.uuid, str(Path(directory) / "image")]
+        command = [sys.executable, "-c", _RUN, "save", "--open", vgpu.uuid, str(Path(directory) / "image")]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return sorted(done.stdout.split())
 
