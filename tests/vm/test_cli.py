@@ -189,7 +189,8 @@ def test_sync_copies_the_dirty_pages_into_a_sparse_file(source: Side, tmp_path: 
     assert source.instance.run_state() == "stopped"
 
 
-@pytest.mark.slow  # matplotlib takes its time here
+@pytest.mark.slow
+@pytest.mark.variant  # the pictures have unit tests, and matplotlib takes half a minute here
 def test_dirty_pages_and_rounds_can_be_looked_at(source: Side, tmp_path: Path) -> None:
     run_some_work(source.guest, gpu.Engine(source.guest), 2)
     chart = tmp_path / "rounds.svg"
