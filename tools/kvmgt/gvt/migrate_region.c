@@ -14,7 +14,8 @@ static int read_state(struct intel_vgpu *vgpu, char __user *buf, size_t count, v
 {
 	ssize_t size;
 
-	mutex_lock(&vgpu->migration.lock);
+	if (mutex_lock_killable(&vgpu->migration.lock))
+		return -EINTR;
 	mutex_lock(&vgpu->vgpu_lock);
 	size = intel_vgpu_save(vgpu, image, MIGRATION_IMG_MAX_SIZE);
 	mutex_unlock(&vgpu->vgpu_lock);
@@ -33,7 +34,8 @@ static int write_state(struct intel_vgpu *vgpu, const char __user *buf, size_t c
 	if (copy_from_user(image, buf, count))
 		return -EFAULT;
 
-	mutex_lock(&vgpu->migration.lock);
+	if (mutex_lock_killable(&vgpu->migration.lock))
+		return -EINTR;
 	was_stopped = intel_vgpu_is_stopped(vgpu);
 	ret = intel_vgpu_stop(vgpu);
 	if (!ret)

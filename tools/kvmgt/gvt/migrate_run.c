@@ -158,7 +158,7 @@ void intel_vgpu_reset_stopped(struct intel_vgpu *vgpu)
  *
  * Afterwards it runs, whatever it did before.
  *
- * Returns: 0, or -EINTR with the vGPU as it was, but running
+ * Returns: 0, or -EINTR where the caller was killed, with the vGPU as it was
  */
 int intel_vgpu_reset_migration(struct intel_vgpu *vgpu)
 {
@@ -169,7 +169,9 @@ int intel_vgpu_reset_migration(struct intel_vgpu *vgpu)
 		return 0;
 	}
 
-	mutex_lock(&vgpu->migration.lock);
+	/* whoever has it may be waiting for a workload that does not end */
+	if (mutex_lock_killable(&vgpu->migration.lock))
+		return -EINTR;
 	ret = intel_vgpu_stop(vgpu);
 	if (!ret) {
 		mutex_lock(&vgpu->vgpu_lock);
@@ -218,7 +220,8 @@ int intel_vgpu_set_status(struct intel_vgpu *vgpu, const void __user *arg)
 	    (status.flags != VFIO_DEVICE_PCI_STOP && status.flags != VFIO_DEVICE_PCI_START))
 		return -EINVAL;
 
-	mutex_lock(&vgpu->migration.lock);
+	if (mutex_lock_killable(&vgpu->migration.lock))
+		return -EINTR;
 	if (status.flags == VFIO_DEVICE_PCI_STOP)
 		ret = intel_vgpu_stop(vgpu);
 	else
