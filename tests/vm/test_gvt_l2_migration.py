@@ -55,15 +55,15 @@ def test_a_guest_goes_on_after_its_vgpu_was_saved_reset_and_restored_ten_times()
         guest.await_ready(5 * START_SECONDS)
         device = raw.Device(borrowed_fd(name), name)
         try:
-            for _ in range(TIMES):
+            for turn in range(TIMES):
                 guest.await_right(RESULTS)
                 guest.pause()
-                saved = vfio_mig("save", name, f"{directory}/image")
+                saved = vfio_mig("save", name, f"{directory}/{turn}.vfm")
                 assert saved["state_bytes"] > 5_000_000
                 before = view(device)
                 vfio_mig("reset", name, "--force")
                 assert view(device) != before
-                vfio_mig("restore", name, f"{directory}/image", "--force")
+                vfio_mig("restore", name, f"{directory}/{turn}.vfm", "--force")
                 assert view(device) == before
                 vfio_mig("start", name)
                 guest.cont()
