@@ -185,7 +185,7 @@ class DeviceError(VfioMigError):
 class ImageError(VfioMigError):
     """The bytes are not a whole, well-formed image. Nothing was written to a device.
 
-    :ivar file: whose bytes, for messages; who opens a file says it.
+    :ivar file: whose bytes, for messages; the code that opens a file sets it.
     """
 
     exit_code = 6

@@ -620,7 +620,7 @@ def test_without_a_kvm_such_a_device_says_what_it_needs(held: HeldDevice, kernel
     before = open_fds()
     kernel.demands_kvm = True
     kernel.kvm.unlink()
-    with pytest.raises(OpenError, match=r"only for who has a KVM, and \S+ cannot be opened: ENOENT .*kvm_intel"):
+    with pytest.raises(OpenError, match=r"only for a process with a KVM, and \S+ cannot be opened: ENOENT .*kvm_intel"):
         open_device(held)
     kernel.kvm.write_bytes(b"")
     kernel.refuse = {kvm_words.CREATE_VM: errno.ENOMEM}
@@ -904,7 +904,7 @@ def test_an_mdev_is_removed_only_when_its_group_shows_that_it_is_free(mdev_tree:
         mdev.remove(ONE, host=mdev_tree.host, seen=blind)
     node = mdev_tree.write("dev/vfio/7", "")
     busy = OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-    for view, hint in ((blind, "it is dark; make light"), (seen(mdev_tree), "end who has sent its fd away")):
+    for view, hint in ((blind, "it is dark; make light"), (seen(mdev_tree), "end the process that has sent its fd away")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "open", raising(busy))
             with pytest.raises(DeviceBusyError, match=f"EBUSY .*; {hint}"):

@@ -138,7 +138,7 @@ def test_without_a_kvm_it_is_one_line_that_says_so(name: str, words: tuple[str, 
     away = KVM.with_name("kvm.away")
     KVM.rename(away)
     try:
-        said = (name, "only for who has a KVM", "/dev/kvm cannot be opened: ENOENT", "load the module")
+        said = (name, "only for a process with a KVM", "/dev/kvm cannot be opened: ENOENT", "load the module")
         cli.refused(words[0], name, *rest, *words[1:], code=3, words=said, warm=words[0] != "hold")
         (problem,) = [one for one in js("doctor", rc=7)["checks"] if one["result"] == "problem"]
         assert problem["name"] == "kvm"

@@ -12,7 +12,7 @@ Only the standard library is imported, so that any Python from 3.11 on can run i
 ``irq``             the client's eventfds: INTx and MSI
 ``pci``             the configuration space
 ``gpu``             the function that is made of all of these and the following
-``registers``       the table of registers with side effects, and who looks at them
+``registers``       the table of registers with side effects, and the code that looks at them
 ``mmio``            the registers' memory, and what the side effects are
 ``gt_irq``          the interrupt registers
 ``translate``       GGTT and PPGTT walks

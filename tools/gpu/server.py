@@ -178,7 +178,7 @@ class Server:
         return Answer(wire.DEVICE_INFO.pack(wire.DEVICE_INFO.size, _DEVICE_RESET | _DEVICE_PCI, *counts))
 
     def _region_info(self, message: Message) -> Answer:
-        """Tell about a region; who has no room for its capabilities is told how much that takes, and asks again."""
+        """Tell about a region; a client without room for its capabilities is told their size, and asks again."""
         argsz, _, index, _, _, _ = _exactly(wire.REGION_INFO, message)
         if index >= REGIONS:
             raise RefusedError(errno.EINVAL, f"there is no region {index}")

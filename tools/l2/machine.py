@@ -2,7 +2,7 @@
 """Run the guest on a vGPU, in a QEMU with KVM: inside of ``scripts/vm --gvt --l2``.
 
 The guest's memory is a memfd that others can map, so it can be saved. QEMU has two monitors: one for whoever has made
-this object, and one that is left to who is under test. The console goes to a file and is read there, line by line.
+this object, and one that is left to the program under test. The console goes to a file and is read there, line by line.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class L2:
         self.console: Final = directory / "console"
         self.log: Final = directory / "qemu.log"
         self.socket: Final = directory / "qmp"
-        """The monitor for who is under test; it talks to one at a time."""
+        """The monitor for the program under test; it talks to one at a time."""
         self._own: Final = directory / "own.qmp"
         self._qmp: Qmp | None = None
         self._began = time.monotonic()
@@ -85,7 +85,7 @@ class L2:
 
     @property
     def qmp(self) -> Qmp:
-        """The monitor for who has started it."""
+        """The monitor for the program that has started it."""
         if self._qmp is None:
             self._await(self._own.exists, "QEMU's monitor", START_SECONDS)
             self._qmp = self._stack.enter_context(Qmp(str(self._own)))

@@ -101,7 +101,7 @@ load_kvmgt() {{
 	fi
 }}
 
-# The host driver of GVT-g. kvmgt does nothing for who has no KVM, and nothing at all without enable_gvt.
+# The host driver of GVT-g. kvmgt does nothing for a process without a KVM, and nothing at all without enable_gvt.
 load_gvt() {{
 	local kvm=kvm_amd
 	! busybox grep -qw vmx /proc/cpuinfo || kvm=kvm_intel

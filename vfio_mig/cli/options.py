@@ -31,7 +31,7 @@ class Options:
         """Whether something stands on standard output already."""
 
     def done(self) -> None:
-        """Take it that what was asked for is done: whatever becomes of the report on it changes no exit code."""
+        """Record that the job is done: from here on no lost report changes the exit code."""
         self.is_done = True
 
     def listen(self, command: str, asked: dict[str, Any]) -> None:

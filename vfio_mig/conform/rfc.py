@@ -164,7 +164,7 @@ def _stopped(rig: Rig) -> Rfc:
     return rig.rfc
 
 
-@DIRTY.add("unaligned", "the low 12 bits of the address are not heard", "the same bits")
+@DIRTY.add("unaligned", "the low 12 bits of the address are ignored", "the same bits")
 def _unaligned(rig: Rig) -> str:
     rfc = _stopped(rig)
     require(rfc.dirty(PAGE, 4096) == rfc.dirty(PAGE | 0x123, 4096), "other bits")
@@ -401,7 +401,7 @@ def _reset_stopped(rig: Rig) -> str:
     return "0, and an image"
 
 
-@ENDS.add("close.stopped", "who opens a device that was closed while it was stopped can use it", "an image, 0, 0")
+@ENDS.add("close.stopped", "a device that was closed while it was stopped can be opened and used", "an image, 0, 0")
 def _close_stopped(rig: Rig) -> str:
     rig.require_own()
     _stopped(rig)

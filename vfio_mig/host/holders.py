@@ -361,7 +361,7 @@ def _may_be_container(link: str, path: str) -> bool:
 
 
 def _require_node(holder: Holder, number: int) -> None:
-    """Make sure that the fd is the node before it becomes ours: to close a file may mean to wait for who serves it.
+    """Make sure that the fd is the node before it becomes ours: to close a file may mean to wait for its server.
 
     :raises OSError: EBADF when it is not.
     """

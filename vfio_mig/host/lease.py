@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A read lease on a file, fcntl(2): nobody has it open for writing, and who opens it so waits, and is seen.
+"""A read lease on a file, fcntl(2): nobody has it open for writing, and a process that opens it so waits, and is seen.
 
 What was verified under a lease need not be verified again. Only the kernel's own file systems are trusted with it: what
 is stored elsewhere may change there.

@@ -167,7 +167,7 @@ def _started(pid: int) -> int:
 class DeviceLock:
     """The right to work on a device; a context manager.
 
-    :param job: name of the command, for who waits.
+    :param job: name of the command, for those that wait.
     :raises DeviceBusyError: another process has it; says which.
     :raises HostError: there is no place for locks.
     """
@@ -225,7 +225,7 @@ class DeviceLock:
         return self._effect
 
     def step(self, name: str) -> None:
-        """Write down how far the job has come, for who looks at the device meanwhile."""
+        """Write down how far the job has come, for commands that look at the device meanwhile."""
         self._step = name
         if self._is_taken:  # before, the file has what an earlier job has left
             self._write()
@@ -254,7 +254,7 @@ class DeviceLock:
             "left": self._effect,
             "holder": None if holder is None else [holder.pid, _started(holder.pid)],
         }
-        # In one write and never shorter than before, so that who reads meanwhile finds a whole note
+        # In one write and never shorter than before, so that a reader finds a whole note meanwhile
         text = json.dumps(note).encode().ljust(self._length)
         self._length = len(text)
         try:

@@ -181,7 +181,7 @@ def _open_alone(device: HostDevice, path: str, unseen: Unseen | None) -> int:
         if number == errno.ENOENT and unseen is None:
             return -1
         if number == errno.EBUSY:
-            hint = "end who has sent its fd away in a socket, or has it in io_uring only"
+            hint = "end the process that has sent its fd away in a socket, or has it in io_uring only"
             if unseen is not None:
                 hint = f"{unseen.reason}; {unseen.hint}"
             raise DeviceBusyError(

@@ -197,7 +197,7 @@ def _name_of(file: BinaryIO) -> str:
     return name if isinstance(name, str) else "input"
 
 
-@waiting  # for who writes a pipe
+@waiting  # for the writer of a pipe
 def _read(file: BinaryIO, size: int) -> bytes:
     """Read *size* bytes, fewer at the end of the file only."""
     parts: list[bytes] = []

@@ -417,14 +417,14 @@ class Stream:
         self._file.flush()
 
     def withdraw(self) -> bool:
-        """Nothing that has been written to a stream comes back; who reads it sees that the job failed."""
+        """Nothing that has been written to a stream comes back; its reader sees that the job failed."""
         return True
 
     def settle(self) -> None:
         """Nothing was replaced."""
 
     def close(self) -> None:
-        """Write what is still in the buffer and close it: who reads it comes to its end. A second call does nothing."""
+        """Write what is still in the buffer and close it, so that its reader comes to its end. A second call does nothing."""
         self._file.close()
 
     @protected

@@ -183,7 +183,7 @@ class _Sender:
 
 @protected
 def _give_up(job: Job, session: Session) -> None:
-    """Take it that the state is the target's now; from here on the source stays stopped, and says so."""
+    """Treat the state as the target's from here on: the source stays stopped, and says so."""
     job.disarm()
     session.note(MOVED)
 

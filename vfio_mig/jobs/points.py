@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The steps of every job, by name, and who listens at them."""
+"""The steps of every job, by name, and the listeners at them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ LISTENERS: Final[list[Callable[[str, str], object]]] = []
 
 
 def reached(job: str, name: str, session: Session | None = None) -> None:
-    """Tell who listens that a job has come to a step.
+    """Tell the listeners that a job has come to a step.
 
     :param session: whose device has come there.
     """

@@ -158,7 +158,7 @@ class Session:
             self._lock.step(name)
 
     def step(self, job: str, name: str) -> None:
-        """Tell who listens that a job has come to one of its steps."""
+        """Tell the listeners that a job has come to one of its steps."""
         if self._settings.on_step is not None:
             self._settings.on_step(job, name, self.device.name)
 

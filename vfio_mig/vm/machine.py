@@ -87,7 +87,7 @@ def run_state(qmp: Qmp) -> str:
 def require_state(state: str, *, may_run: bool, cont: bool) -> None:
     """Refuse a VM in a state in which its vGPU cannot be saved, or restored.
 
-    :param may_run: a running one is paused by who asks, and one that QEMU has stopped will do.
+    :param may_run: a running one is paused by the caller, and one that QEMU has stopped will do.
     :param cont: it is to go on afterwards.
     :raises UsageError: says why, and what to do.
     """

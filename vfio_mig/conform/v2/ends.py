@@ -94,7 +94,7 @@ def _by_state() -> Iterator[Check]:
     for state in STATES:
         yield Check(
             f"v2.close.{NAMES[state]}",
-            f"who opens a device that was closed in {NAMES[state]} can use it",
+            f"a device that was closed in {NAMES[state]} can be opened and used",
             CLOSE,
             "running, and works",
             partial(_close, state),

@@ -135,7 +135,7 @@ def _devices(host: Host) -> Iterator[Diagnosis]:
 
 
 def _gvt(host: Host) -> Iterator[Diagnosis]:
-    """Look for what kvmgt needs: i915's consent, a KVM for who opens a vGPU, and a build that can migrate."""
+    """Look for what kvmgt needs: i915's consent, a KVM for whatever opens a vGPU, and a build that can migrate."""
     offers = [name for name in host.names("sys/class/mdev_bus") if _offers_gvt(host, name)]
     if not offers:
         if host.names("sys/module/kvmgt"):
