@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The same jobs for Python programs: a host, its devices, and images, as objects.
 
-Each method is one function of the package with the device or file filled in; the functions stay for people who prefer them.
+Each method is one function of the package with the device or file filled in. The functions stay, for people who prefer
+them.
 """
 
 from __future__ import annotations

@@ -904,7 +904,7 @@ def test_an_mdev_is_removed_only_when_its_group_shows_that_it_is_free(mdev_tree:
         mdev.remove(ONE, host=mdev_tree.host, seen=blind)
     node = mdev_tree.write("dev/vfio/7", "")
     busy = OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-    for view, hint in ((blind, "it is dark; make light"), (seen(mdev_tree), "end the process that has sent its fd away")):
+    for view, hint in ((blind, "it is dark; make light"), (seen(mdev_tree), "end the process that has sent its fd")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "open", raising(busy))
             with pytest.raises(DeviceBusyError, match=f"EBUSY .*; {hint}"):

@@ -89,7 +89,8 @@ def attach(device: HostDevice, file: int, memory: Sequence[GuestMemory]) -> list
             node = os.open(NODE, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             number = error.errno or 0
-            problem = f"its driver opens it only for a process with a KVM, and {NODE} cannot be opened: {errno_text(number)}"
+            why = f"{NODE} cannot be opened: {errno_text(number)}"
+            problem = f"its driver opens it only for a process with a KVM, and {why}"
             hint = right_hint(f"give this user {NODE}") if number == errno.EACCES else _HINTS.get(number)
             raise OpenError(problem, device=device.name, hint=hint) from error
         owned.append(node)

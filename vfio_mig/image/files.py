@@ -424,7 +424,7 @@ class Stream:
         """Nothing was replaced."""
 
     def close(self) -> None:
-        """Write what is still in the buffer and close it, so that its reader comes to its end. A second call does nothing."""
+        """Write what is still in the buffer and close it: its reader comes to the end. A second call does nothing."""
         self._file.close()
 
     @protected

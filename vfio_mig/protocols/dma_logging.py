@@ -80,7 +80,7 @@ class DmaLog:
         self.page_size = 0
         """Bytes of a page as the device logs it, from :meth:`start` on; 4096 or more, a power of two."""
         self._kept: dict[int, int] = {}
-        """Of the device's pages that were asked for in part, by number: bit k is its k-th 4 KiB, owed to the next question."""
+        """Of the device's pages that were asked for in part, by number: bit k is its k-th 4 KiB, still to be told."""
 
     @property
     def exists(self) -> bool:
