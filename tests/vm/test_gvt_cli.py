@@ -43,6 +43,11 @@ class Held(NamedTuple):
         return f"{self.memory}@{MEMORY}"
 
 
+def slow(words: tuple[str, ...]) -> Any:
+    """Leave out of CI what differs little from its neighbours; `scripts/test --gvt` has it."""
+    return pytest.param(words, marks=pytest.mark.slow)
+
+
 @contextlib.contextmanager
 def hold(name: str, directory: Path, *options: str) -> Iterator[Held]:
     """Start `vfio-mig hold` as users do, and wait until it says that it is ready."""
@@ -132,7 +137,9 @@ def test_info_opens_it_with_a_kvm_of_its_own_when_told_to(name: str) -> None:
     assert js("status", name)["state"] == "closed"
 
 
-@pytest.mark.parametrize("words", [("hold", "--kvm"), ("hold",), ("info", "--open"), ("save", "--open"), ("conform",)])
+@pytest.mark.parametrize(
+    "words", [("hold",), ("info", "--open"), *map(slow, [("hold", "--kvm"), ("save", "--open"), ("conform",)])]
+)
 def test_without_a_kvm_it_is_one_line_that_says_so(name: str, words: tuple[str, ...], tmp_path: Path) -> None:
     rest = [tmp_path / "image"] if words[0] == "save" else []
     away = KVM.with_name("kvm.away")
@@ -207,18 +214,18 @@ def test_a_reset_lets_go_what_the_guest_has_mapped(held: Held) -> None:
     "words",
     [
         ("save", "{name}", "{file}"),
-        ("save", "{name}", "{file}", "--raw"),
+        slow(("save", "{name}", "{file}", "--raw")),
         ("restore", "{name}", "{image}", "--raw"),
-        ("check", "{image}", "{name}", "--raw"),
+        slow(("check", "{image}", "{name}", "--raw")),
         ("stop", "{name}"),
-        ("start", "{name}"),
-        ("state", "{name}"),
-        ("sync", "{name}", "{file}", "--memory", "{memory}"),
+        slow(("start", "{name}")),
+        slow(("state", "{name}")),
+        slow(("sync", "{name}", "{file}", "--memory", "{memory}")),
         ("migrate", "{name}", "{other}"),
         ("conform", "{name}", "--force"),
-        ("--abi", "mainline-v2", "hold", "{other}"),
+        slow(("--abi", "mainline-v2", "hold", "{other}")),
     ],
-    ids=lambda words: " ".join(word for word in words if "{" not in word),
+    ids=lambda words: "_".join(word for word in words if "{" not in word),
 )
 def test_what_takes_a_migration_is_refused_with_what_it_is(
     held: Held, name: str, words: tuple[str, ...], tmp_path: Path
