@@ -18,7 +18,7 @@ from tools.l2.image import Image
 from tools.l2.machine import L2, SIGNATURE, START_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 pytestmark = [pytest.mark.gvt, pytest.mark.l2]
 
@@ -64,13 +64,10 @@ def js(*words: str | Path) -> Any:
     return json.loads(cli.run("--json", *words, warm=True).stdout)
 
 
-def test_it_is_up_in_a_minute_and_its_console_is_quiet(
-    slowness: float, l2: L2, record_property: Callable[[str, object], None]
-) -> None:
+def test_it_is_up_in_a_minute_and_its_console_is_quiet(slowness: float, l2: L2) -> None:
     assert l2.up_after is not None
     slower = max(slowness, host.slowness())
-    record_property("seconds", f"{l2.up_after:.1f}, {slower:.1f} times slower than an idle machine")
-    assert l2.up_after < START_SECONDS * slower
+    assert l2.up_after < START_SECONDS * slower, f"this machine is {slower:.1f} times slower than if it were idle"
     assert l2.lines()[0] == f"load: ready {' '.join(ENGINES)}"
     assert all(line.startswith("load: ") for line in l2.lines())
 
