@@ -25,6 +25,8 @@ from tests.vm import cli, host
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow  # what /proc shows is read alike on both kernels
+
 NAMESPACE: Final = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 SERVER: Final = Path(__file__).with_name("fuse_server.py")
 FILESYSTEMS: Final = Path("/proc/filesystems")
