@@ -418,13 +418,16 @@ def test_a_device_without_a_protocol_is_asked_by_what_its_holder_has_mapped(
 
     tracker = Tracker(NAME, -1)
     gpu.refusal = UnsupportedError("cannot be migrated: why", device=NAME)
-    monkeypatch.setattr(tracking, "find_tracker", lambda _: tracker)
+    monkeypatch.setattr(
+        tracking, "find_tracker", lambda _, of_holder: tracker if of_holder else pytest.fail("not asked")
+    )
     report = fetch_dirty(NAME, jobs.settings, memory=jobs.maps, list_ranges=True, log_time=0)
     assert report.ranges == [(PAGE, 2 * PAGE), (5 * PAGE, PAGE)]
     assert not tracker._is_on
     DeviceLock(FOUND, "dirty").close()
 
-    def refuse(_: object) -> NoReturn:
+    def refuse(_: object, of_holder: bool) -> NoReturn:
+        assert of_holder
         raise UnsupportedError("cannot be asked for its dirty pages: nobody knows", device=NAME, hint="ask elsewhere")
 
     monkeypatch.setattr(tracking, "find_tracker", refuse)

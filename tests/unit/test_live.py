@@ -191,7 +191,7 @@ def test_where_the_device_has_no_log_what_else_knows_is_asked(
     monkeypatch: pytest.MonkeyPatch, warned: list[str], *, has_log: bool
 ) -> None:
     tracker = Tracker()
-    monkeypatch.setattr(tracking, "find_tracker", lambda _: tracker)
+    monkeypatch.setattr(tracking, "find_tracker", lambda *_, **__: tracker)
     monkeypatch.setattr(Played, "has_dirty", has_log)
 
     def start_log(_: object, _ranges: object) -> None:

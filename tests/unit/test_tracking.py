@@ -239,7 +239,7 @@ def borrowed(monkeypatch: pytest.MonkeyPatch) -> Callable[[HeldContainer], DmaTr
         monkeypatch.setattr(uapi, "call", container.call)
         monkeypatch.setattr(tracking, "duplicate_container", lambda *whose: FD if whose == (NAME, holder) else None)
         device = Device(NAME, -1, how="borrowed", holder=holder)
-        tracker = find_tracker(device)
+        tracker = find_tracker(device, of_holder=True)
         assert FD in device._owned
         return tracker
 
@@ -299,6 +299,13 @@ def test_a_holder_without_a_container_cannot_tell(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tracking, "duplicate_container", lambda *_: None)
     device = Device(NAME, -1, how="borrowed", holder=Holder(4711, "vfio-mig", is_hold=True, fd=5))
     with pytest.raises(UnsupportedError, match=r"PID 4711 \(vfio-mig\) has it without a container; hold it with --via"):
+        find_tracker(device, of_holder=True)
+
+
+def test_a_holder_s_container_is_asked_only_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "duplicate_container", lambda *_: pytest.fail("it was asked"))
+    device = Device(NAME, -1, how="borrowed", holder=Holder(4711, "vfio-mig", is_hold=True, fd=5))
+    with pytest.raises(UnsupportedError, match="what was mapped by another process is left alone"):
         find_tracker(device)
 
 

@@ -234,10 +234,11 @@ class HeldTracker(ContainerTracker):
             reach *= 2
 
 
-def find_tracker(device: Device) -> DmaTracker:
+def find_tracker(device: Device, *, of_holder: bool = False) -> DmaTracker:
     """Return what can tell the writes of a device that has no log of its own: its IOMMU, else its container.
 
-    The container of a `vfio-mig hold` is borrowed, as the device is, and belongs to *device* from then on.
+    :param of_holder: ask the container of a `vfio-mig hold`, too. It is borrowed, as the device is, and belongs to
+        *device* from then on.
 
     :raises UnsupportedError: nothing can; says what was looked at.
     """
@@ -251,7 +252,7 @@ def find_tracker(device: Device) -> DmaTracker:
             dma.why_not,
             "leave out --memory, or open it with --via group: all that is mapped counts as dirty then",
         )
-    elif device.holder is not None and device.holder.is_hold:
+    elif of_holder and device.holder is not None and device.holder.is_hold:
         container = duplicate_container(device.name, device.holder)
         if container is not None:
             device.own(container)

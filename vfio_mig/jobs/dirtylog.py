@@ -65,10 +65,11 @@ class DirtyLog:
         if not self._session.protocol.has_dirty:
             from vfio_mig.host.tracking import find_tracker
 
+            refusal = self._session.refusal
             try:
-                self._tracker = find_tracker(self._session.device)
+                # A question for a device that is only looked at; a copy that others rely on takes a log of its own
+                self._tracker = find_tracker(self._session.device, of_holder=refusal is not None)
             except UnsupportedError as error:
-                refusal = self._session.refusal
                 if refusal is None:
                     raise
                 refusal.problem = f"{refusal.problem}; it {error.problem}"
