@@ -114,7 +114,8 @@ def test_a_device_that_is_not_there_is_named(command: tuple[str, ...], device: s
         file.touch()
     head = [word for word in command if word != "FILE"]
     tail = [str(file)] if "FILE" in command else []
-    refused(*head, device, *tail, code=3, words=(device, "no "), warm=command[0] != "info")
+    missing = "is not a directory of a VFIO device" if device.startswith("/sys/") else "no "
+    refused(*head, device, *tail, code=3, words=(device, missing), warm=command[0] != "info")
     assert file.exists() == ("restore" in command)
 
 
