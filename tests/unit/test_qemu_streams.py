@@ -404,6 +404,12 @@ def test_nothing_goes_on_behind_the_end(behind: bytes) -> None:
     assert len(found.problems) == 1
 
 
+def test_an_end_with_more_behind_it_is_none_where_a_section_s_length_is_not_known() -> None:
+    content = b"x\x7e\0\0\0\x64\0\0\0\1more"  # its own footer, and what looks like an end
+    found = read(ENDED + begin(100, b"x", content, full=True) + b"\0")
+    assert (found.complete, found.problems) == (True, [])
+
+
 def test_a_search_looks_at_no_byte_twice() -> None:
     content = (b"x" * 999 + b"!") * 1000
     cursor, at, found = Cursor(BufferSource(content)), 0, 0

@@ -92,6 +92,8 @@ class _Maker:
     def _full(self, name: bytes, number: int, content: bytes, *, early: bool = False) -> None:
         if early and not self._description:
             return  # QEMU's description is the only word on how long it is, and memory follows
+        if name == b"timer":  # of no known layout: its end is known by its footer alone, which it may not have inside
+            content = content.replace(b"\x7e" + struct.pack(">I", number), b"")
         self._out += saved.begin(number, name, content, full=True)
         self._described.append({"name": name.decode(), "instance_id": 0, "size": len(content)})
 

@@ -352,8 +352,10 @@ class _Reader:
     def _plausible(self, at: int) -> bool:
         """Tell whether a section may begin here."""
         head = self.cursor.look(at, _HEAD_MAX)
-        if not head or head[0] in {_EOF, _DESCRIPTION}:
+        if not head or head[0] == _DESCRIPTION:
             return True
+        if head[0] == _EOF:  # with nothing behind it but a description, or zeros that fill a block
+            return head[1:2] == bytes((_DESCRIPTION,)) or not any(head)
         if head[0] in {_START, _FULL}:
             length = head[5] if len(head) > 5 else 0  # noqa: PLR2004 -- behind type and number
             name = head[6 : 6 + length]
