@@ -3,12 +3,9 @@
 
 - ``unit/``: no root, no kernel, seconds. ``conform_device.py`` plays a v2 device, ``saved_images.py`` makes images,
   ``gpu_rig.py`` lays out work for the emulated GPU and is its vfio-user client.
-- ``vm/``: on real ioctls, inside the VM (``scripts/vm``, ``scripts/test --vm``). Without the library under test:
-  ``raw.py`` and ``raw_v2.py`` (requests), ``host.py`` (mdevs and the driver's truth in debugfs), ``v2.py`` (its v2
-  side), ``gpu.py`` (what a guest's driver does), ``image.py`` (the RFC's image as bytes), ``mtty.py``, ``qemu_vm.py``,
-  ``alloc_faults.py``, ``defects.py`` (the sample driver's), ``kvmgt.py`` (vGPUs of the kernel's own kvmgt),
-  ``drivers.py`` (either driver behind one face). With it: ``cli.py`` (the installed command), ``held.py`` (a
-  vGPU that is held, with a guest at work), ``faults.py`` (the promise, fault by fault).
+- ``vm/``: on real ioctls, inside the VM (``scripts/vm``, ``scripts/test --vm``). What these tests share with the
+  demonstrations, the benches and the fault table is in ``tools/lab``: clients by raw ioctls, the drivers and their
+  truth, guests, QEMU, the installed command.
 - ``runner/``: ``scripts/vm`` itself, from outside.
 """
 

@@ -210,3 +210,42 @@ def test_a_relative_import_of_a_package_counts_from_itself() -> None:
 )
 def test_what_the_house_allows_is_not_reported(module: str, source: str) -> None:
     assert violations(module, source) == []
+
+
+OUTSIDE: Final = [path for room in (PACKAGE, "tools") for path in sorted((ROOT / room).rglob("*.py"))]
+LAB_USES: Final = {"gpu", "lab", "vm"}
+"""Rooms of tools whose modules the lab may import: the emulated GPU's control, and how complaints are found."""
+
+
+def names_in(module: str, source: str) -> set[str]:
+    return {name for node in ast.walk(ast.parse(source)) for name in imported(module, node, is_package=False)}
+
+
+def of_tests(module: str, source: str) -> set[str]:
+    return {name for name in names_in(module, source) if name.split(".")[0] == "tests"}
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=name_of)
+def test_nothing_outside_the_tests_imports_them(path: Path) -> None:
+    assert of_tests(name_of(path), path.read_text("utf-8")) == set()
+
+
+def test_an_import_of_the_tests_is_noticed() -> None:
+    assert of_tests("tools.x", "from tests.vm import cli") == {"tests.vm.cli"}
+    assert of_tests("tools.x", "def f():\n    import tests.conftest") == {"tests.conftest"}
+    assert of_tests("tools.x", "import testsuite") == set()
+
+
+def test_the_lab_knows_nothing_of_those_who_use_it() -> None:
+    found = {
+        name.split(".")[1]
+        for path in sorted((ROOT / "tools/lab").rglob("*.py"))
+        for name in names_in(name_of(path), path.read_text("utf-8"))
+        if name.split(".")[0] == "tools"
+    }
+    assert found == LAB_USES
+
+
+def test_the_directories_of_tests_hold_only_tests_in_the_vm() -> None:
+    files = {path.name for path in (ROOT / "tests/vm").glob("*.py") if not path.name.startswith("test_")}
+    assert files == {"conftest.py"}

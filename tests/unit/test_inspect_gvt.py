@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_image_gvt import CFG, GTT, HIGH, HIGH_BASE, LOW, ROOT, SREG, VREG, image, record
-from tests.vm import gpu
+from tools.lab.sample import gpu
 from vfio_mig.decode import commands, pci, registers
 from vfio_mig.decode import gvt_image as gvt
 from vfio_mig.decode.gtt import Table, present_runs

@@ -18,8 +18,8 @@ import pytest
 
 from tests.unit.test_image_gvt import CFG, SREG, vreg
 from tests.unit.test_image_gvt import image as gvt_image
-from tools.faults.injection import VARIABLE as FAULT
-from tools.faults.injection import install
+from tools.lab.faults.injection import VARIABLE as FAULT
+from tools.lab.faults.injection import install
 from vfio_mig import interrupts
 from vfio_mig.decode import gvt_image as gvt
 from vfio_mig.device import Device

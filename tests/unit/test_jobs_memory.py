@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import pytest
 
 from tests.unit.test_jobs import FakeProtocol, Gpu
-from tools.faults.injection import VARIABLE as FAULT
-from tools.faults.injection import install
+from tools.lab.faults.injection import VARIABLE as FAULT
+from tools.lab.faults.injection import install
 from vfio_mig import interrupts
 from vfio_mig.device import Device, Holder
 from vfio_mig.dirty.memory import MemoryMap

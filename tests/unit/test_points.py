@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tools.faults.injection import VARIABLE, install
+from tools.lab.faults.injection import VARIABLE, install
 from vfio_mig import interrupts
 from vfio_mig.errors import DeviceError, HostError, UsageError, VfioMigError
 from vfio_mig.interrupts import ENDING

@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import alloc_faults, drivers, host, kvmgt
-from tests.vm.raw import Guest
+from tools.demo import report
+from tools.lab import cli, drivers, mtty
+from tools.lab.gvt import kvmgt
+from tools.lab.kernel import alloc_faults
+from tools.lab.kernel.log import KernelLog
+from tools.lab.sample import host
+from tools.lab.sample.guest import Guest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,7 +54,7 @@ def in_vm() -> bool:
 def runnable(item: pytest.Item) -> bool:
     """Tests of the mtty sample need no other driver; those for the custom kernel need what other kernels lack."""
     if item.get_closest_marker("mtty"):
-        return "VFIO_MIG_VM" in os.environ and host.MTTY_TYPES.exists()
+        return "VFIO_MIG_VM" in os.environ and mtty.TYPES.exists()
     if item.get_closest_marker("both"):
         return drivers.is_there()
     if item.get_closest_marker("gvt"):
@@ -80,14 +85,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def kernel_log() -> Iterator[host.KernelLog]:
-    log = host.KernelLog()
+def kernel_log() -> Iterator[KernelLog]:
+    log = KernelLog()
     yield log
     log.close()
 
 
 @pytest.fixture(autouse=True)
-def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
+def quiet_kernel(kernel_log: KernelLog) -> Iterator[None]:
     """Fail the test that makes the kernel complain, and leave no vGPU to the next one."""
     kernel_log.new()
     yield
@@ -95,6 +100,12 @@ def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
     kvmgt.remove_all()
     complaints = kernel_log.complaints()
     assert not complaints, "the kernel complained:\n" + "\n".join(complaints)
+
+
+@pytest.fixture
+def warm_demonstrations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the demonstrations run their commands in forks of this process."""
+    monkeypatch.setattr(report, "run", lambda *words: cli.run(*words, warm=True).stdout)
 
 
 @pytest.fixture

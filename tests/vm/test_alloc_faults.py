@@ -11,28 +11,19 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.vm import alloc_faults, gpu, host
-from tests.vm.alloc_faults import Faults
-from tests.vm.raw import BAR2, CONFIG, IRQ_MSI, PAGE, Guest
-from tests.vm.v2 import (
-    LOG_STOP,
-    PRE_COPY,
-    PRE_COPY_P2P,
-    RESUMING,
-    RUNNING,
-    SET,
-    STOP,
-    STOP_COPY,
-    V2,
-    log_report,
-    log_start,
-    write_all,
-)
+from tools.lab import waiting
+from tools.lab.kernel import alloc_faults
+from tools.lab.kernel.alloc_faults import Faults
+from tools.lab.sample import gpu, host
+from tools.lab.sample.v2 import V2
+from tools.lab.vfio.raw import BAR2, CONFIG, IRQ_MSI, PAGE
+from tools.lab.vfio.v2 import LOG_STOP, PRE_COPY, PRE_COPY_P2P, RESUMING, RUNNING, SET, STOP, STOP_COPY, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.vm.conftest import MakeGuest
+    from tools.lab.sample.guest import Guest
 
     Undo = Callable[[int], object]
     Operation = tuple[Callable[[], object], Undo]
@@ -183,7 +174,7 @@ def logging(vgpu: Vgpu) -> Operation:
     def undo(_code: int) -> None:
         vgpu.feature(SET | LOG_STOP)
 
-    return lambda: log_start(vgpu, memory.iova, memory.size), undo
+    return lambda: vgpu.log_start(memory.iova, memory.size), undo
 
 
 OPERATIONS: Final[dict[str, Callable[[Vgpu], Operation]]] = {
@@ -299,7 +290,7 @@ def test_a_workload_that_cannot_be_scanned_is_dropped_and_counted(vgpu: Vgpu) ->
             with faults.one_of_any_thread(skip) as has_failed:
                 submitted = alloc_faults.errno_of(lambda: engine.submit(context)) == 0  # noqa: B023  # called here
                 with contextlib.suppress(TimeoutError):  # by now it has been scanned, without a failure
-                    host.wait_until("a failure", has_failed, seconds=1)
+                    waiting.wait_until("a failure", has_failed, seconds=1)
                 fired = has_failed()
             # Not before: to read the counters allocates, too.
             if submitted:
@@ -335,9 +326,9 @@ def test_logging_starts_or_does_not(vgpu: Vgpu) -> None:
     with Faults.opened() as faults:
         codes = faults.each(*logging(vgpu))
         assert set(codes) <= {0, errno.ENOMEM}
-    log_start(vgpu, memory.iova, memory.size)
+    vgpu.log_start(memory.iova, memory.size)
     usable(vgpu.guest, iova, gma)
-    assert iova in log_report(vgpu, memory.iova, memory.size)
+    assert iova in vgpu.log_report(memory.iova, memory.size)
 
 
 # --- whole vGPUs, and the driver

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import cli, gpu, host
-from tests.vm.held import run_some_work, side
+from tools.lab import cli
+from tools.lab.sample import gpu, host
+from tools.lab.sample.held import run_some_work, side
 
 if TYPE_CHECKING:
-    from tests.vm.raw import Guest
+    from tools.lab.sample.guest import Guest
 
 ME = os.getpid()
 # opens a vGPU as a VMM would, says so, and stays; its group fd is dup'ed to 100

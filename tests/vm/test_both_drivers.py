@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.vm import drivers, kvmgt
-from tests.vm.drivers import SHARES, Driver, Opened
-from tests.vm.raw import (
+from tools.lab import drivers
+from tools.lab.drivers import SHARES, Driver, Opened
+from tools.lab.gvt import kvmgt
+from tools.lab.vfio.raw import (
     BAR0,
     BAR2,
     CONFIG,

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.vm import cli, gpu, host
-from tests.vm.held import run_some_work, side
+from tools.lab import cli
+from tools.lab.sample import gpu, host
+from tools.lab.sample.held import run_some_work, side
 from vfio_mig.host.discover import Host
 from vfio_mig.host.opening import open_device
 

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.vm import cli, gpu, host
-from tests.vm.held import Side, guest_view, queue_one, run_some_work, side
-from tests.vm.raw import PAGE
 from tools.demo.__main__ import Migration
 from tools.demo.report import Report
+from tools.lab import cli
+from tools.lab.sample import gpu, host
+from tools.lab.sample.held import Side, guest_view, queue_one, run_some_work, side
+from tools.lab.vfio.raw import PAGE
 from vfio_mig.host.discover import Host
 
 if TYPE_CHECKING:
@@ -347,10 +348,8 @@ def test_mdevs_are_listed_created_and_removed() -> None:
     assert host.available("GVTg_V4_8") == offered["available"]
 
 
-def test_the_demonstration_s_checks_hold(
-    source: Side, target: Side, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cli.demonstrate_warm(monkeypatch)
+@pytest.mark.usefixtures("warm_demonstrations")
+def test_the_demonstration_s_checks_hold(source: Side, target: Side, tmp_path: Path) -> None:
     report = Report()
     with contextlib.chdir(tmp_path):
         Migration(source, target, tmp_path / "gpu.vfm", report).run()

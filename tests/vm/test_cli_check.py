@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.vm import cli, host
-from tests.vm.raw import Guest
+from tools.lab import cli, waiting
+from tools.lab.sample import host
+from tools.lab.sample.guest import Guest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,14 +130,14 @@ def test_verify_needs_no_device(image: Path, tmp_path: Path) -> None:
 def test_a_second_save_is_told_of_the_first_one_which_a_signal_ends(held: host.Instance, tmp_path: Path) -> None:
     first, second = tmp_path / "first.vfm", tmp_path / "second.vfm"
     with subprocess.Popen(
-        [sys.executable, "-m", "tools.faults.faulty", "save", held.uuid, first],
+        [sys.executable, "-m", "tools.lab.faults.faulty", "save", held.uuid, first],
         env={**os.environ, FAULT: "save:after-stop=wait"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
         try:
-            host.wait_until("the first save's stop", lambda: held.run_state() == "stopped", cli.SECONDS)
+            waiting.wait_until("the first save's stop", lambda: held.run_state() == "stopped", cli.SECONDS)
             with untouched(held):
                 words = (held.uuid, f"PID {process.pid} ('vfio-mig save') is at work on it")
                 cli.refused("save", held.uuid, second, code=3, words=words)

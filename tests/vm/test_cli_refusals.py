@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.vm import gpu, host
-from tests.vm.cli import NOBODY, held, refused, run
-from tests.vm.raw import Guest
 from tests.vm.test_migration import guest_view
+from tools.lab.cli import NOBODY, held, refused, run
+from tools.lab.sample import gpu, host
+from tools.lab.sample.guest import Guest
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.writer import ArchiveWriter
 

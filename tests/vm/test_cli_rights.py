@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.vm import cli, host
-from tests.vm.cli import NOBODY
-from tests.vm.raw import Guest
+from tools.lab import cli
+from tools.lab.cli import NOBODY
+from tools.lab.sample import host
+from tools.lab.sample.guest import Guest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import gpu, host
-from tests.vm.raw import DIRTY_START, DIRTY_STOP
+from tools.lab import waiting
+from tools.lab.sample import gpu
+from tools.lab.vfio.raw import DIRTY_START, DIRTY_STOP
 
 if TYPE_CHECKING:
-    from tests.vm.raw import Guest
+    from tools.lab.sample.guest import Guest
 
 PAGE = 4096
 GPR = gpu.RING_BASE[gpu.RCS] + gpu.RING_GPR
@@ -253,7 +254,7 @@ def test_stop_waits_for_the_running_workload_and_keeps_the_others(guest: Guest, 
     guest.instance.set_exec_delay(300)
     for context in contexts:
         engine.submit(context)
-    host.wait_until("the first workload at work", lambda: len(guest.instance.queue()) == 2)
+    waiting.wait_until("the first workload at work", lambda: len(guest.instance.queue()) == 2)
     assert guest.memory.read(iova, 12) == bytes(12)
     begin = time.monotonic()
     guest.device.stop()

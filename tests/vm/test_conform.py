@@ -22,17 +22,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.vm import cli, host
-from tests.vm.raw_v2 import Device
+from tools.lab import cli
+from tools.lab.mtty import TYPES as MTTY_TYPES
+from tools.lab.sample import host
+from tools.lab.vfio.v2 import HAS_PRE_COPY, RUNNING, STOP_COPY, Device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.vm.conftest import MakeInstance
 
-KERNEL: Final = tuple(int(part) for part in platform.release().split(".")[:2])
-HAS_PRE_COPY: Final = KERNEL >= (6, 2)
-RUNNING: Final = 2
 DANGERS: Final = {
     "v2.arc.stop-copy.pre-copy",
     "v2.arc.stop-copy.pre-copy-p2p",
@@ -247,7 +246,7 @@ def test_an_error_between_two_checks_ends_it_with_the_device_running(make_instan
 @contextlib.contextmanager
 def mtty(kind: str = "mtty-2") -> Iterator[host.Instance]:
     name = str(uuid.uuid4())
-    (host.MTTY_TYPES / kind / "create").write_text(name)
+    (MTTY_TYPES / kind / "create").write_text(name)
     one = host.Instance(name, kind)
     try:
         yield one
@@ -292,7 +291,7 @@ def test_mtty_closed_in_stop_is_reset_before_anything_else() -> None:
     with mtty() as one:
         with Device.opened(one) as device:
             device.reset = lambda: None  # type: ignore[method-assign]
-            os.close(device.set_state(3))
+            os.close(device.go(STOP_COPY))
         report = conform(one.uuid, "--check", "v2.arc.running")
         assert report["found"] == "stop-copy"
         assert findings(report) == {}

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import pytest
 
-from tests.vm import defects, host
-from tests.vm.v2 import HAS_PRE_COPY
+from tools.lab.sample import defects, host
+from tools.lab.vfio.v2 import HAS_PRE_COPY
 from vfio_mig.conform.runner import conform_device
 from vfio_mig.jobs.session import Settings
 

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.vm import defects, host
-from tests.vm.raw import DEVICE_RESET, GET_DIRTY, PAGE, START, STATE, STATE_SIZE, Guest
-from tests.vm.raw import STOP as STATUS_STOP
-from tests.vm.v2 import (
+from tools.lab.sample import defects, host
+from tools.lab.sample.guest import Guest
+from tools.lab.sample.v2 import V2
+from tools.lab.vfio.raw import DEVICE_RESET, GET_DIRTY, PAGE, START, STATE, STATE_SIZE
+from tools.lab.vfio.raw import STOP as STATUS_STOP
+from tools.lab.vfio.v2 import (
     ERROR,
     LOG_STOP,
     PRE_COPY,
@@ -36,9 +38,6 @@ from tests.vm.v2 import (
     STATES,
     STOP,
     STOP_COPY,
-    V2,
-    log_report,
-    log_start,
     precopy_info,
     read_all,
     write_all,
@@ -369,33 +368,33 @@ def precopy_keeps_fd(vgpu: V2) -> bool:
 
 @probe("log-all")
 def log_all(vgpu: V2) -> bool:
-    log_start(vgpu, *MEMORY)
-    return bool(log_report(vgpu, *MEMORY))
+    vgpu.log_start(*MEMORY)
+    return bool(vgpu.log_report(*MEMORY))
 
 
 @probe("log-start-twice")
 def log_start_twice(vgpu: V2) -> bool:
-    log_start(vgpu, *MEMORY)
-    return accepted(log_start, vgpu, *MEMORY)
+    vgpu.log_start(*MEMORY)
+    return accepted(vgpu.log_start, *MEMORY)
 
 
 @probe("log-unstarted")
 def log_unstarted(vgpu: V2) -> bool:
-    return accepted(log_report, vgpu, *MEMORY)
+    return accepted(vgpu.log_report, *MEMORY)
 
 
 @probe("log-ends-at-stop")
 def log_ends_at_stop(vgpu: V2) -> bool:
-    log_start(vgpu, *MEMORY)
+    vgpu.log_start(*MEMORY)
     vgpu.go(STOP)
-    return not accepted(log_report, vgpu, *MEMORY)
+    return not accepted(vgpu.log_report, *MEMORY)
 
 
 @probe("log-survives")
 def log_survives(vgpu: V2) -> bool:
-    log_start(vgpu, *MEMORY)
+    vgpu.log_start(*MEMORY)
     reopen(vgpu.guest)
-    refused = not accepted(log_start, vgpu, *MEMORY)
+    refused = not accepted(vgpu.log_start, *MEMORY)
     vgpu.feature(SET | LOG_STOP)
     return refused
 
@@ -555,8 +554,8 @@ def misuse(vgpu: V2, states: Iterator[int], fds: list[int]) -> None:
         with contextlib.suppress(OSError):
             vgpu.guest.device.save()
         with contextlib.suppress(OSError):
-            log_start(vgpu, *MEMORY)
-            log_report(vgpu, *MEMORY)
+            vgpu.log_start(*MEMORY)
+            vgpu.log_report(*MEMORY)
         if state == RESUMING:
             vgpu.guest.device.reset()
 

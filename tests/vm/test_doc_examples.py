@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.doc_examples import MEMORY, Block, examples, inputs_and_outputs, script
-from tests.vm import cli, gpu, host
-from tests.vm.held import guest_of, run_some_work
-from tests.vm.raw import Memory
+from tools.lab import cli
+from tools.lab.sample import gpu, host
+from tools.lab.sample.held import guest_of, run_some_work
+from tools.lab.vfio.raw import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

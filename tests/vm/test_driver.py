@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import gpu, host, image
-from tests.vm.raw import (
+from tools.lab.sample import gpu, host, image
+from tools.lab.sample.guest import Guest
+from tools.lab.vfio.raw import (
     BAR0,
     BAR2,
     CONFIG,
@@ -30,7 +31,6 @@ from tests.vm.raw import (
     REGION_CAPS,
     REGION_MMAP,
     STATE,
-    Guest,
 )
 
 if TYPE_CHECKING:

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.vm import gpu, host
-from tests.vm.raw import DEVICE_RESET, FLAG_MIGRATABLE, PAGE, Guest
-from tests.vm.v2 import (
+from tools.lab.sample import gpu, host
+from tools.lab.sample.guest import Guest
+from tools.lab.sample.v2 import V2
+from tools.lab.vfio.raw import DEVICE_RESET, FLAG_MIGRATABLE, PAGE, fails
+from tools.lab.vfio.v2 import (
     DATA_SIZE,
     DEVICE_FEATURE,
     DEVICE_STATE,
@@ -48,11 +50,6 @@ from tests.vm.v2 import (
     STATES,
     STOP,
     STOP_COPY,
-    V2,
-    fails,
-    log_report,
-    log_start,
-    pre_copy,
     precopy_info,
     read_all,
     read_now,
@@ -68,6 +65,7 @@ HEADER: Final = struct.Struct("<QII16sQQQQ")  # magic, version, flags, type, tot
 RECORD: Final = struct.Struct("<IIQ")  # type, bytes, number
 DIRTY: Final = 1
 IMAGE: Final = 2
+pre_copy = pytest.mark.skipif(not HAS_PRE_COPY, reason="PRE_COPY is of Linux 6.2")
 MAGIC: Final = int.from_bytes(b"gvt_v2", "little")
 
 
@@ -849,28 +847,28 @@ def test_dma_logging_tells_what_was_written_since_the_last_report(vgpu: V2) -> N
     memory, whole = guest.memory, (guest.memory.iova, guest.memory.size)
     # Since Linux 6.7 the bitmap to report in comes from iommufd, which Debian's kernels do not have.
     if KERNEL >= (6, 7) and not Path("/dev/iommu").exists():
-        fails(errno.ENOTTY, log_start, vgpu, *whole)
+        fails(errno.ENOTTY, vgpu.log_start, *whole)
         return
     engine = gpu.Engine(guest)
     gma, iova = guest.bind(3)
-    fails(errno.EINVAL, log_report, vgpu, *whole)
-    assert log_start(vgpu, *whole) == PAGE
-    fails(errno.EINVAL, log_start, vgpu, *whole)
-    assert log_report(vgpu, *whole) == set()
+    fails(errno.EINVAL, vgpu.log_report, *whole)
+    assert vgpu.log_start(*whole) == PAGE
+    fails(errno.EINVAL, vgpu.log_start, *whole)
+    assert vgpu.log_report(*whole) == set()
     context, done = engine.run(gpu.store_dword(gma + PAGE, 9))
     assert done
     assert memory.u32(iova + PAGE) == 9
     written = {iova + PAGE, context.image + PAGE, engine.status_iova}
-    assert log_report(vgpu, iova + PAGE, PAGE) == {iova + PAGE}
-    assert log_report(vgpu, *whole) == written - {iova + PAGE}
-    assert log_report(vgpu, *whole) == set()
+    assert vgpu.log_report(iova + PAGE, PAGE) == {iova + PAGE}
+    assert vgpu.log_report(*whole) == written - {iova + PAGE}
+    assert vgpu.log_report(*whole) == set()
     guest.device.write(2, gma + 2 * PAGE - 2, b"abcd")
-    assert log_report(vgpu, *whole) == {iova + PAGE, iova + 2 * PAGE}
+    assert vgpu.log_report(*whole) == {iova + PAGE, iova + 2 * PAGE}
     vgpu.feature(SET | LOG_STOP)
     vgpu.feature(SET | LOG_STOP)
     engine.run(gpu.store_dword(gma, 9))
-    assert log_start(vgpu, *whole) == PAGE
-    assert log_report(vgpu, *whole) == set()
+    assert vgpu.log_start(*whole) == PAGE
+    assert vgpu.log_report(*whole) == set()
 
 
 def test_a_log_in_larger_pages_reports_each_4_kib_of_them_and_forgets_them_as_a_whole(vgpu: V2) -> None:
@@ -880,20 +878,20 @@ def test_a_log_in_larger_pages_reports_each_4_kib_of_them_and_forgets_them_as_a_
     whole = (guest.memory.iova, guest.memory.size)
     gma, iova = guest.bind(32)
     vgpu.set_knob("v2_log_page", 1 << 16)
-    assert log_start(vgpu, *whole) == 1 << 16
+    assert vgpu.log_start(*whole) == 1 << 16
     first = -(-iova // (1 << 16)) << 16  # one of the log's, all of it ours
     guest.device.write(2, gma + first - iova + 5 * PAGE, b"a")
     of_it = {first + number * PAGE for number in range(16)}
-    assert log_report(vgpu, *whole) == of_it
-    assert log_report(vgpu, *whole) == set()
+    assert vgpu.log_report(*whole) == of_it
+    assert vgpu.log_report(*whole) == set()
     guest.device.write(2, gma + first - iova + 5 * PAGE, b"b")
-    assert log_report(vgpu, first + 3 * PAGE, 2 * PAGE) == {first + 3 * PAGE, first + 4 * PAGE}
-    assert log_report(vgpu, *whole) == set()
+    assert vgpu.log_report(first + 3 * PAGE, 2 * PAGE) == {first + 3 * PAGE, first + 4 * PAGE}
+    assert vgpu.log_report(*whole) == set()
     vgpu.set_knob("v2_log_page", PAGE)  # of the next log
     guest.device.write(2, gma + first - iova, b"c")
-    assert log_report(vgpu, *whole) == of_it
+    assert vgpu.log_report(*whole) == of_it
     vgpu.feature(SET | LOG_STOP)
     for wrong in (0, 2048, 12288, 1 << 31):
         with pytest.raises(OSError, match="Invalid argument"):
             vgpu.set_knob("v2_log_page", wrong)
-    assert log_start(vgpu, *whole) == PAGE
+    assert vgpu.log_start(*whole) == PAGE

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm.faults import Cell, SampleStage, all_cells, driver_cells
-from tests.vm.held import side
+from tools.lab.faults.cells import Cell, all_cells, driver_cells
+from tools.lab.faults.stage import SampleStage
+from tools.lab.sample.held import side
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.vm import host
+    from tools.lab.kernel.log import KernelLog
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def stage() -> Iterator[SampleStage]:
 
 
 @pytest.fixture(autouse=True)
-def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
+def quiet_kernel(kernel_log: KernelLog) -> Iterator[None]:
     """As everywhere, but the vGPUs stay for the next cell."""
     kernel_log.new()
     yield

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.vm import gpu, host, image
-from tests.vm.kernel_memory import SLAB_NOISE, kmemleak, slab_growth, slab_objects, vmalloc_areas
-from tests.vm.raw import BAR0, CONFIG, FENCE, GTT, IRQ_MSI, PVINFO, STATE, STATE_SIZE, Guest
+from tools.lab.kernel.memory import SLAB_NOISE, kmemleak, slab_growth, slab_objects, vmalloc_areas
+from tools.lab.sample import gpu, host, image
+from tools.lab.sample.guest import Guest
+from tools.lab.vfio.raw import BAR0, CONFIG, FENCE, GTT, IRQ_MSI, PVINFO, STATE, STATE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
 
-from tests.vm import cli, host, kvmgt, raw
-from tests.vm.held import borrowed_fd
-from tests.vm.kvmgt import MEMORY, RESULT, Vgpu
-from tests.vm.raw import PAGE, Device
+from tools.lab import cli
+from tools.lab.borrowing import borrowed_fd
+from tools.lab.gvt import kvmgt
+from tools.lab.gvt.kvmgt import MEMORY, RESULT, Vgpu
+from tools.lab.vfio import raw
+from tools.lab.vfio.raw import PAGE, Device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tools.lab.kernel.log import KernelLog
 
 pytestmark = pytest.mark.gvt
 
@@ -84,7 +88,7 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Held]:
 
 
 @pytest.fixture(autouse=True)
-def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
+def quiet_kernel(kernel_log: KernelLog) -> Iterator[None]:
     """As everywhere, but the one that is held stays for the next test."""
     kernel_log.new()
     yield

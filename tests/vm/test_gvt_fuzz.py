@@ -16,20 +16,12 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.vm import image, kvmgt, raw
-from tests.vm.gvt_rfc import (
-    BCS,
-    CRC_AT,
-    MODULES,
-    VREG,
-    assert_same,
-    load_ours,
-    load_stock,
-    queue_work,
-    seal,
-)
-from tests.vm.kernel_memory import SLAB_NOISE, slab_growth, slab_objects, vmalloc_areas
-from tests.vm.kvmgt import ENGINES, RESULT, SEMAPHORE, Vgpu
+from tools.lab.gvt import kvmgt
+from tools.lab.gvt.kvmgt import ENGINES, RESULT, SEMAPHORE, Vgpu
+from tools.lab.gvt.rfc import BCS, CRC_AT, MODULES, VREG, assert_same, load_ours, load_stock, queue_work, seal
+from tools.lab.kernel.memory import SLAB_NOISE, slab_growth, slab_objects, vmalloc_areas
+from tools.lab.sample import image
+from tools.lab.vfio import raw
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.vm import kvmgt, raw
-from tests.vm.cli import run
-from tests.vm.kvmgt import ENGINES, MEMORY, RESULT, SEMAPHORE, TARGET, Engine, Vgpu
-from tests.vm.raw import PAGE, Container
 from tools.gpu.control import ControlError
+from tools.lab.cli import run
+from tools.lab.gvt import kvmgt
+from tools.lab.gvt.kvmgt import ENGINES, MEMORY, RESULT, SEMAPHORE, TARGET, Engine, Vgpu
+from tools.lab.vfio import raw
+from tools.lab.vfio.raw import PAGE, Container
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.vm import cli, host, kvmgt
 from tools.l2.image import Image
 from tools.l2.machine import L2, SIGNATURE, START_SECONDS
+from tools.lab import cli, waiting
+from tools.lab.gvt import kvmgt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tools.lab.kernel.log import KernelLog
 
 pytestmark = [pytest.mark.gvt, pytest.mark.l2]
 
@@ -49,11 +52,11 @@ def l2(name: str) -> Iterator[L2]:
 @pytest.fixture(scope="module")
 def slowness() -> float:
     """How much slower the machine is than if it were idle, before the guest is started."""
-    return host.slowness()
+    return waiting.slowness()
 
 
 @pytest.fixture(autouse=True)
-def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
+def quiet_kernel(kernel_log: KernelLog) -> Iterator[None]:
     """As everywhere, but the guest stays for the next test."""
     kernel_log.new()
     yield
@@ -66,7 +69,7 @@ def js(*words: str | Path) -> Any:
 
 def test_it_is_up_in_a_minute_and_its_console_is_quiet(slowness: float, l2: L2) -> None:
     assert l2.up_after is not None
-    slower = max(slowness, host.slowness())
+    slower = max(slowness, waiting.slowness())
     assert l2.up_after < START_SECONDS * slower, f"this machine is {slower:.1f} times slower than if it were idle"
     assert l2.lines()[0] == f"load: ready {' '.join(ENGINES)}"
     assert all(line.startswith("load: ") for line in l2.lines())

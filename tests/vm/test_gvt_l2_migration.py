@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.vm import cli, kvmgt, raw
-from tests.vm.gvt_rfc import MODULES, load_ours, load_stock, view
-from tests.vm.held import borrowed_fd
 from tools.l2.image import Image
 from tools.l2.machine import L2, START_SECONDS
+from tools.lab import cli
+from tools.lab.borrowing import borrowed_fd
+from tools.lab.gvt import kvmgt
+from tools.lab.gvt.rfc import MODULES, load_ours, load_stock, view
+from tools.lab.vfio import raw
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

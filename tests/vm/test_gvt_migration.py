@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.vm import cli, kvmgt, raw
-from tests.vm.gvt_held import Side, side
-from tests.vm.gvt_rfc import (
+from tools.lab import cli
+from tools.lab.gvt import kvmgt
+from tools.lab.gvt.held import Side, side
+from tools.lab.gvt.kvmgt import MEMORY, MEMORY_PAGES, RESULT, SEMAPHORE, TARGET, Vgpu
+from tools.lab.gvt.rfc import (
     BATCH_VALUE,
     BCS,
     HALF_PTE,
@@ -36,8 +38,8 @@ from tests.vm.gvt_rfc import (
     stored,
     view,
 )
-from tests.vm.kvmgt import MEMORY, MEMORY_PAGES, RESULT, SEMAPHORE, TARGET, Vgpu
-from tests.vm.raw import PAGE
+from tools.lab.vfio import raw
+from tools.lab.vfio.raw import PAGE
 
 if TYPE_CHECKING:
     import contextlib

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.vm import kvmgt, raw
-from tests.vm.gvt_rfc import (
+from tools.lab.gvt import kvmgt
+from tools.lab.gvt.kvmgt import BATCH, HWSP, MEMORY, RESULT, RING, SEMAPHORE, TARGET, Engine, Vgpu
+from tools.lab.gvt.rfc import (
     BCS,
     HALF_PTE,
     MODULES,
@@ -44,9 +45,9 @@ from tests.vm.gvt_rfc import (
     stored,
     view,
 )
-from tests.vm.image import roots
-from tests.vm.kvmgt import BATCH, HWSP, MEMORY, RESULT, RING, SEMAPHORE, TARGET, Engine, Vgpu
-from tests.vm.raw import PAGE
+from tools.lab.sample.image import roots
+from tools.lab.vfio import raw
+from tools.lab.vfio.raw import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 import vfio_mig
-from tests.vm import cli, host
+from tools.lab import cli
+from tools.lab.sample import host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow  # what /proc shows is read alike on both kernels
 
 NAMESPACE: Final = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
-SERVER: Final = Path(__file__).with_name("fuse_server.py")
+SERVER: Final = Path(__file__).parents[2] / "tools/lab/fuse_server.py"
 FILESYSTEMS: Final = Path("/proc/filesystems")
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.vm import cli, gpu, host
-from tests.vm.held import guest_of, guest_view, run_some_work
-from tests.vm.raw import Memory
+from tools.lab import cli
+from tools.lab.sample import gpu, host
+from tools.lab.sample.held import guest_of, guest_view, run_some_work
+from tools.lab.vfio.raw import Memory
 from vfio_mig.dirty.memory import MemoryMap
 from vfio_mig.errors import HostError
 from vfio_mig.image.writer import ArchiveWriter

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.vm import cli, gpu, held, host
-from tests.vm.mtty import STATE_SIZE, held_mtty, set_scratch
-from tests.vm.raw import PAGE
+from tools.lab import cli
+from tools.lab.mtty import STATE_SIZE, held_mtty, set_scratch
+from tools.lab.sample import gpu, held, host
+from tools.lab.vfio.raw import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.vm.held import Side
+    from tools.lab.sample.held import Side
 
 pytestmark = pytest.mark.slow  # what is printed is the program's, not the kernel's
 

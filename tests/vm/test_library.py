@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 import vfio_mig
-from tests.vm import gpu, host
-from tests.vm.held import guest_view, run_some_work, side
+from tools.lab.sample import gpu, host
+from tools.lab.sample.held import guest_view, run_some_work, side
 from vfio_mig.jobs.points import POINTS
 
 if TYPE_CHECKING:

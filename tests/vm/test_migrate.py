@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.vm import cli, gpu, host
-from tests.vm.held import Side, guest_view, queue_one, run_some_work, side
+from tools.lab import cli
+from tools.lab.sample import gpu, host
+from tools.lab.sample.held import Side, guest_view, queue_one, run_some_work, side
 from vfio_mig.image.archive import read_archive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tools.lab.kernel.log import KernelLog
 
 pytestmark = pytest.mark.slow  # what is sent when is the program's, not the kernel's
 
@@ -31,7 +34,7 @@ def shm() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
+def quiet_kernel(kernel_log: KernelLog) -> Iterator[None]:
     """As everywhere, but the vGPUs stay for the next test."""
     kernel_log.new()
     yield

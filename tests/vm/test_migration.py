@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import random
 import struct
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import gpu, host, image
-from tests.vm.raw import BAR0, CONFIG, GTT, MMIO_SIZE, Guest
+from tools.lab import waiting
+from tools.lab.sample import gpu, image
+from tools.lab.vfio.raw import BAR0, CONFIG, GTT, MMIO_SIZE
+
+if TYPE_CHECKING:
+    from tools.lab.sample.guest import Guest
 
 PAGE = 4096
 GPR = gpu.RING_BASE[gpu.RCS] + gpu.RING_GPR
@@ -155,7 +160,7 @@ def test_an_elsp_pair_is_finished_exactly_once(guest: Guest, other: Guest, *, st
     if started:
         guest.instance.set_exec_delay(300)
         engine.submit(*contexts)
-        host.wait_until("the first element at work", lambda: len(guest.instance.queue()) == 1)
+        waiting.wait_until("the first element at work", lambda: len(guest.instance.queue()) == 1)
         guest.device.stop()
         assert guest.memory.read(iova, 8) == struct.pack("<II", 0x11, 0)
     else:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm import host, raw_v2
+from tools.lab import mtty
+from tools.lab.sample import host
+from tools.lab.vfio import v2
 
 pytestmark = pytest.mark.mtty
 
@@ -22,33 +24,26 @@ MAGIC = 0x7E9D09898C3E2C4E
 PORT_SIZE = 36  # its registers come first
 
 
-def read_all(fd: int) -> bytes:
-    chunks = []
-    while chunk := os.read(fd, 7):
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
 def test_a_stopped_mtty_gives_its_state_to_the_end_and_runs_again() -> None:
     name = str(uuid.uuid4())
-    (host.MTTY_TYPES / ONE_PORT / "create").write_text(name)  # whatever is left of it goes with the test
-    with raw_v2.Device.opened(host.Instance(name, ONE_PORT)) as device:
-        expected = raw_v2.FLAG_STOP_COPY | raw_v2.FLAG_P2P | raw_v2.FLAG_PRE_COPY
-        assert device.migration_flags() == expected
-        assert device.state() == raw_v2.RUNNING
+    (mtty.TYPES / ONE_PORT / "create").write_text(name)  # whatever is left of it goes with the test
+    with v2.Device.opened(host.Instance(name, ONE_PORT)) as device:
+        expected = v2.FLAG_STOP_COPY | v2.FLAG_P2P | v2.FLAG_PRE_COPY
+        assert device.flags() == expected
+        assert device.state() == v2.RUNNING
         device.write(0, SCRATCH, b"\x5a")
 
-        assert device.set_state(raw_v2.STOP) == -1
-        assert device.state() == raw_v2.STOP
+        assert device.go(v2.STOP) == -1
+        assert device.state() == v2.STOP
         states = []
         for _ in range(2):  # a second session reads the same
-            data_fd = device.set_state(raw_v2.STOP_COPY)
+            data_fd = device.go(v2.STOP_COPY)
             try:
-                assert device.state() == raw_v2.STOP_COPY
+                assert device.state() == v2.STOP_COPY
                 assert str(Path(f"/proc/self/fd/{data_fd}").readlink()) == "anon_inode:mtty_mig"
-                states.append(read_all(data_fd))
+                states.append(v2.read_all(data_fd, 7))
                 assert os.read(data_fd, 1) == b""  # the end stays the end
-                assert device.set_state(raw_v2.STOP) == -1
+                assert device.go(v2.STOP) == -1
                 with pytest.raises(OSError) as caught:
                     os.read(data_fd, 1)
                 assert caught.value.errno == errno.ENODEV
@@ -60,6 +55,6 @@ def test_a_stopped_mtty_gives_its_state_to_the_end_and_runs_again() -> None:
         assert len(states[0]) == HEADER.size + PORT_SIZE
         assert states[0][HEADER.size + SCRATCH] == 0x5A
 
-        assert device.set_state(raw_v2.RUNNING) == -1
-        assert device.state() == raw_v2.RUNNING
+        assert device.go(v2.RUNNING) == -1
+        assert device.state() == v2.RUNNING
         assert device.read(0, SCRATCH, 1) == b"\x5a"

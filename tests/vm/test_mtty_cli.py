@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.vm import cli, host
-from tests.vm.mtty import STATE_SIZE, TWO_PORTS, held_mtty, scratch, set_scratch
 from tools.demo import mainline as demo
+from tools.lab import cli
+from tools.lab.mtty import STATE_SIZE, TWO_PORTS, held_mtty, scratch, set_scratch
+from tools.lab.sample import host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tools.lab.kernel.log import KernelLog
 
 pytestmark = pytest.mark.mtty
 
@@ -34,7 +37,7 @@ def devices() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(autouse=True)
-def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
+def quiet_kernel(kernel_log: KernelLog) -> Iterator[None]:
     """As everywhere, but the devices stay for the next test."""
     kernel_log.new()
     yield
@@ -159,8 +162,8 @@ def test_what_it_cannot_do_is_refused_and_changes_nothing(source: str, target: s
 
 
 @pytest.mark.slow
-def test_the_demonstration_holds(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    cli.demonstrate_warm(monkeypatch)
+@pytest.mark.usefixtures("warm_demonstrations")
+def test_the_demonstration_holds(capfd: pytest.CaptureFixture[str]) -> None:
     status = demo.main()
     said = capfd.readouterr().out
     assert status == 0, said

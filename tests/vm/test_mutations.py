@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import host
 from tests.vm import test_seed_patches as seed
-from tests.vm.raw import Guest
+from tools.lab.sample import host
+from tools.lab.sample.guest import Guest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.vm import cli, host
+from tools.lab import cli
+from tools.lab.sample import host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from tests.vm import cli, gpu
-from tests.vm.held import Side, guest_view, run_some_work, side
+from tools.lab import cli
+from tools.lab.sample import gpu
+from tools.lab.sample.held import Side, guest_view, run_some_work, side
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import vfio_mig.vm.jobs  # noqa: F401  # once, for every fork
-from tests.vm import cli, gpu, host
-from tests.vm.held import guest_view, queue_one, run_some_work
-from tests.vm.qemu_vm import COMMAND, MEGABYTES, PRIVATE, Qemu
-from tests.vm.raw import PAGE
-from tools.faults.injection import VARIABLE
+from tools.lab import cli, waiting
+from tools.lab.faults.injection import VARIABLE
+from tools.lab.qemu import COMMAND, MEGABYTES, PRIVATE, Qemu
+from tools.lab.sample import gpu, host
+from tools.lab.sample.held import guest_view, queue_one, run_some_work
+from tools.lab.vfio.raw import PAGE
 from vfio_mig.vm.memory import find_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.vm.cli import Done
+    from tools.lab.cli import Done
+    from tools.lab.kernel.log import KernelLog
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +76,7 @@ def engine(source: Qemu) -> gpu.Engine:
 
 
 @pytest.fixture(autouse=True)
-def quiet_kernel(kernel_log: host.KernelLog) -> Iterator[None]:
+def quiet_kernel(kernel_log: KernelLog) -> Iterator[None]:
     """As everywhere, but the VMs stay for the next test."""
     kernel_log.new()
     yield
@@ -310,7 +312,7 @@ def test_a_vm_that_somebody_lets_go_on_meanwhile_is_not_saved(source: Qemu, imag
     words = [str(ROOT / "tools/qemu_host/__main__.py"), "save", str(source.socket), source.name, str(image)]
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(cli._forked, words, None, None, None)
-        host.wait_until("the vGPU is stopped", lambda: "stopped" in state.read_text())
+        waiting.wait_until("the vGPU is stopped", lambda: "stopped" in state.read_text())
         source.cont()
         result = done.result()
     assert result.returncode == 7, result.stderr

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.schemas import validate
-from tests.vm import cli, gpu, host
-from tests.vm.held import run_some_work, side
+from tools.lab import cli
+from tools.lab.sample import gpu, host
+from tools.lab.sample.held import run_some_work, side
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import gpu, host, image
-from tests.vm.raw import (
+from tools.lab.sample import gpu, host, image
+from tools.lab.vfio.raw import (
     BAR2,
     CAP_TYPE,
     FLAG_MIGRATABLE,
@@ -21,8 +22,10 @@ from tests.vm.raw import (
     REGION_WRITE,
     STATE,
     STATE_SIZE,
-    Guest,
 )
+
+if TYPE_CHECKING:
+    from tools.lab.sample.guest import Guest
 
 PAGE = 4096
 MIB = 1 << 20

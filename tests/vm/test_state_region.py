@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import gpu, host, image
-from tests.vm.raw import STATE, STATE_SIZE, Guest
+from tools.lab.sample import gpu, host, image
+from tools.lab.vfio.raw import STATE, STATE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.vm.conftest import MakeGuest
+    from tools.lab.sample.guest import Guest
 
 PAGE = 4096
 

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import pytest
 
-from tests.vm import cli, host
-from tests.vm.raw import Device, Guest
-from tests.vm.raw import Memory as GuestRam
+from tools.lab import cli, mtty
+from tools.lab.sample import host
+from tools.lab.sample.guest import Guest
+from tools.lab.vfio.raw import Device
+from tools.lab.vfio.raw import Memory as GuestRam
 from vfio_mig import uapi
 from vfio_mig.errors import DeviceError, UnsupportedError
 from vfio_mig.host.discover import Host
@@ -230,7 +232,7 @@ def test_a_device_whose_log_the_kernel_cannot_read_is_tracked_by_its_container(t
     memory = tmp_path / "memory"
     memory.write_bytes(bytes(16 * PAGE))
     name = str(uuid.uuid4())
-    (host.MTTY_TYPES / "mtty-2" / "create").write_text(name)
+    (mtty.TYPES / "mtty-2" / "create").write_text(name)
     try:
         arguments = ["--json", "--via", "group", "dirty", name, "--memory", f"{memory}@0", "--for", "0"]
         done = cli.run(*arguments, warm=True)

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.vm import cli, gpu, held, host
-from tests.vm.v2 import HAS_PRE_COPY, pre_copy
+from tools.lab import cli, waiting
+from tools.lab.sample import gpu, held, host
+from tools.lab.vfio.v2 import HAS_PRE_COPY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.vm.held import Side
+    from tools.lab.sample.held import Side
 
+pre_copy = pytest.mark.skipif(not HAS_PRE_COPY, reason="PRE_COPY is of Linux 6.2")
 MIB: Final = 1 << 20
 EXTRA: Final = 4 * MIB
 REGISTER: Final = 0x5000
@@ -226,7 +228,7 @@ def test_the_log_of_writes_tells_what_was_written_since_it_began(
     while process.runs():
         source.memory.write(context.image + gpu.CTX_HEAD, bytes(4))  # or its commands are done already
         engine.submit(context)
-        host.wait_until("an idle engine", lambda: not source.instance.queue())
+        waiting.wait_until("an idle engine", lambda: not source.instance.queue())
     report = json.loads(process.wait().stdout)
     pages = {address + offset for address, size in report["ranges"] for offset in range(0, size, 4096)}
     assert iova in pages
@@ -298,9 +300,9 @@ def test_two_devices_of_one_guest_share_one_copy_and_the_newest_page_is_restored
         saving = cli.Forked(
             "--json", "--hook", f"after-live={hook}", "save", *pairs, *memory, "--all-memory", "--rounds", "2"
         )
-        host.wait_until("the rounds to end", (tmp_path / "copied").exists)
+        waiting.wait_until("the rounds to end", (tmp_path / "copied").exists)
         engine.submit(context)
-        host.wait_until("an idle engine", lambda: not source.instance.queue())
+        waiting.wait_until("an idle engine", lambda: not source.instance.queue())
         assert source.memory.u32(iova) == 0x1EA5E
         (tmp_path / "written").touch()
         done = saving.wait()
@@ -336,7 +338,7 @@ def test_every_4_kib_of_a_larger_page_of_the_log_is_told_and_copied(
     while process.runs():
         source.memory.write(context.image + gpu.CTX_HEAD, bytes(4))  # or its commands are done already
         engine.submit(context)
-        host.wait_until("an idle engine", lambda: not source.instance.queue())
+        waiting.wait_until("an idle engine", lambda: not source.instance.queue())
     report = json.loads(process.wait().stdout)
     dirty = {at for start, size in report["ranges"] for at in range(start, start + size, page)}
     assert report["pages_dirty"] == len(dirty) < 64

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from tests.vm import host
+from tools.lab.sample import host
 
 UNWANTED: Final = ("numpy", "rich", "matplotlib", "hypothesis", "pycparser")
 _RUN: Final = """

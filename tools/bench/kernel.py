@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from tests.vm import host
 from tools.bench.native import SIZES, build, said
 from tools.bench.table import RUNS, Row, alternate, excess, ratio, show
+from tools.lab.sample import host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

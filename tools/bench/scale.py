@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from tests.vm import cli, gpu, held, host
-from tests.vm.raw import Memory
 from tools.bench.kernel import DIRECTORY, GIB, MIB, Ours
+from tools.lab import cli
+from tools.lab.sample import gpu, held, host
+from tools.lab.vfio.raw import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

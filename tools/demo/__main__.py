@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tests.vm import gpu
-from tests.vm.held import Side, Work, guest_view, queue_one, run_some_work, side
-from tests.vm.raw import PAGE
 from tools.demo.report import Report, vfio_mig
+from tools.lab.sample import gpu
+from tools.lab.sample.held import Side, Work, guest_view, queue_one, run_some_work, side
+from tools.lab.vfio.raw import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

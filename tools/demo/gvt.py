@@ -16,13 +16,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tests.vm import cli, gvt_rfc, kvmgt, raw
-from tests.vm.gvt_rfc import QUEUED, result_of
-from tests.vm.held import borrowed_fd
-from tests.vm.host import wait_until
-from tests.vm.kvmgt import MEMORY, MEMORY_PAGES, Vgpu
-from tests.vm.raw import PAGE, Memory
 from tools.demo.report import Report, vfio_mig
+from tools.lab import cli
+from tools.lab.borrowing import borrowed_fd
+from tools.lab.gvt import kvmgt
+from tools.lab.gvt import rfc as gvt_rfc
+from tools.lab.gvt.kvmgt import MEMORY, MEMORY_PAGES, Vgpu
+from tools.lab.gvt.rfc import QUEUED, result_of
+from tools.lab.vfio import raw
+from tools.lab.vfio.raw import PAGE, Memory
+from tools.lab.waiting import wait_until
 
 if TYPE_CHECKING:
     from tools.gpu.control import Control

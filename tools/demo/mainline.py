@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tests.vm import cli
-from tests.vm.mtty import STATE_SIZE, held_mtty, scratch, set_scratch
 from tools.demo.report import Report, vfio_mig
+from tools.lab import cli
+from tools.lab.mtty import STATE_SIZE, held_mtty, scratch, set_scratch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

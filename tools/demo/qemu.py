@@ -16,11 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.vm import gpu, host
-from tests.vm.held import Work, guest_view, queue_one, run_some_work
-from tests.vm.qemu_vm import MEGABYTES, Qemu
-from tests.vm.raw import PAGE
 from tools.demo.report import Report
+from tools.lab.qemu import MEGABYTES, Qemu
+from tools.lab.sample import gpu, host
+from tools.lab.sample.held import Work, guest_view, queue_one, run_some_work
+from tools.lab.vfio.raw import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,9 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.vm import gvt_held
-from tests.vm.faults import GvtStage, SampleStage, all_cells
-from tests.vm.held import side
+from tools.lab.faults.cells import all_cells
+from tools.lab.faults.stage import GvtStage, SampleStage
+from tools.lab.gvt import held as gvt_held
+from tools.lab.sample.held import side
 
 
 def _stage(stack: contextlib.ExitStack, directory: Path, *, gvt: bool) -> SampleStage | GvtStage:

@@ -16,13 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.vm import gpu, image
-from tests.vm.held import Side, Work, guest_view, queue_one, run_some_work, side
-from tests.vm.raw import PAGE
 from tools.demo.report import Report
+from tools.lab.sample import gpu, image
+from tools.lab.sample.held import Side, Work, guest_view, queue_one, run_some_work, side
+from tools.lab.vfio.raw import PAGE
 
 if TYPE_CHECKING:
-    from tests.vm.raw import Memory
+    from tools.lab.vfio.raw import Memory
 
 CUT: Final = "VFIO_MIG_PAIR_CUT"
 """Set where the target's part of the stream is not whole."""

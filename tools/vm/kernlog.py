@@ -42,12 +42,17 @@ _LINES_AFTER: Final = 50
 _MAX_LINES: Final = 300
 
 
+def is_complaint(line: str) -> bool:
+    """Tell whether the kernel's own checks wrote this line, with or without its time."""
+    return _FAULT.match(line) is not None
+
+
 def faults(log: str) -> list[str]:
     """Return the parts of a kernel log that show a WARN, BUG, Oops, panic or a driver's ERROR, as lines."""
     shown: list[str] = []
     left = 0
     for line in log.splitlines():
-        if _FAULT.match(line):
+        if is_complaint(line):
             left = _LINES_AFTER
         elif _DRIVER_ERROR.match(line):
             left = left or 1

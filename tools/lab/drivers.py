@@ -10,9 +10,10 @@ import contextlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from tests.vm import host, kvmgt
-from tests.vm.kvmgt import Kvm
-from tests.vm.raw import FENCE, PAGE, Container, Device, Memory
+from tools.lab.gvt import kvmgt
+from tools.lab.gvt.kvmgt import Kvm
+from tools.lab.sample import host
+from tools.lab.vfio.raw import FENCE, PAGE, Container, Device, Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
-from tests.vm import raw
-from tests.vm.raw import PAGE, Container, Device, Memory
 from tools.gpu import control
+from tools.lab.vfio import raw
+from tools.lab.vfio.raw import PAGE, Container, Device, Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, NoReturn
 
 import vfio_mig
-from tools.demo import report
-from tools.faults import injection
+from tools.lab.faults import injection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    import pytest
 
 PROGRAM: Final = "vfio-mig"
 NOBODY: Final = 65534
@@ -69,7 +67,7 @@ def run(
         assert stdin is None
         done = _forked(words, user, env, stdout)
     elif injection.VARIABLE in {**os.environ, **(env or {})}:
-        done = _started([sys.executable, "-m", "tools.faults.faulty", *words[1:]], user, env, stdin, stdout)
+        done = _started([sys.executable, "-m", "tools.lab.faults.faulty", *words[1:]], user, env, stdin, stdout)
     else:
         done = _started(words, user, env, stdin, stdout)
     if rc is not None and done.returncode != rc:
@@ -227,11 +225,6 @@ def _be_the_program(
         sys.stderr.flush()
     finally:
         os._exit(code)
-
-
-def demonstrate_warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the demonstrations run their commands in forks of this process."""
-    monkeypatch.setattr(report, "run", lambda *words: run(*words, warm=True).stdout)
 
 
 def refused(

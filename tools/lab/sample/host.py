@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import re
 import time
 import uuid
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 MODULE: Final = "gvt_sample"
 MODULE_SYSFS: Final = Path("/sys/module") / MODULE
@@ -23,7 +22,6 @@ PARENT: Final = Path("/sys/class/mdev_bus") / MODULE
 TYPES: Final = PARENT / "mdev_supported_types"
 DEBUGFS: Final = Path("/sys/kernel/debug") / MODULE
 SMALL: Final = "GVTg_V4_8"
-MTTY_TYPES: Final = Path("/sys/class/mdev_bus/mtty/mdev_supported_types")
 
 MIB: Final = 1 << 20
 PAGE: Final = 4096
@@ -31,64 +29,6 @@ PAGE: Final = 4096
 # Declared by <asm/unistd_64.h>; the commands around them need not be on PATH
 _SYS_FINIT_MODULE: Final = 313
 _SYS_DELETE_MODULE: Final = 176
-
-_BAD_LINE: Final = re.compile(
-    r"\b(WARNING:|BUG:|Oops|KASAN|UBSAN|kmemleak: (?!Cannot allocate a scan area)|general protection|refcount_t:|"
-    r"kernel BUG|blocked for more than|soft lockup|scheduling while atomic|circular locking)"
-)
-
-
-class KernelLog:
-    """Records that the kernel writes from now on; the ones before are not ours."""
-
-    def __init__(self) -> None:
-        self._fd: Final = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
-        os.lseek(self._fd, 0, os.SEEK_END)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def new(self) -> list[str]:
-        """Give the lines since the last call."""
-        lines: list[str] = []
-        while True:
-            try:
-                record = os.read(self._fd, 8192)
-            except BlockingIOError:
-                return lines
-            except BrokenPipeError:  # records were overwritten before we read them; go on with the next
-                continue
-            lines.append(record.decode(errors="replace").partition(";")[2].splitlines()[0])
-
-    def complaints(self) -> list[str]:
-        """Give the new lines from the first complaint of the kernel on, none when there is none."""
-        lines = self.new()
-        for number, line in enumerate(lines):
-            if _BAD_LINE.search(line):
-                return lines[number : number + 40]
-        return []
-
-
-def wait_until(what: str, condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Poll; TimeoutError says what did not happen."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what}: not within {seconds} s")
-        time.sleep(0.005)
-
-
-def slowness(seconds: float = 1.0) -> float:
-    """How many times slower than if they were alone programs are here now: other work on the machine shares its CPUs.
-
-    The same small work is done again and again: the shortest time is that of undisturbed work, the mean one is not.
-    """
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while (began := time.perf_counter()) < end:
-        sum(range(2000))
-        times.append(time.perf_counter() - began)
-    return sum(times) / len(times) / min(times)
 
 
 def module_directory() -> Path:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tests.vm import host
+from tools.lab.sample import host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,35 +6,19 @@ has it, and its driver is played through a second fd of its own, from the holder
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from tests.vm import cli, gpu, host
-from tests.vm.raw import BAR0, FENCE, GROUP_GET_DEVICE_FD, GTT, PAGE, PVINFO, Device, Guest, Memory
-from vfio_mig.host.discover import Host
-from vfio_mig.host.holders import duplicate_fd, find_holder
+from tools.lab import cli
+from tools.lab.borrowing import borrowed_fd
+from tools.lab.sample import gpu, host
+from tools.lab.sample.guest import Guest
+from tools.lab.vfio.raw import BAR0, FENCE, GTT, PAGE, PVINFO, Device, Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 PAGES: Final = 256
-
-
-def borrowed_fd(name: str) -> int:
-    """Return a second fd of a held device."""
-    found = Host().find(name)
-    holder = find_holder(found)
-    if holder is None:
-        raise RuntimeError(f"nobody holds {name}")
-    fd = duplicate_fd(found, holder)
-    if holder.node != found.node:
-        return fd
-    try:
-        return int(fcntl.ioctl(fd, GROUP_GET_DEVICE_FD, bytearray(name.encode() + b"\0"), True))
-    finally:
-        os.close(fd)
 
 
 class Side(NamedTuple):

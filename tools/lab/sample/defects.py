@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.vm import host
-from tests.vm.raw import Guest
-from tests.vm.v2 import HAS_PRE_COPY, LOG_START, PROBE, SET, V2
+from tools.lab.sample import host
+from tools.lab.sample.guest import Guest
+from tools.lab.sample.v2 import V2
+from tools.lab.vfio.v2 import HAS_PRE_COPY, LOG_START, PROBE, SET
 
 if TYPE_CHECKING:
     from pathlib import Path

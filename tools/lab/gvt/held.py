@@ -7,10 +7,12 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from tests.vm import cli, kvmgt, raw
-from tests.vm.held import borrowed_fd
-from tests.vm.kvmgt import MEMORY, MEMORY_PAGES
-from tests.vm.raw import Memory
+from tools.lab import cli
+from tools.lab.borrowing import borrowed_fd
+from tools.lab.gvt import kvmgt
+from tools.lab.gvt.kvmgt import MEMORY, MEMORY_PAGES
+from tools.lab.vfio import raw
+from tools.lab.vfio.raw import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,10 +11,11 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tests.vm import kvmgt, raw
-from tests.vm.kvmgt import CONTEXT, ENGINES, MEMORY, RESULT, RING, SEMAPHORE, TARGET, Engine, Vgpu
-from tests.vm.raw import PAGE
 from tools.gpu.control import ControlError
+from tools.lab.gvt import kvmgt
+from tools.lab.gvt.kvmgt import CONTEXT, ENGINES, MEMORY, RESULT, RING, SEMAPHORE, TARGET, Engine, Vgpu
+from tools.lab.vfio import raw
+from tools.lab.vfio.raw import PAGE
 
 if TYPE_CHECKING:
     from tools.gpu.control import Control

@@ -9,12 +9,13 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tests.vm import cli, host
-from tests.vm.held import borrowed_fd
+from tools.lab import cli
+from tools.lab.borrowing import borrowed_fd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+TYPES: Final = Path("/sys/class/mdev_bus/mtty/mdev_supported_types")
 TWO_PORTS: Final = "mtty-2"
 SCRATCH: Final = 7  # the UART's register that does nothing
 STATE_SIZE: Final = 96  # samples/vfio-mdev/mtty.c: 24 bytes, and 36 for each port
@@ -43,7 +44,7 @@ def set_scratch(name: str, value: int) -> None:
 @contextlib.contextmanager
 def held_mtty(kind: str = TWO_PORTS) -> Iterator[str]:
     name = str(uuid.uuid4())
-    (host.MTTY_TYPES / kind / "create").write_text(name)
+    (TYPES / kind / "create").write_text(name)
     try:
         with cli.held(name):
             yield name

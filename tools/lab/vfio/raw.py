@@ -13,37 +13,36 @@ import mmap
 import os
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ioctl_opt import IO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
-    from tests.vm.host import Instance
 
 PAGE: Final = 4096
 
 
-def _request(number: int) -> int:
+def request(number: int) -> int:
     return int(IO(ord(";"), 100 + number))
 
 
-SET_IOMMU: Final = _request(2)
-GROUP_GET_STATUS: Final = _request(3)
-GROUP_SET_CONTAINER: Final = _request(4)
-GROUP_GET_DEVICE_FD: Final = _request(6)
-DEVICE_GET_INFO: Final = _request(7)
-DEVICE_GET_REGION_INFO: Final = _request(8)
-DEVICE_GET_IRQ_INFO: Final = _request(9)
-DEVICE_SET_IRQS: Final = _request(10)
-DEVICE_RESET: Final = _request(11)
-IOMMU_MAP_DMA: Final = _request(13)
-IOMMU_UNMAP_DMA: Final = _request(14)
-IOMMU_DIRTY_PAGES: Final = _request(17)
-STATUS_SET: Final = _request(14)
-GET_DIRTY: Final = _request(15)
+SET_IOMMU: Final = request(2)
+GROUP_GET_STATUS: Final = request(3)
+GROUP_SET_CONTAINER: Final = request(4)
+GROUP_GET_DEVICE_FD: Final = request(6)
+DEVICE_GET_INFO: Final = request(7)
+DEVICE_GET_REGION_INFO: Final = request(8)
+DEVICE_GET_IRQ_INFO: Final = request(9)
+DEVICE_SET_IRQS: Final = request(10)
+DEVICE_RESET: Final = request(11)
+IOMMU_MAP_DMA: Final = request(13)
+IOMMU_UNMAP_DMA: Final = request(14)
+IOMMU_DIRTY_PAGES: Final = request(17)
+STATUS_SET: Final = request(14)
+GET_DIRTY: Final = request(15)
 
 TYPE1V2: Final = 3
 MAP_READ_WRITE: Final = 3
@@ -339,57 +338,12 @@ class Device:
         self.set_reg(PV_G2V_NOTIFY, {3: 2, 4: 4}[level])
 
 
-class Guest:
-    """A vGPU in use: its container, its mapped memory, its open device, and a simple page allocator."""
-
-    def __init__(self, instance: Instance, container: Container | None, memory: Memory, device: Device) -> None:
-        self.instance: Final = instance
-        self._container: Final = container
-        self.memory: Final = memory
-        self.device: Final = device
-        self._next_page = 0
-        self._next_low = device.guest_low() + 0x10 * PAGE
-        self._next_high = device.guest_high() + 0x10 * PAGE
-
-    @classmethod
-    @contextlib.contextmanager
-    def opened(cls, instance: Instance, *, iova: int = 0x100000, pages: int = 256) -> Iterator[Self]:
-        container = Container(instance.group)
-        try:
-            memory = Memory(iova, pages)
-            container.map(memory)
-            device = Device(container, instance.uuid)
-            try:
-                yield cls(instance, container, memory, device)
-            finally:
-                device.close()
-        finally:
-            container.close()
-
-    @property
-    def container(self) -> Container:
-        """Its container; not for a guest of a device that another process holds."""
-        if self._container is None:
-            raise LookupError("the container is another process's")
-        return self._container
-
-    def page(self) -> int:
-        """IOVA of a page of guest memory that nobody uses yet."""
-        iova = self.memory.iova + self._next_page * PAGE
-        if iova >= self.memory.iova + self.memory.size:
-            raise MemoryError("the test's guest memory is too small")
-        self._next_page += 1
-        return iova
-
-    def bind(self, pages: int = 1, *, high: bool = False) -> tuple[int, int]:
-        """Put fresh pages at fresh consecutive graphics addresses: (gma, IOVA) of the first; IOVAs are consecutive."""
-        gma = self._next_high if high else self._next_low
-        if high:
-            self._next_high += pages * PAGE
-        else:
-            self._next_low += pages * PAGE
-        first = self.page()
-        for number in range(pages):
-            iova = first if not number else self.page()
-            self.device.set_pte(gma + number * PAGE, iova | 1)
-        return gma, first
+def fails(code: int, call: Callable[..., object], *arguments: object) -> None:
+    """Demand that a call raises an OSError with this errno."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        if error.errno != code:
+            raise AssertionError(f"it failed with errno {error.errno}, and not {code}") from error
+    else:
+        raise AssertionError(f"it worked, and did not fail with errno {code}")

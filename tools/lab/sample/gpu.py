@@ -7,11 +7,11 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from tests.vm.host import wait_until
-from tests.vm.raw import PAGE
+from tools.lab.vfio.raw import PAGE
+from tools.lab.waiting import wait_until
 
 if TYPE_CHECKING:
-    from tests.vm.raw import Guest
+    from tools.lab.sample.guest import Guest
 
 RCS: Final = 0
 BCS: Final = 1

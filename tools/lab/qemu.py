@@ -14,14 +14,15 @@ import socket
 import subprocess
 from typing import IO, TYPE_CHECKING, Final, Self
 
-from tests.vm.raw import BAR0, BAR2, CONFIG, Device, Guest, Memory
+from tools.lab.sample.guest import Guest
+from tools.lab.vfio.raw import BAR0, BAR2, CONFIG, Device, Memory
 from vfio_mig.vm.qmp import Qmp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from tests.vm.host import Instance
+    from tools.lab.sample.host import Instance
 
 PROGRAM: Final = "qemu-system-x86_64"
 COMMAND: Final = "qemu-system-x86"

@@ -2,7 +2,7 @@
 """Make a job fail at one of its steps: ``VFIO_MIG_FAULT=save:after-stop=EIO``, for tests.
 
 The installed program knows nothing of this: a test has to install it (:func:`install`), or to start the program by
-``python -m tools.faults.faulty``. Several orders are separated by commas. Actions:
+``python -m tools.lab.faults.faulty``. Several orders are separated by commas. Actions:
 
 - an errno's name: the device fails with it; ENOSPC, EDQUOT, EROFS and EACCES are the host's failures;
 - ``sigint``, ``sigterm``, ``sighup``: this process gets the signal; ``kill``: it is gone at once;
