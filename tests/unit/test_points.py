@@ -108,7 +108,7 @@ def test_a_signal_by_order_is_an_interrupt(monkeypatch: pytest.MonkeyPatch, acti
 
 def test_a_kill_leaves_no_time_for_anything() -> None:
     code = """
-from tools.faults.injection import install
+from tools.lab.faults.injection import install
 from vfio_mig.jobs.engine.job import Job
 install()
 try:
