@@ -22,18 +22,18 @@ from vfio_mig.device import Region
 from vfio_mig.dirty.sync import Round
 from vfio_mig.errors import VfioMigError
 from vfio_mig.host.mdev import MdevType
-from vfio_mig.jobs.check import CheckReport, Finding, VerifyReport
+from vfio_mig.jobs.check import CheckReport, FitCheck, VerifyReport
 from vfio_mig.jobs.control import ActionReport, StateReport, StatusReport
 from vfio_mig.jobs.dirty import DirtyReport, SyncReport
+from vfio_mig.jobs.engine.live import StateRound
+from vfio_mig.jobs.engine.steps import STEPS
 from vfio_mig.jobs.files.diff import DiffReport
 from vfio_mig.jobs.files.extract import ExtractReport, PackReport
 from vfio_mig.jobs.files.inspect import InspectReport, SectionBytes
 from vfio_mig.jobs.files.pages import PagesReport
-from vfio_mig.jobs.live import StateRound
 from vfio_mig.jobs.migrate import MigrateReport
-from vfio_mig.jobs.points import POINTS
 from vfio_mig.jobs.queries.devices import DeviceInfo, DeviceRow
-from vfio_mig.jobs.queries.doctor import Diagnosis, DoctorReport
+from vfio_mig.jobs.queries.doctor import DoctorReport, HostCheck
 from vfio_mig.jobs.restore import RestoreReport
 from vfio_mig.jobs.save import SaveReport
 from vfio_mig.protocols.family import Condition
@@ -45,7 +45,8 @@ ROOT: Final = Path(__file__).parents[1]
 DIRECTORY: Final = ROOT / "docs" / "schemas"
 Schema = dict[str, Any]
 _KNOWN: Final = {
-    one.__name__: one for one in (Condition, Diagnosis, Difference, Finding, Region, Result, Round, Section, StateRound)
+    one.__name__: one
+    for one in (Condition, HostCheck, Difference, FitCheck, Region, Result, Round, Section, StateRound)
 }
 _SIMPLE: Final[dict[Any, str]] = {str: "string", int: "integer", bool: "boolean", float: "number", NoneType: "null"}
 _ADDED: Final[dict[type, dict[str, tuple[Any, str]]]] = {
@@ -219,8 +220,8 @@ def events() -> Schema:
     time = {"time": {"type": "number", "description": "seconds since 1970"}}
     step = {
         **time,
-        "step": {"enum": sorted({step for steps in POINTS.values() for step in steps}), "description": "of the job"},
-        "job": {"enum": sorted(POINTS)},
+        "step": {"enum": sorted({step for steps in STEPS.values() for step in steps}), "description": "of the job"},
+        "job": {"enum": sorted(STEPS)},
         "device": {"type": "string"},
     }
     code = {"type": "integer", "description": "the exit code"}

@@ -7,8 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Final
 
-from vfio_mig.jobs.points import POINTS
-from vfio_mig.jobs.steps import ALIASES, STARTS, option_of
+from vfio_mig.jobs.engine.steps import OTHER_NAMES, STARTS, STEPS, option_of
 
 DOCS: Final = Path(__file__).parents[1] / "docs/scripting.md"
 BEGIN: Final = "<!-- steps: python -m tools.steps_table -->"
@@ -41,14 +40,14 @@ MEANS: Final = {
 def order() -> list[str]:
     """Return every step once, each behind those that come before it in a job."""
     before: dict[str, set[str]] = {}
-    for steps in POINTS.values():
+    for steps in STEPS.values():
         for at, step in enumerate(steps):
             before.setdefault(step, set()).update(steps[max(0, at - 1) : at])
     return list(TopologicalSorter(before).static_order())
 
 
 def _cell(job: str, step: str) -> str:
-    if step not in POINTS[job]:
+    if step not in STEPS[job]:
         return ""
     if job == "migrate" and step in STARTS:
         return "without `--no-start`"
@@ -58,11 +57,11 @@ def _cell(job: str, step: str) -> str:
 
 def table() -> str:
     """Return the table."""
-    others = {step: word for word, step in ALIASES.items()}
-    lines = [f"| step | means | {' | '.join(POINTS)} |", "| --- " * (len(POINTS) + 2) + "|"]
+    others = {step: word for word, step in OTHER_NAMES.items()}
+    lines = [f"| step | means | {' | '.join(STEPS)} |", "| --- " * (len(STEPS) + 2) + "|"]
     for step in order():
         name = f"`{step}`" + (f", `{others[step]}`" if step in others else "")
-        lines.append(f"| {name} | {MEANS[step]} | {' | '.join(_cell(job, step) for job in POINTS)} |")
+        lines.append(f"| {name} | {MEANS[step]} | {' | '.join(_cell(job, step) for job in STEPS)} |")
     return "\n".join(lines)
 
 

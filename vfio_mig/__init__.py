@@ -74,6 +74,9 @@ if TYPE_CHECKING:
         fetch_dirty,
         sync_dirty,
     )
+    from vfio_mig.jobs.engine.live import Live
+    from vfio_mig.jobs.engine.session import Session, Settings
+    from vfio_mig.jobs.engine.session import open_session as open_device
     from vfio_mig.jobs.files.diff import (
         DiffReport,
         diff_images,
@@ -93,7 +96,6 @@ if TYPE_CHECKING:
         load_pages,
     )
     from vfio_mig.jobs.hold import hold_device
-    from vfio_mig.jobs.live import Live
     from vfio_mig.jobs.migrate import (
         MigrateReport,
         migrate,
@@ -118,8 +120,6 @@ if TYPE_CHECKING:
         save,
         save_all,
     )
-    from vfio_mig.jobs.session import Session, Settings
-    from vfio_mig.jobs.session import open_session as open_device
     from vfio_mig.library import (
         Device,
         Event,
@@ -165,13 +165,13 @@ _MODULES = {
     "jobs.hold": ("hold_device",),
     "jobs.queries.devices": ("DeviceInfo", "DeviceRow", "device_info", "list_devices"),
     "jobs.files.inspect": ("InspectReport", "inspect_image"),
-    "jobs.live": ("Live",),
+    "jobs.engine.live": ("Live",),
     "jobs.migrate": ("MigrateReport", "migrate"),
     "jobs.files.pages": ("PagesReport", "load_pages"),
     "jobs.files.extract": ("ExtractReport", "PackReport", "extract_image", "pack_image"),
     "jobs.restore": ("RestoreReport", "restore", "restore_all"),
     "jobs.save": ("SaveReport", "save", "save_all"),
-    "jobs.session": ("Session", "Settings", "open_device"),
+    "jobs.engine.session": ("Session", "Settings", "open_device"),
     "library": ("Device", "Event", "Host", "Image"),
 }
 _RENAMED = {

@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from vfio_mig.errors import UsageError
-from vfio_mig.jobs.session import Settings
+from vfio_mig.jobs.engine.session import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.check import CheckReport, VerifyReport
     from vfio_mig.jobs.control import ActionReport, StateReport, StatusReport
     from vfio_mig.jobs.dirty import DirtyReport, SyncReport
+    from vfio_mig.jobs.engine.live import Live
+    from vfio_mig.jobs.engine.session import Session
     from vfio_mig.jobs.files.diff import DiffReport
     from vfio_mig.jobs.files.extract import ExtractReport
     from vfio_mig.jobs.files.inspect import InspectReport
     from vfio_mig.jobs.files.pages import PagesReport
-    from vfio_mig.jobs.live import Live
     from vfio_mig.jobs.migrate import MigrateReport
     from vfio_mig.jobs.queries.devices import DeviceInfo, DeviceRow
     from vfio_mig.jobs.queries.doctor import DoctorReport
     from vfio_mig.jobs.restore import RestoreReport
     from vfio_mig.jobs.save import SaveReport
-    from vfio_mig.jobs.session import Session
 
     OnEvent = Callable[["Event"], object]
     """Called at each step of a job; an exception ends the job, and what it has done is undone."""
@@ -268,7 +268,7 @@ class Host:
         :raises OpenError: there is no such device, or it cannot be opened.
         :raises UnsupportedError: it speaks no protocol of ours.
         """
-        from vfio_mig.jobs.session import open_session
+        from vfio_mig.jobs.engine.session import open_session
 
         return Device(open_session(name, self._settings, memory=memory), self._settings)
 

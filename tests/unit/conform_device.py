@@ -430,10 +430,10 @@ class PlayedDevice(Device):
         return DeviceInfo(2 if "no reset flag" in self.kernel else 3, 9, 5)
 
 
-def bench_of(kernel: Played, second: Played | None = None, *, dangerous: bool = True) -> Rig:
+def rig_of(kernel: Played, second: Played | None = None, *, dangerous: bool = True) -> Rig:
     """Put a played device on the rig."""
     v2 = V2Device(kernel, DEVICE_FD, dangerous=dangerous)
     v2.flags = kernel.flags
-    other = None if second is None else bench_of(second, dangerous=dangerous)
+    other = None if second is None else rig_of(second, dangerous=dangerous)
     same = second is not None and second.kind == kernel.kind
     return Rig(PlayedDevice(kernel), v2=v2, opener=lambda _: PlayedDevice(kernel), second=other, same_type=same)

@@ -22,21 +22,21 @@ from vfio_mig.errors import DeviceError, HostError, ImageError, MismatchError, U
 from vfio_mig.host.discover import HostDevice
 from vfio_mig.image.archive import Archive, read_archive
 from vfio_mig.image.writer import ArchiveWriter
-from vfio_mig.jobs import session as session_module
 from vfio_mig.jobs.check import (
     MISMATCH,
     NOTE,
     OK,
-    Finding,
+    FitCheck,
     check_image,
-    findings,
-    header_findings,
+    fit_checks,
+    header_checks,
     parse_state,
     require_fit,
-    state_findings,
+    state_checks,
     verify_image,
 )
-from vfio_mig.jobs.session import Session
+from vfio_mig.jobs.engine import session as session_module
+from vfio_mig.jobs.engine.session import Session
 from vfio_mig.protocols.base import MigrationProtocol
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def archive_of(head: Mapping[str, Any] | None = None, state: bytes = b"state") -
     return read_archive(io.BytesIO(image_of(head, state)))
 
 
-def results(found: list[Finding]) -> dict[str, str]:
+def results(found: list[FitCheck]) -> dict[str, str]:
     names = [one.name for one in found]
     assert len(set(names)) == len(names) or set(names) == {*names, "state-content"}
     return {one.name: one.result for one in found}
@@ -169,7 +169,7 @@ STATE_NAMES: Final = ["state", "pci-ids", "graphics-memory"]
 
 
 def test_an_image_of_this_device_fits_in_every_respect() -> None:
-    found = findings(session_with(), GOOD_STATE, archive_of(state=GOOD_STATE))
+    found = fit_checks(session_with(), GOOD_STATE, archive_of(state=GOOD_STATE))
     assert [one.name for one in found] == [*HEADER_NAMES, *STATE_NAMES]
     assert {one.result for one in found} == {OK}
     texts = {one.name: one.text for one in found}
@@ -199,7 +199,7 @@ DIFFERENCES: Final[dict[str, tuple[dict[str, Any], str, str, str]]] = {
 
 @pytest.mark.parametrize(("changes", "name", "result", "text"), DIFFERENCES.values(), ids=DIFFERENCES)
 def test_one_difference_is_one_finding(changes: dict[str, Any], name: str, result: str, text: str) -> None:
-    found = list(header_findings(session_with(), archive_of(header(**changes))))
+    found = list(header_checks(session_with(), archive_of(header(**changes))))
     assert [one.name for one in found] == HEADER_NAMES
     (differs,) = [one for one in found if one.result != OK]
     assert (differs.name, differs.result) == (name, result)
@@ -209,14 +209,14 @@ def test_one_difference_is_one_finding(changes: dict[str, Any], name: str, resul
 def test_only_a_type_whose_state_tells_it_apart_may_be_forced() -> None:
     changes = {"device": {"type": "x"}, "machine": "s390x", "protocol": "third"}
     for protocol, forcible in ((FakeProtocol, ["device-type"]), (OtherProtocol, [])):
-        found = list(header_findings(session_with(protocol=protocol), archive_of(header(**changes))))
+        found = list(header_checks(session_with(protocol=protocol), archive_of(header(**changes))))
         assert [one.name for one in found if one.forcible and one.result == MISMATCH] == forcible
 
 
 @pytest.mark.parametrize(("more", "result"), [(0, OK), (1, MISMATCH)])
 def test_a_state_that_the_device_could_not_take_does_not_fit(more: int, result: str) -> None:
     archive = archive_of(state=bytes(IMAGE_MAX - 1 + more))
-    assert results(list(header_findings(session_with(), archive)))["state-size"] == result
+    assert results(list(header_checks(session_with(), archive)))["state-size"] == result
 
 
 HOSTILE: Final[dict[str, dict[str, Any]]] = {
@@ -243,7 +243,7 @@ HOSTILE: Final[dict[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
 def test_whatever_a_header_says_is_compared_or_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     head = header(**changes)
-    found = list(header_findings(session_with(), archive_of(head)))
+    found = list(header_checks(session_with(), archive_of(head)))
     assert [one.name for one in found] == HEADER_NAMES
     fits = results(found)
     same = {key: head.get(key) == header()[key] for key in ("protocol", "machine")}
@@ -274,7 +274,7 @@ JSON = st.recursive(
     )
 )
 def test_no_header_at_all_breaks_a_check(head: dict[str, Any]) -> None:
-    found = findings(session_with(), b"no state", archive_of(head))
+    found = fit_checks(session_with(), b"no state", archive_of(head))
     with pytest.raises(MismatchError) as caught:
         require_fit(NAME, found)
     assert str(caught.value).isprintable()
@@ -301,7 +301,7 @@ def test_no_header_at_all_breaks_a_check(head: dict[str, Any]) -> None:
     ids=["image's ids", "device's ids", "image's type", "device's memory", "cut", "empty"],
 )
 def test_a_state_of_another_device_does_not_fit(state: bytes, device: Device, expected: list[str], text: str) -> None:
-    found = list(state_findings(session_with(device), state))
+    found = list(state_checks(session_with(device), state))
     wrong = [one for one in found if one.result == MISMATCH]
     assert [one.name for one in wrong] == expected
     assert wrong[0].text.startswith(text)
@@ -311,14 +311,14 @@ def test_a_state_of_another_device_does_not_fit(state: bytes, device: Device, ex
 
 
 def test_memory_sizes_that_cannot_be_read_are_noted() -> None:
-    found = list(state_findings(session_with(FakeDevice(None)), GOOD_STATE))
+    found = list(state_checks(session_with(FakeDevice(None)), GOOD_STATE))
     assert results(found) == {"state": OK, "pci-ids": OK, "graphics-memory": NOTE}
     assert found[-1].text == "the device's own sizes cannot be read"
 
 
 def test_what_is_unusual_about_a_state_is_noted_and_told() -> None:
     unusual = gvt_state(low=LOW, high=HIGH + 4096, levels=(3, 7), crc=5)
-    found = list(state_findings(session_with(FakeDevice((LOW, HIGH + 4096))), unusual))
+    found = list(state_checks(session_with(FakeDevice((LOW, HIGH + 4096))), unusual))
     notes = [one for one in found if one.result != OK]
     assert {(one.name, one.result) for one in notes} == {("state-content", NOTE)}
     told = require_fit(NAME, found)
@@ -328,8 +328,8 @@ def test_what_is_unusual_about_a_state_is_noted_and_told() -> None:
 
 
 def test_a_state_of_unknown_layout_is_noted() -> None:
-    found = list(state_findings(session_with(protocol=OtherProtocol), b"anything"))
-    assert found == [Finding("state", NOTE, "the layout of a other state is not known")]
+    found = list(state_checks(session_with(protocol=OtherProtocol), b"anything"))
+    assert found == [FitCheck("state", NOTE, "the layout of a other state is not known")]
     assert parse_state("other", b"anything") is None
     parsed = parse_state("gvt-rfc", GOOD_STATE)
     assert parsed is not None
@@ -338,9 +338,9 @@ def test_a_state_of_unknown_layout_is_noted() -> None:
 
 def test_a_raw_state_has_no_header_to_compare_and_an_unverified_one_nothing_else() -> None:
     device = session_with()
-    assert [one.name for one in findings(device, GOOD_STATE, None)] == STATE_NAMES
-    assert [one.name for one in findings(device, b"", archive_of(), verify_state=False)] == HEADER_NAMES
-    assert findings(device, b"", None, verify_state=False) == []
+    assert [one.name for one in fit_checks(device, GOOD_STATE, None)] == STATE_NAMES
+    assert [one.name for one in fit_checks(device, b"", archive_of(), verify_state=False)] == HEADER_NAMES
+    assert fit_checks(device, b"", None, verify_state=False) == []
 
 
 # --- check

@@ -31,10 +31,10 @@ from vfio_mig.cli.output import print_json
 from vfio_mig.errors import DeviceError
 from vfio_mig.host import mdev
 from vfio_mig.jobs import control, dirty, migrate, restore, save
+from vfio_mig.jobs.engine.events import Hooks
 from vfio_mig.jobs.files import pages
 from vfio_mig.jobs.files.extract import extract_image
 from vfio_mig.jobs.queries import devices as inform
-from vfio_mig.jobs.steps import Hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,7 +23,7 @@ from vfio_mig.errors import DeviceNotFoundError, UsageError, VfioMigError
 from vfio_mig.host.discover import HostDevice
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs.engine import job as job_engine
-from vfio_mig.jobs.session import Session
+from vfio_mig.jobs.engine.session import Session
 from vfio_mig.protocols.base import MigrationProtocol
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 from click.testing import CliRunner
 
-from tests.unit.conform_device import Played, bench_of
+from tests.unit.conform_device import Played, rig_of
 from vfio_mig.cli.main import cli
 from vfio_mig.conform import runner
 from vfio_mig.conform.kit import rfc_device, v2_device
@@ -44,7 +44,7 @@ DOCS: Final = Path(__file__).parents[2] / "docs/conform.md"
 
 
 def run(kernel: Played, *patterns: str, second: Played | None = None, dangerous: bool = True) -> dict[str, Result]:
-    rig = bench_of(kernel, second, dangerous=dangerous)
+    rig = rig_of(kernel, second, dangerous=dangerous)
     checks = select(patterns, V2)
     results = {check.id: run_check(check, rig, dangerous=dangerous) for check in checks}
     rig.begin()
@@ -223,9 +223,9 @@ DEFECTS: Final = [
 
 @pytest.mark.parametrize(("defect", "check", "outcome"), DEFECTS)
 def test_a_defect_is_found_by_its_check(defect: str, check: str, outcome: str) -> None:
-    rig = bench_of(Played(7, defect.split(", ")))
+    rig = rig_of(Played(7, defect.split(", ")))
     assert run_check(select([check])[0], rig, dangerous=True).outcome == outcome
-    assert run_check(select([check])[0], bench_of(Played()), dangerous=True).outcome == PASS
+    assert run_check(select([check])[0], rig_of(Played()), dangerous=True).outcome == PASS
 
 
 def test_error_is_left_by_a_reset_only() -> None:
@@ -282,7 +282,7 @@ def test_a_check_that_breaks_is_its_own_failure_and_no_other_s() -> None:
     def skips(_: object) -> str:
         raise NotApplicable("nothing there")
 
-    rig = bench_of(Played())
+    rig = rig_of(Played())
     broken = run_check(Check("v2.x.y", "r", "s", "e", breaks), rig)
     assert (broken.outcome, broken.seen) == (FAIL, r"ZeroDivisionError: by zero\n")
     assert run_check(Check("v2.x.y", "r", "s", "e", skips), rig)[4:6] == ("nothing there", SKIP)
@@ -295,7 +295,7 @@ def test_a_signal_is_no_check_s_result() -> None:
         return "0"
 
     with pytest.raises(KeyboardInterrupt):
-        run_check(Check("v2.x.y", "r", "s", "e", interrupted), bench_of(Played()))
+        run_check(Check("v2.x.y", "r", "s", "e", interrupted), rig_of(Played()))
 
 
 def test_a_check_that_does_not_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from vfio_mig import uapi
 from vfio_mig.device import CAPS_MAX, REPLY_MAX, Device, Region
 from vfio_mig.errors import DeviceError, UnsupportedError, UsageError
 from vfio_mig.host.devices import HostDevice
-from vfio_mig.jobs import check, session
+from vfio_mig.jobs import check
+from vfio_mig.jobs.engine import session
 from vfio_mig.protocols import registry
 from vfio_mig.protocols.flags import mainline_flags
 from vfio_mig.protocols.gvt_rfc import DIRTY_PAGES_MAX, GvtRfc
@@ -641,12 +642,12 @@ def test_a_new_protocol_is_one_module_and_one_line_in_the_registry() -> None:
         detect(FakeDevice(), DEFAULT_PROFILE, "made-up")
     # what jobs ask of its states
     one = session.Session(found, device, protocol)
-    good = [finding[:3] for finding in check.state_findings(one, protocol.content)]
+    good = [finding[:3] for finding in check.state_checks(one, protocol.content)]
     assert good == [
         ("state", "ok", "16 made-up bytes"),
         ("made-up-name", "ok", "fake"),
         ("state-content", "note", "it is made up"),
     ]
-    assert [finding.text for finding in check.state_findings(one, b"other")] == ["not made up at 0x0"]
+    assert [finding.text for finding in check.state_checks(one, b"other")] == ["not made up at 0x0"]
     with pytest.raises(UsageError, match="choose one of auto, mainline-v2, gvt-rfc, made-up"):
         session.open_session("fake", session.Settings(abi="another"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.saved_images import HEADER, Memory, gvt_state, js, patched, run, text, write
 from tests.unit.test_image_archive import PAGE
 from tests.unit.test_image_gvt import CFG, GTT, SREG, VREG
-from tools.fuzz import saved
+from tools.fuzz import builders
 from vfio_mig.decode.differences import state_differences
 from vfio_mig.decode.pagemap import PageMap, intersect, merge, pages_in, runs, subtract
 from vfio_mig.errors import UsageError
@@ -142,9 +142,9 @@ def test_bitmaps_and_pages_that_differ_are_summed_up(tmp_path: Path) -> None:
 
 
 def test_states_of_drivers_that_are_known_differ_by_field_and_others_by_byte(tmp_path: Path) -> None:
-    content = bytearray(saved.mtty())
+    content = bytearray(builders.mtty())
     content[24 + 7] = 0x77
-    one, other = write(tmp_path / "one", saved.mtty()), write(tmp_path / "other", bytes(content))
+    one, other = write(tmp_path / "one", builders.mtty()), write(tmp_path / "other", bytes(content))
     assert differences(one, other) == [("state", "port0.registers.scr", 0, 0x5A, 0x77)]
     one.write_bytes(b"some bytes, and more")
     other.write_bytes(b"some BYTES, or")
@@ -154,17 +154,17 @@ def test_states_of_drivers_that_are_known_differ_by_field_and_others_by_byte(tmp
         ("state", "size", 0, 20, 14),
     ]
     inner = gvt_state(cfg=patched(CFG, at_44=1))
-    one.write_bytes(saved.gvt_sample(gvt_state(), filler=32))
-    other.write_bytes(saved.gvt_sample(inner, filler=32, pages=1))
+    one.write_bytes(builders.gvt_sample(gvt_state(), filler=32))
+    other.write_bytes(builders.gvt_sample(inner, filler=32, pages=1))
     names = [(section, name) for section, name, *_ in differences(one, other)]
     assert ("cfg", "0x44") in names
     assert ("stream", "records.dirty_pages") in names
 
 
 def test_bytes_that_no_field_names_are_differences_too(tmp_path: Path) -> None:
-    one, other = write(tmp_path / "one", saved.mtty()), write(tmp_path / "other", saved.mtty() + b"\0")
+    one, other = write(tmp_path / "one", builders.mtty()), write(tmp_path / "other", builders.mtty() + b"\0")
     assert differences(one, other) == [("state", "size", 0, 96, 97)]
-    stream = saved.gvt_sample(gvt_state(), filler=32)
+    stream = builders.gvt_sample(gvt_state(), filler=32)
     write(one, stream)
     write(other, stream[:70] + b"?" + stream[71:])
     assert differences(one, other) == [("stream", "0x46", 1, b"\x5a".hex(), b"?".hex())]
@@ -179,7 +179,7 @@ def test_another_device_is_a_difference(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "stream").write_bytes(saved.qemu_stream([b"x"]))
+    (tmp_path / "stream").write_bytes(builders.qemu_stream([b"x"]))
     one = write(tmp_path / "one")
     assert "is a QEMU stream; 'vfio-mig extract'" in str(run("diff", one, tmp_path / "stream").exception)
     assert isinstance(run("diff", "-", "-").exception, UsageError)

@@ -24,7 +24,7 @@ from vfio_mig.dirty.sync import Copy, LiveCopy, Round, Sink, SparseFile, zero_ru
 from vfio_mig.errors import HostError, UsageError
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.writer import ArchiveWriter
-from vfio_mig.jobs.live import Live, copy_live
+from vfio_mig.jobs.engine.live import Live, copy_live
 
 PAGE = 4096
 

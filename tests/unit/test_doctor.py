@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from vfio_mig import proc
-from vfio_mig.jobs.queries.doctor import NOTE, OK, PROBLEM, Diagnosis, DoctorReport, examine_host
-from vfio_mig.jobs.session import Settings
+from vfio_mig.jobs.engine.session import Settings
+from vfio_mig.jobs.queries.doctor import NOTE, OK, PROBLEM, DoctorReport, HostCheck, examine_host
 
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 ROOT = Path(__file__).parents[2]
-BARE = Diagnosis("vfio", PROBLEM, "neither /dev/vfio/vfio nor /dev/iommu; load a driver: modprobe vfio-pci")
+BARE = HostCheck("vfio", PROBLEM, "neither /dev/vfio/vfio nor /dev/iommu; load a driver: modprobe vfio-pci")
 
 
 def put(root: Path, path: str, text: str = "") -> None:
@@ -27,7 +27,7 @@ def results(report: DoctorReport) -> dict[str, str]:
     return {one.name: one.result for one in report.checks}
 
 
-def the(report: DoctorReport, name: str) -> Diagnosis:
+def the(report: DoctorReport, name: str) -> HostCheck:
     (one,) = [one for one in report.checks if one.name == name]
     return one
 
@@ -86,8 +86,8 @@ def test_kvmgt_needs_a_kvm_and_only_ours_is_known_to_migrate(root: Path) -> None
     put(root, "dev/kvm")
     put(root, "sys/module/kvmgt/parameters/migration", "rfc")
     report = examine_host(root=str(root))
-    assert the(report, "gvt") == Diagnosis("gvt", OK, "kvmgt on 0000:00:02.0")
-    assert the(report, "kvm") == Diagnosis("kvm", OK, "/dev/kvm")
+    assert the(report, "gvt") == HostCheck("gvt", OK, "kvmgt on 0000:00:02.0")
+    assert the(report, "kvm") == HostCheck("kvm", OK, "/dev/kvm")
 
 
 def test_a_node_that_may_not_be_opened_is_named_with_its_device(root: Path) -> None:

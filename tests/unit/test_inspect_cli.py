@@ -19,7 +19,7 @@ import vfio_mig
 from tests.unit.saved_images import Memory, gvt_state, js, run, text, write
 from tests.unit.test_image_archive import PAGE
 from tests.unit.test_image_gvt import CFG
-from tools.fuzz import corpus, saved
+from tools.fuzz import builders, corpus
 from vfio_mig.errors import HostError, ImageError, UsageError, VfioMigError
 from vfio_mig.image.archive import read_archive
 
@@ -65,7 +65,7 @@ def test_one_section_is_shown_alone_in_words_or_bytes(tmp_path: Path) -> None:
 
 
 def test_a_section_that_is_not_there_is_wrong_usage_and_names_the_others(tmp_path: Path) -> None:
-    path = write(tmp_path / "image", saved.mtty())
+    path = write(tmp_path / "image", builders.mtty())
     for options, more in (([], "image.header, image.members, image.statistics, "), (["--hex"], "")):
         result = run("inspect", path, "--section", "gtt", *options)
         assert isinstance(result.exception, UsageError)
@@ -96,7 +96,7 @@ def test_a_bare_state_needs_no_option(tmp_path: Path) -> None:
 
 
 def test_a_state_in_many_members_is_decoded_as_one(tmp_path: Path) -> None:
-    content = saved.mtty()
+    content = builders.mtty()
     path = write(tmp_path / "image", [content[:5], content[5:30], content[30:]])
     report = js("inspect", path)
     assert (report["layout"], report["state_bytes"], report["problems"]) == ("mtty", 96, [])
@@ -147,9 +147,9 @@ def test_what_a_header_says_is_escaped(tmp_path: Path) -> None:
 def test_standard_input_may_be_a_pipe_of_any_form(tmp_path: Path) -> None:
     script = [sys.executable, "-m", "vfio_mig", "--json", "inspect", "-"]
     for content, kind in (
-        (write(tmp_path / "image", saved.mtty()).read_bytes(), "image"),
-        (saved.mtty(), "state"),
-        (saved.qemu_stream([saved.mtty()]), "qemu-stream"),
+        (write(tmp_path / "image", builders.mtty()).read_bytes(), "image"),
+        (builders.mtty(), "state"),
+        (builders.qemu_stream([builders.mtty()]), "qemu-stream"),
     ):
         done = subprocess.run(script, input=content, capture_output=True, check=True)
         assert json.loads(done.stdout)["kind"] == kind
@@ -157,7 +157,7 @@ def test_standard_input_may_be_a_pipe_of_any_form(tmp_path: Path) -> None:
 
 def test_a_qemu_stream_shows_its_vfio_devices(tmp_path: Path) -> None:
     path = tmp_path / "stream"
-    path.write_bytes(saved.qemu_stream([saved.mtty()[:24], saved.mtty()[24:]], [b"x"]))
+    path.write_bytes(builders.qemu_stream([builders.mtty()[:24], builders.mtty()[24:]], [b"x"]))
     report = js("inspect", path)
     names = [section["name"] for section in report["sections"]]
     assert names == [
@@ -167,11 +167,11 @@ def test_a_qemu_stream_shows_its_vfio_devices(tmp_path: Path) -> None:
     ]
     assert js("inspect", path, "--section", "vfio0.port1")["values"]["registers"]["scr"] == 0xA5
     dump = js("inspect", path, "--section", "vfio0.port0", "--hex")
-    assert bytes.fromhex(dump["content"]) == saved.mtty()[24:60]
+    assert bytes.fromhex(dump["content"]) == builders.mtty()[24:60]
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.binary(max_size=400), st.sampled_from([b"", b"QEVM\0\0\0\3", *saved.state_seeds()]))
+@given(st.binary(max_size=400), st.sampled_from([b"", b"QEVM\0\0\0\3", *builders.state_seeds()]))
 def test_any_bytes_give_a_report_or_an_error_of_ours(junk: bytes, seed: bytes) -> None:
     path = Path(f"/proc/self/fd/{_memory_file(seed + junk)}")
     try:
@@ -294,7 +294,7 @@ def test_a_failed_write_takes_back_what_was_written(tmp_path: Path, monkeypatch:
 
 
 def test_a_bare_state_is_not_extracted(tmp_path: Path) -> None:
-    (tmp_path / "state").write_bytes(saved.mtty())
+    (tmp_path / "state").write_bytes(builders.mtty())
     result = run("extract", tmp_path / "state", tmp_path / "parts")
     assert isinstance(result.exception, UsageError)
     assert "nothing to extract" in str(result.exception)
@@ -302,14 +302,14 @@ def test_a_bare_state_is_not_extracted(tmp_path: Path) -> None:
 
 
 def test_the_devices_of_a_qemu_stream_are_extracted(tmp_path: Path) -> None:
-    (tmp_path / "stream").write_bytes(saved.qemu_stream([saved.mtty()[:30], saved.mtty()[30:]], [b"x"]))
+    (tmp_path / "stream").write_bytes(builders.qemu_stream([builders.mtty()[:30], builders.mtty()[30:]], [b"x"]))
     report = js("extract", tmp_path / "stream", tmp_path / "parts")
     assert report["files"] == ["vfio0.state", "vfio0.config", "vfio1.state", "vfio1.config", "stream.json"]
-    assert (tmp_path / "parts/vfio0.state").read_bytes() == saved.mtty()
-    assert (tmp_path / "parts/vfio1.config").read_bytes() == saved.DEVICE_CONFIG
+    assert (tmp_path / "parts/vfio0.state").read_bytes() == builders.mtty()
+    assert (tmp_path / "parts/vfio1.config").read_bytes() == builders.DEVICE_CONFIG
     assert json.loads((tmp_path / "parts/stream.json").read_text())["machine"] == "pc-q35-7.2"
     assert isinstance(run("pack", tmp_path / "parts", tmp_path / "image").exception, ImageError)
-    (tmp_path / "stream").write_bytes(saved.qemu_stream())
+    (tmp_path / "stream").write_bytes(builders.qemu_stream())
     assert "no VFIO device" in str(run("extract", tmp_path / "stream", tmp_path / "none").exception)
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_image_gvt import image
-from tools.fuzz import saved
+from tools.fuzz import builders
 from vfio_mig.decode import qemu, qemu_parts, streams
 from vfio_mig.errors import ImageError
 from vfio_mig.image.bytesource import BufferSource, FileSource, PartSource, PiecesSource, find
@@ -57,7 +57,7 @@ def test_mtty_is_decoded_port_by_port() -> None:
 
 def test_mtty_fields_are_where_the_driver_has_them() -> None:
     port = bytes(range(1, 9)) + b"FIFO".ljust(16, b"\0") + bytes((1, 2, 3, 1, 1, 0xEE)) + struct.pack("<H", 600)
-    decoded = decode(saved.mtty(0)[:16] + struct.pack("<II", 1, 7) + port + bytes((0xC1, 16, 14, 0xEE)))
+    decoded = decode(builders.mtty(0)[:16] + struct.pack("<II", 1, 7) + port + bytes((0xC1, 16, 14, 0xEE)))
     found = values(decoded, "port0")
     assert decoded.problems == []
     assert found["fifo"][:8] == b"FIFO".hex()
@@ -67,14 +67,14 @@ def test_mtty_fields_are_where_the_driver_has_them() -> None:
 
 
 def test_a_cut_mtty_says_so() -> None:
-    decoded = decode(saved.mtty()[:70])
+    decoded = decode(builders.mtty()[:70])
     assert decoded.problems == ["70 bytes, 2 ports have 96"]
     assert [one.name for one in decoded.sections] == ["header", "port0"]
 
 
 def test_our_sample_is_decoded_down_to_the_image_in_it() -> None:
     state = image()
-    decoded = decode(saved.gvt_sample(state, filler=100, pages=2))
+    decoded = decode(builders.gvt_sample(state, filler=100, pages=2))
     assert (decoded.layout, decoded.problems) == ("gvt_sample", [])
     assert values(decoded, "stream")["vgpu_type"] == "GVTg_V4_8"
     assert values(decoded, "records") == {"dirty_pages": 2, "image": len(state), "image_at": 64 + 100 + 2 * 4096 + 16}
@@ -86,13 +86,13 @@ def test_our_sample_is_decoded_down_to_the_image_in_it() -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (saved.gvt_sample(b"")[:40], "the header is cut off at byte 40"),
-        (saved.gvt_sample(b"", total=99), "the header says 99"),
-        (saved.gvt_sample(b"x" * 9)[:-1], "record at 0x50: number 0, type 2, 9 bytes: impossible"),
-        (saved.gvt_sample(b"")[:-20], "16 bytes of filler promised"),
-        (saved.gvt_sample(b"")[:-10], "record at 0x50: cut off"),
-        (saved.gvt_sample(b"") + b"\0", "1 bytes behind the image"),
-        (saved.gvt_sample(bytes(600)), "type 0 with 0 bytes instead of HEAD"),
+        (builders.gvt_sample(b"")[:40], "the header is cut off at byte 40"),
+        (builders.gvt_sample(b"", total=99), "the header says 99"),
+        (builders.gvt_sample(b"x" * 9)[:-1], "record at 0x50: number 0, type 2, 9 bytes: impossible"),
+        (builders.gvt_sample(b"")[:-20], "16 bytes of filler promised"),
+        (builders.gvt_sample(b"")[:-10], "record at 0x50: cut off"),
+        (builders.gvt_sample(b"") + b"\0", "1 bytes behind the image"),
+        (builders.gvt_sample(bytes(600)), "type 0 with 0 bytes instead of HEAD"),
     ],
 )
 def test_a_broken_one_of_our_sample_says_where(content: bytes, problem: str) -> None:
@@ -104,14 +104,14 @@ def test_a_broken_one_of_our_sample_says_where(content: bytes, problem: str) -> 
 @pytest.mark.parametrize(
     ("content", "driver", "layout"),
     [
-        (saved.mlx5(5, 9), "", "mlx5"),
-        (saved.mlx5(5)[24:], "", "mlx5-or-virtio"),
-        (saved.mlx5(5)[24:], "mlx5_vfio_pci", "mlx5"),
-        (saved.mlx5(5)[24:], "virtio_vfio_pci", "virtio"),
-        (saved.xe((3, 16)), "", "xe"),
-        (saved.qat(), "", "qat"),
-        (saved.hisi(), "", "hisi_acc"),
-        (saved.hisi(0xCDCDCDCDFEEDAACC), "", "hisi_acc"),
+        (builders.mlx5(5, 9), "", "mlx5"),
+        (builders.mlx5(5)[24:], "", "mlx5-or-virtio"),
+        (builders.mlx5(5)[24:], "mlx5_vfio_pci", "mlx5"),
+        (builders.mlx5(5)[24:], "virtio_vfio_pci", "virtio"),
+        (builders.xe((3, 16)), "", "xe"),
+        (builders.qat(), "", "qat"),
+        (builders.hisi(), "", "hisi_acc"),
+        (builders.hisi(0xCDCDCDCDFEEDAACC), "", "hisi_acc"),
         (image(), "", "gvt-rfc"),
         (b"", "", "unknown"),
         (b"something else", "", "unknown"),
@@ -126,7 +126,7 @@ def test_a_stream_is_known_by_its_first_bytes(content: bytes, driver: str, layou
 
 
 def test_what_other_drivers_streams_have_is_listed() -> None:
-    records = values(decode(saved.mlx5(5, 9)), "records")["records"]
+    records = values(decode(builders.mlx5(5, 9)), "records")["records"]
     assert records == {
         "count": 3,
         "listed": [
@@ -135,26 +135,26 @@ def test_what_other_drivers_streams_have_is_listed() -> None:
             {"offset": 45, "size": 9, "tag": 0, "tag_name": "data", "flags": 0},
         ],
     }
-    packets = values(decode(saved.xe((3, 16), (6, 4))), "records")["records"]["listed"]
+    packets = values(decode(builders.xe((3, 16), (6, 4))), "records")["records"]["listed"]
     assert [(one["name"], one["size"]) for one in packets] == [
         ("descriptor", 8),
         ("ggtt", 16),
         ("vram", 4),
         ("trailer", 0),
     ]
-    assert values(decode(saved.qat()), "header") == {
+    assert values(decode(builders.qat()), "header") == {
         "magic": 0xADF5CAEA,
         "version": 1,
         "header_size": 16,
         "sections": 5,
         "size": 4096,
     }
-    assert values(decode(saved.hisi()), "header")["version"] == 2
+    assert values(decode(builders.hisi()), "header")["version"] == 2
     assert values(decode(b"something else"), "state") == {"size": 14, "first_bytes": b"something else".hex()}
 
 
 def test_records_that_do_not_fit_end_the_walk() -> None:
-    decoded = decode(saved.mlx5(5, 9)[:-1])
+    decoded = decode(builders.mlx5(5, 9)[:-1])
     assert decoded.problems == ["record at 0x2d: 9 bytes promised, 8 left"]
     assert values(decoded, "records")["records"]["count"] == 2
 
@@ -191,15 +191,15 @@ def states(stream: QemuStream, content: bytes) -> list[bytes]:
 
 
 def test_the_vfio_devices_of_a_stream_are_taken_out() -> None:
-    pieces = [saved.mtty()[:24], saved.mtty()[24:90], saved.mtty()[90:]]
-    content = saved.qemu_stream(pieces, [b"other"])
+    pieces = [builders.mtty()[:24], builders.mtty()[24:90], builders.mtty()[90:]]
+    content = builders.qemu_stream(pieces, [b"other"])
     stream = read(content)
     assert (stream.machine, stream.complete, stream.problems) == ("pc-q35-7.2", True, [])
-    assert states(stream, content) == [saved.mtty(), b"other"]
+    assert states(stream, content) == [builders.mtty(), b"other"]
     assert [device.name for device in stream.devices] == ["0000:00:07.0/vfio", "0000:00:08.0/vfio"]
     assert stream.devices[0].config is not None
     at, size = stream.devices[0].config
-    assert content[at : at + size] == saved.DEVICE_CONFIG
+    assert content[at : at + size] == builders.DEVICE_CONFIG
     assert qemu_parts.device_config(content[at : at + size])["device"] == 0x1912
     assert {kind.name: kind.how for kind in stream.kinds.values()} == {
         "ram": "parsed",
@@ -210,25 +210,27 @@ def test_the_vfio_devices_of_a_stream_are_taken_out() -> None:
 
 
 def test_a_state_full_of_markers_and_footers_is_still_taken_whole() -> None:
-    trap = saved.be64(saved.END) + b"\x7e\0\0\0\7\0" + saved.be64(saved.DATA, 4) + b"QEVM"
-    content = saved.qemu_stream([trap, trap])
+    trap = builders.be64(builders.END) + b"\x7e\0\0\0\7\0" + builders.be64(builders.DATA, 4) + b"QEVM"
+    content = builders.qemu_stream([trap, trap])
     assert states(read(content), content) == [trap * 2]
 
 
 def test_a_stream_without_footers_goes_as_far_as_its_sections_are_known() -> None:
-    content = saved.qemu_stream([saved.mtty()], footer=False)
+    content = builders.qemu_stream([builders.mtty()], footer=False)
     stream = read(content)
-    assert (stream.problems, states(stream, content)) == ([], [saved.mtty()])
-    content = saved.qemu_stream([saved.mtty()], footer=False, tail=saved.begin(9, b"timer", bytes(9), footer=False))
+    assert (stream.problems, states(stream, content)) == ([], [builders.mtty()])
+    content = builders.qemu_stream(
+        [builders.mtty()], footer=False, tail=builders.begin(9, b"timer", bytes(9), footer=False)
+    )
     stream = read(content)
-    assert states(stream, content) == [saved.mtty()]
+    assert states(stream, content) == [builders.mtty()]
     assert "'timer': its length is not known, and the stream has no footers" in stream.problems[0]
 
 
 def test_behind_what_is_not_understood_vfio_sections_are_searched_for() -> None:
-    late = saved.begin(0x30, b"vfio", saved.be64(saved.SETUP, saved.END))
-    late += saved.part(0x30, saved.frame(b"late") + saved.be64(saved.END))
-    content = saved.qemu_stream([b"early"], tail=b"\xfe junk " + saved.be64(saved.DATA) + b" junk" + late)
+    late = builders.begin(0x30, b"vfio", builders.be64(builders.SETUP, builders.END))
+    late += builders.part(0x30, builders.frame(b"late") + builders.be64(builders.END))
+    content = builders.qemu_stream([b"early"], tail=b"\xfe junk " + builders.be64(builders.DATA) + b" junk" + late)
     stream = read(content)
     assert not stream.complete
     assert "type 0xfe is unknown; behind it VFIO sections are only searched for" in stream.problems[0]
@@ -237,21 +239,21 @@ def test_behind_what_is_not_understood_vfio_sections_are_searched_for() -> None:
 
 
 def test_a_part_that_cannot_be_taken_is_passed_over_and_said() -> None:
-    bad = saved.part(7, saved.be64(saved.MARK + 9) + b"unknown")
-    good = saved.part(7, saved.frame(b"good") + saved.be64(saved.END))
-    content = saved.qemu_stream([b"first"], tail=bad + good + b"\0")
+    bad = builders.part(7, builders.be64(builders.MARK + 9) + b"unknown")
+    good = builders.part(7, builders.frame(b"good") + builders.be64(builders.END))
+    content = builders.qemu_stream([b"first"], tail=bad + good + b"\0")
     stream = read(content)
     assert stream.complete
     assert states(stream, content) == [b"firstgood"]
     (problem,) = stream.problems
     assert "'0000:00:07.0/vfio' at 0x" in problem
     assert "marker 0xffffffffef100009 is unknown; passed over up to its footer" in problem
-    ram = saved.qemu_stream([b"first"], tail=saved.part(2, saved.be64(0x400)) + b"\0")
+    ram = builders.qemu_stream([b"first"], tail=builders.part(2, builders.be64(0x400)) + b"\0")
     assert "'ram' at 0x" in read(ram).problems[0]
 
 
 def test_a_cut_stream_gives_what_came_before() -> None:
-    whole = saved.qemu_stream([b"first", b"second"])
+    whole = builders.qemu_stream([b"first", b"second"])
     content = whole[: whole.index(b"second") + 3]
     stream = read(content)
     assert states(stream, content) == [b"first"]
@@ -268,7 +270,7 @@ def test_what_is_no_stream_is_refused(content: bytes) -> None:
 @settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 400))
 def test_any_bytes_in_a_stream_give_a_report(junk: bytes, at: int) -> None:
-    whole = saved.qemu_stream([saved.mtty()])
+    whole = builders.qemu_stream([builders.mtty()])
     at = min(at * 12, len(whole))
     content = b"QEVM\0\0\0\3" + (whole[:at] + junk + whole[at:])[8:]
     for device in read(content).devices:
@@ -277,7 +279,7 @@ def test_any_bytes_in_a_stream_give_a_report(junk: bytes, at: int) -> None:
 
 
 @settings(deadline=None)
-@given(st.binary(max_size=300), st.sampled_from(saved.state_seeds()))
+@given(st.binary(max_size=300), st.sampled_from(builders.state_seeds()))
 def test_any_bytes_are_a_state_of_some_layout(junk: bytes, seed: bytes) -> None:
     for content in (junk, seed + junk, seed[: len(junk)] + junk):
         decoded = decode(content)
@@ -345,21 +347,21 @@ def described(content: bytes, at: int, device: dict[str, Any]) -> bytes:
 def test_a_vfio_device_put_into_qemus_own_stream_is_found(own_stream: bytes) -> None:
     """No device of this host can be migrated by a QEMU, so its sections are put where QEMU would write them."""
     before = own_stream.index(b"\4\0\0\0\0\5timer")
-    device = saved.begin(0x77, b"0000:00:05.0/vfio", saved.be64(saved.SETUP, saved.END))
-    device += saved.part(0x77, saved.frame(saved.mtty()) + saved.be64(saved.END), last=True)
-    config = saved.be64(saved.CONFIG) + saved.DEVICE_CONFIG + saved.be64(saved.END)
+    device = builders.begin(0x77, b"0000:00:05.0/vfio", builders.be64(builders.SETUP, builders.END))
+    device += builders.part(0x77, builders.frame(builders.mtty()) + builders.be64(builders.END), last=True)
+    config = builders.be64(builders.CONFIG) + builders.DEVICE_CONFIG + builders.be64(builders.END)
     after = own_stream.index(b"\4", own_stream.index(b"globalstate") - 8)
-    config = saved.begin(0x77, b"0000:00:05.0/vfio", config, full=True)
+    config = builders.begin(0x77, b"0000:00:05.0/vfio", config, full=True)
     undescribed = own_stream[:before] + device + own_stream[before:after] + config + own_stream[after:]
     stream = read(undescribed)
     assert (stream.complete, stream.proved) == (False, False)
     assert stream.problems == [
         "QEMU's own description has a section 'globalstate' 0 where '0000:00:05.0/vfio' 0 is found"
     ]
-    size = 8 + len(saved.DEVICE_CONFIG) + 8
+    size = 8 + len(builders.DEVICE_CONFIG) + 8
     content = described(undescribed, -1, {"name": "0000:00:05.0/vfio", "instance_id": 0, "size": size})
     stream = read(content)
     assert (stream.complete, stream.problems) == (True, [])
-    assert states(stream, content) == [saved.mtty()]
+    assert states(stream, content) == [builders.mtty()]
     assert stream.devices[0].config is not None
-    assert stream.devices[0].config[1] == len(saved.DEVICE_CONFIG)
+    assert stream.devices[0].config[1] == len(builders.DEVICE_CONFIG)

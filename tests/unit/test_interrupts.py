@@ -19,8 +19,8 @@ from vfio_mig import interrupts
 from vfio_mig.errors import HostError
 from vfio_mig.interrupts import ENDING, protected
 from vfio_mig.jobs.engine.job import Job
-from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.session import Settings
+from vfio_mig.jobs.engine.rollback import Rollback
+from vfio_mig.jobs.engine.session import Settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,8 +18,8 @@ import pytest
 
 from tests.unit.test_image_gvt import CFG, SREG, vreg
 from tests.unit.test_image_gvt import image as gvt_image
+from tools.lab.faults.injection import LISTENERS, install
 from tools.lab.faults.injection import VARIABLE as FAULT
-from tools.lab.faults.injection import install
 from vfio_mig import interrupts
 from vfio_mig.decode import gvt_image as gvt
 from vfio_mig.device import Device
@@ -37,24 +37,25 @@ from vfio_mig.errors import (
 from vfio_mig.host import tracking
 from vfio_mig.host.discover import Host, HostDevice, Snapshot
 from vfio_mig.host.holders import Holder, View
-from vfio_mig.host.lock import LOADING, STOPPED, VARIABLE, DeviceLock, Left, left_behind
+from vfio_mig.host.lock import LOADING, STOPPED, VARIABLE, DeviceLock, Leftover, left_behind
 from vfio_mig.host.tracking import HeldTracker
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.interrupts import ENDING
-from vfio_mig.jobs import control, hold, session
+from vfio_mig.jobs import control, hold
 from vfio_mig.jobs.check import verify_image
 from vfio_mig.jobs.control import device_status, reset_device, start_device, stop_device
 from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
+from vfio_mig.jobs.engine import session
+from vfio_mig.jobs.engine.events import Hooks
+from vfio_mig.jobs.engine.live import Live
+from vfio_mig.jobs.engine.session import Session, Settings
+from vfio_mig.jobs.engine.steps import STEPS
 from vfio_mig.jobs.files.diff import diff_images
 from vfio_mig.jobs.files.inspect import InspectReport, inspect_image
 from vfio_mig.jobs.hold import hold_device
-from vfio_mig.jobs.live import Live
-from vfio_mig.jobs.points import LISTENERS, POINTS
 from vfio_mig.jobs.restore import NOT_HELD, UNVERIFIED, RestoreReport, restore, restore_all
 from vfio_mig.jobs.save import SaveReport, describe_device, save
-from vfio_mig.jobs.session import Session, Settings
-from vfio_mig.jobs.steps import Hooks
 from vfio_mig.protocols.base import MigrationProtocol
 from vfio_mig.protocols.none import NoMigration
 
@@ -101,7 +102,7 @@ class Gpu:
             self.calls.append(text)
 
     @property
-    def left(self) -> Left | None:
+    def left(self) -> Leftover | None:
         return left_behind(FOUND, self.holder)
 
 
@@ -502,28 +503,28 @@ def assert_promise(gpu: Gpu, jobs: Jobs, *, loaded: bool) -> None:
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize(
-    ("job", "point"),
+    ("job", "step"),
     [
         (job, name)
-        for job, names in POINTS.items()
+        for job, names in STEPS.items()
         if job not in {"conform", "dirty", "migrate", "start"}
         for name in names
         if name != "loaded"  # where a migration waits for the source
     ],
 )
 def test_a_job_that_fails_at_a_point_leaves_what_was(
-    gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, *, job: str, point: str, failure: str
+    gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, *, job: str, step: str, failure: str
 ) -> None:
-    monkeypatch.setenv(FAULT, f"{job}:{point}={failure}")
+    monkeypatch.setenv(FAULT, f"{job}:{step}={failure}")
     with pytest.raises(FAILURES[failure]) as caught:
         jobs.run(job)
     monkeypatch.delenv(FAULT)
     if isinstance(caught.value, (DeviceError, HostError)):
-        assert caught.value.problem.startswith(f"fault at {job}:{point}: {failure} ")
+        assert caught.value.problem.startswith(f"fault at {job}:{step}: {failure} ")
         assert caught.value.undo_errors == []
-    if point in {"opened", "verified", "after-round", "before-stop"}:
+    if step in {"opened", "verified", "after-round", "before-stop"}:
         assert not set(gpu.calls) & {*CHANGES, "start"}
-    assert_promise(gpu, jobs, loaded=job == "restore" and point in LOADED)
+    assert_promise(gpu, jobs, loaded=job == "restore" and step in LOADED)
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -621,14 +622,14 @@ def test_a_signal_while_committing_comes_too_late(
 def test_a_signal_between_the_steps_of_a_commit_comes_too_late(
     gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, job: str
 ) -> None:
-    real = DeviceLock.note
+    real = DeviceLock.journal
 
     def note(self: DeviceLock, effect: str) -> None:
         if not effect:
             signal.raise_signal(signal.SIGTERM)
         real(self, effect)
 
-    monkeypatch.setattr(DeviceLock, "note", note)
+    monkeypatch.setattr(DeviceLock, "journal", note)
     jobs.run(job, leave_running=False)
     assert gpu.left is None
     assert gpu.commits == 1
@@ -724,7 +725,7 @@ def test_a_job_that_cannot_start_the_device_again_says_so_and_leaves_a_note(
     )
     assert not gpu.running
     assert jobs.files() == []
-    left = Left(job, os.getpid(), STOPPED)
+    left = Leftover(job, os.getpid(), STOPPED)
     assert gpu.left == left
     status = device_status(NAME)
     assert (status.left, status.repair) == (str(left), f"'vfio-mig start {NAME}' lets it go on")
@@ -740,7 +741,7 @@ def test_an_interrupted_job_that_cannot_be_undone_says_so(
     with pytest.raises(KeyboardInterrupt) as caught:
         jobs.run("stop")
     assert caught.value.__notes__ == [f"while rolling back: {NAME}: START failed"]
-    assert gpu.left == Left("stop", os.getpid(), STOPPED)
+    assert gpu.left == Leftover("stop", os.getpid(), STOPPED)
 
 
 @pytest.mark.parametrize("repair", ["start", "reset", "restore", "save"])
@@ -757,7 +758,7 @@ def test_what_was_left_stopped_goes_on(gpu: Gpu, jobs: Jobs, monkeypatch: pytest
 
 
 @pytest.fixture
-def half_loaded(gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Left:
+def half_loaded(gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Leftover:
     """Have a restore fail of which nothing could be undone."""
     monkeypatch.setenv(FAULT, "restore:after-state=EIO")
     gpu.before["reset"] = raising(DeviceError("RESET failed", device=NAME))
@@ -766,11 +767,11 @@ def half_loaded(gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Left:
     monkeypatch.delenv(FAULT)
     assert not gpu.running
     gpu.calls.clear()
-    return Left("restore", os.getpid(), LOADING)
+    return Leftover("restore", os.getpid(), LOADING)
 
 
 @pytest.mark.parametrize("job", ["save", "start", "sync"])
-def test_nobody_goes_on_from_a_half_loaded_device(gpu: Gpu, jobs: Jobs, half_loaded: Left, job: str) -> None:
+def test_nobody_goes_on_from_a_half_loaded_device(gpu: Gpu, jobs: Jobs, half_loaded: Leftover, job: str) -> None:
     for _ in range(2):
         with pytest.raises(DeviceError) as caught:
             jobs.run(job)
@@ -782,7 +783,7 @@ def test_nobody_goes_on_from_a_half_loaded_device(gpu: Gpu, jobs: Jobs, half_loa
 
 
 @pytest.mark.parametrize("repair", ["reset", "restore"])
-def test_a_half_loaded_device_is_repaired(gpu: Gpu, jobs: Jobs, half_loaded: Left, repair: str) -> None:
+def test_a_half_loaded_device_is_repaired(gpu: Gpu, jobs: Jobs, half_loaded: Leftover, repair: str) -> None:
     jobs.run(repair)
     assert gpu.calls == (["reset", "start"] if repair == "reset" else ["stop", "write_state", "start"])
     assert gpu.running
@@ -791,19 +792,19 @@ def test_a_half_loaded_device_is_repaired(gpu: Gpu, jobs: Jobs, half_loaded: Lef
     jobs.assert_a_save_works()
 
 
-def test_a_stop_does_not_hide_that_a_device_is_half_loaded(gpu: Gpu, jobs: Jobs, half_loaded: Left) -> None:
+def test_a_stop_does_not_hide_that_a_device_is_half_loaded(gpu: Gpu, jobs: Jobs, half_loaded: Leftover) -> None:
     jobs.run("stop")
     assert gpu.left == half_loaded
 
 
 @pytest.mark.parametrize(
-    ("job", "point"), [("reset", "opened"), ("stop", "after-stop"), ("restore", "verified"), ("restore", "after-stop")]
+    ("job", "step"), [("reset", "opened"), ("stop", "after-stop"), ("restore", "verified"), ("restore", "after-stop")]
 )
 @pytest.mark.parametrize("failure", ["EIO", "sigterm"])
 def test_a_half_loaded_device_stays_one_when_its_repair_fails(
-    gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, half_loaded: Left, *, job: str, point: str, failure: str
+    gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, half_loaded: Leftover, *, job: str, step: str, failure: str
 ) -> None:
-    monkeypatch.setenv(FAULT, f"{job}:{point}={failure}")
+    monkeypatch.setenv(FAULT, f"{job}:{step}={failure}")
     with pytest.raises(FAILURES[failure]):
         jobs.run(job)
     assert "start" not in gpu.calls
@@ -811,11 +812,11 @@ def test_a_half_loaded_device_stays_one_when_its_repair_fails(
     assert gpu.left == half_loaded
 
 
-def test_a_reset_that_cannot_start_the_device_leaves_a_stopped_one(gpu: Gpu, jobs: Jobs, half_loaded: Left) -> None:
+def test_a_reset_that_cannot_start_the_device_leaves_a_stopped_one(gpu: Gpu, jobs: Jobs, half_loaded: Leftover) -> None:
     gpu.before["start"] = raising(DeviceError("START failed"))
     with pytest.raises(DeviceError, match="START failed"):
         jobs.run("reset")
-    assert gpu.left == Left("reset", os.getpid(), STOPPED) != half_loaded
+    assert gpu.left == Leftover("reset", os.getpid(), STOPPED) != half_loaded
     jobs.run("start")
     assert gpu.running
 
@@ -871,7 +872,7 @@ def test_the_target_of_a_migration_refuses_a_guest_s_device_before_it_asks_for_t
     gpu.holder = Holder(os.getpid(), "qemu", is_hold=False, fd=3)
     steps: list[str] = []
     with pytest.raises(UsageError, match="would change the device under"):
-        restore_all([(NAME, "-")], Settings(on_step=lambda _, step, __: steps.append(step)), await_word=True)
+        restore_all([(NAME, "-")], Settings(on_step=lambda _, step, __: steps.append(step)), await_verdict=True)
     assert steps == []
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import pytest
 
 from tests.unit.test_jobs import FakeProtocol, Gpu
+from tools.lab.faults.injection import LISTENERS, install
 from tools.lab.faults.injection import VARIABLE as FAULT
-from tools.lab.faults.injection import install
 from vfio_mig import interrupts
 from vfio_mig.device import Device, Holder
 from vfio_mig.dirty.memory import MemoryMap
@@ -20,22 +20,22 @@ from vfio_mig.errors import DeviceError, HostError, MismatchError, UnsupportedEr
 from vfio_mig.host.devices import HostDevice
 from vfio_mig.host.discover import Host, Snapshot
 from vfio_mig.host.holders import View
-from vfio_mig.host.lock import LOADING, MOVED, VARIABLE, DeviceLock, Left
+from vfio_mig.host.lock import LOADING, MOVED, VARIABLE, DeviceLock, Leftover
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.memoryplan import memory_note
 from vfio_mig.image.writer import ArchiveWriter
-from vfio_mig.jobs import control, session
+from vfio_mig.jobs import control
 from vfio_mig.jobs.control import device_status, start_device, start_devices, stop_device
 from vfio_mig.jobs.dirty import sync_dirty
+from vfio_mig.jobs.engine import session
 from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.live import Live
 from vfio_mig.jobs.engine.memory import MAY_BE_OLD, SINCE_NOW
+from vfio_mig.jobs.engine.session import Session, Settings
 from vfio_mig.jobs.files.pages import load_pages
-from vfio_mig.jobs.live import Live
 from vfio_mig.jobs.migrate import _check_memory
-from vfio_mig.jobs.points import LISTENERS
 from vfio_mig.jobs.restore import OLD_PAGES, restore, restore_all
 from vfio_mig.jobs.save import describe_device, save, save_all
-from vfio_mig.jobs.session import Session, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -418,7 +418,7 @@ def test_a_device_whose_guest_memory_may_be_half_written_is_reset_and_never_just
     target.write_bytes(bytes(PAGES * PAGE))
     monkeypatch.setenv(FAULT, f"restore:{step}={failure}")
     interrupts.install()
-    noted: list[Left | None] = []
+    noted: list[Leftover | None] = []
     LISTENERS.append(lambda _, name: noted.append(gpus[A].left) if name == step else None)
     with pytest.raises((DeviceError, HostError, KeyboardInterrupt)) as caught:
         restore(A, str(image), memory=maps(target))
@@ -524,17 +524,17 @@ def test_a_signal_while_pages_are_written_is_looked_at_between_pieces(
 
 
 @pytest.fixture
-def moved(gpus: dict[str, Vgpu], settings: Settings) -> Left:
+def moved(gpus: dict[str, Vgpu], settings: Settings) -> Leftover:
     with Job("migrate", settings) as job:
         opened = job.open(A)
         opened.protocol.stop()
-        opened.note(MOVED)
+        opened.journal(MOVED)
     gpus[A].calls.clear()
-    return Left("migrate", os.getpid(), MOVED)
+    return Leftover("migrate", os.getpid(), MOVED)
 
 
 def test_a_device_whose_state_was_moved_is_started_and_saved_by_force_only(
-    gpus: dict[str, Vgpu], moved: Left, tmp_path: Path, settings: Settings
+    gpus: dict[str, Vgpu], moved: Leftover, tmp_path: Path, settings: Settings
 ) -> None:
     assert gpus[A].left == moved
     assert device_status(A).left == str(moved)
@@ -553,7 +553,7 @@ def test_a_device_whose_state_was_moved_is_started_and_saved_by_force_only(
 
 
 def test_a_forced_save_that_fails_does_not_start_a_device_whose_state_was_moved(
-    gpus: dict[str, Vgpu], moved: Left, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpus: dict[str, Vgpu], moved: Leftover, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FAULT, "save:after-state=EIO")
     with pytest.raises(DeviceError, match="fault"):

@@ -16,7 +16,7 @@ from tests.unit.made_up_protocol import MadeUp
 from vfio_mig import library
 from vfio_mig.device import Device as OpenDevice
 from vfio_mig.host.devices import HostDevice
-from vfio_mig.jobs import session as sessions
+from vfio_mig.jobs.engine import session as sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,9 +13,9 @@ from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError
 from vfio_mig.host import tracking
 from vfio_mig.host.discover import HostDevice
 from vfio_mig.host.holders import Holder
-from vfio_mig.jobs.dirtylog import DirtyLog
-from vfio_mig.jobs.live import Live, StateCopy, copy_live, falls_short
-from vfio_mig.jobs.session import Session, Settings
+from vfio_mig.jobs.engine.dirtylog import DirtyLog
+from vfio_mig.jobs.engine.live import Live, StateCopy, copy_live, falls_short
+from vfio_mig.jobs.engine.session import Session, Settings
 from vfio_mig.protocols.base import MigrationProtocol, Pending
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class Broken(Played):
     def state(self) -> str:
         return self.now
 
-    def undo_stop(self) -> None:
+    def restore_run_state(self) -> None:
         raise DeviceError("SET running failed: EINVAL", device="fake")
 
     def reset(self) -> None:
@@ -246,6 +246,6 @@ def test_a_device_that_does_not_go_on_is_reset_only_out_of_the_error_state_and_o
 ) -> None:
     protocol = Broken(state, holder=holder)
     with pytest.raises(DeviceError) as caught:
-        session(protocol, warned).go_on()
+        session(protocol, warned).resume()
     assert words in str(caught.value)
     assert protocol.now == now

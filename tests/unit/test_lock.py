@@ -28,7 +28,7 @@ from vfio_mig.host.lock import (
     STOPPED,
     VARIABLE,
     DeviceLock,
-    Left,
+    Leftover,
     Work,
     at_work,
     left_behind,
@@ -52,7 +52,7 @@ from vfio_mig.host.lock import DeviceLock
 name, job, effect, holder = sys.argv[1:]
 lock = DeviceLock(HostDevice(name, "", "mdev", "", "", "", 7), job)
 lock.take_over(Holder(int(holder), "", True, 3))
-lock.note(effect)
+lock.journal(effect)
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -164,7 +164,7 @@ def test_a_refused_process_leaves_the_lock_and_no_open_file() -> None:
 def test_the_next_one_is_told_what_a_killed_one_had_done(effect: str, what: str, repair: str) -> None:
     pid = killed("restore", effect)
     left = left_behind(FOUND, ME)
-    assert left == Left("restore", pid, effect)
+    assert left == Leftover("restore", pid, effect)
     assert str(left) == f"an earlier 'vfio-mig restore' (PID {pid}) did not come to its end; the device {what}"
     assert left.repair(NAME) == repair
     with DeviceLock(FOUND, "save") as lock:
@@ -174,12 +174,12 @@ def test_the_next_one_is_told_what_a_killed_one_had_done(effect: str, what: str,
 def test_nothing_is_left_while_its_process_lives() -> None:
     with process("save", STOPPED) as child:
         assert left_behind(FOUND, ME) is None
-    assert left_behind(FOUND, ME) == Left("save", child.pid, STOPPED)
+    assert left_behind(FOUND, ME) == Leftover("save", child.pid, STOPPED)
 
 
 def test_nothing_is_left_once_the_holder_is_another(directory: Path) -> None:
     path = write_note(directory, note())
-    assert left_behind(FOUND, ME) == Left("save", 4711, STOPPED)
+    assert left_behind(FOUND, ME) == Leftover("save", 4711, STOPPED)
     for holder in (None, ME._replace(pid=os.getppid())):
         assert left_behind(FOUND, holder) is None
     with DeviceLock(FOUND, "save") as lock:
@@ -197,7 +197,7 @@ def test_a_recycled_pid_is_not_taken_for_the_holder(directory: Path) -> None:
 def test_what_is_done_to_a_device_that_nobody_keeps_open_is_not_noted(directory: Path) -> None:
     with DeviceLock(FOUND, "save") as lock:
         lock.take_over(None)
-        lock.note(STOPPED)
+        lock.journal(STOPPED)
         assert json.loads((directory / f"{NAME}.lock").read_bytes())["left"] is None
     assert (directory / f"{NAME}.lock").read_bytes() == b""
 
@@ -206,8 +206,8 @@ def test_a_job_that_ends_well_empties_the_note(directory: Path) -> None:
     killed("save", STOPPED)
     with DeviceLock(FOUND, "save") as lock:
         lock.take_over(ME)
-        lock.note(LOADING)
-        lock.note("")
+        lock.journal(LOADING)
+        lock.journal("")
         assert json.loads((directory / f"{NAME}.lock").read_bytes())["left"] is None
     assert (directory / f"{NAME}.lock").read_bytes() == b""
     assert left_behind(FOUND, ME) is None
@@ -216,26 +216,26 @@ def test_a_job_that_ends_well_empties_the_note(directory: Path) -> None:
 def test_a_job_that_could_not_undo_it_leaves_the_note() -> None:
     with DeviceLock(FOUND, "restore") as lock:
         lock.take_over(ME)
-        lock.note(STOPPED)
-        lock.note(LOADING)
-    assert left_behind(FOUND, ME) == Left("restore", os.getpid(), LOADING)
+        lock.journal(STOPPED)
+        lock.journal(LOADING)
+    assert left_behind(FOUND, ME) == Leftover("restore", os.getpid(), LOADING)
 
 
 def test_the_first_culprit_is_named_however_many_are_refused_after_it() -> None:
     pid = killed("restore", LOADING)
     for job in ("save", "sync", "start"):
         with DeviceLock(FOUND, job) as lock:
-            assert lock.take_over(ME) == Left("restore", pid, LOADING)
+            assert lock.take_over(ME) == Leftover("restore", pid, LOADING)
             with pytest.raises(DeviceBusyError, match=rf"PID {os.getpid()} \('vfio-mig {job}'\)"):
                 DeviceLock(FOUND, "stop")
-    assert left_behind(FOUND, ME) == Left("restore", pid, LOADING)
+    assert left_behind(FOUND, ME) == Leftover("restore", pid, LOADING)
 
 
 def test_a_job_that_never_got_to_the_device_leaves_the_note() -> None:
     pid = killed("restore", LOADING)
     with DeviceLock(FOUND, "save"):
         pass
-    assert left_behind(FOUND, ME) == Left("restore", pid, LOADING)
+    assert left_behind(FOUND, ME) == Leftover("restore", pid, LOADING)
 
 
 def test_looking_makes_nothing(directory: Path) -> None:
@@ -305,7 +305,7 @@ def test_whose_note_makes_no_sense_is_another_vfio_mig(directory: Path, content:
 
 def test_a_good_note_is_one() -> None:
     """So that the bad ones above are refused for what is bad about them."""
-    assert module._left(note(), ME) == Left("save", 4711, STOPPED)
+    assert module._left(note(), ME) == Leftover("save", 4711, STOPPED)
 
 
 # --- where locks are
@@ -406,7 +406,7 @@ def test_a_note_that_cannot_be_written_fails_the_job(monkeypatch: pytest.MonkeyP
         lock.take_over(ME)
         monkeypatch.setattr(os, "pwrite", full)
         with pytest.raises(HostError, match="cannot write the lock: ENOSPC"):
-            lock.note(STOPPED)
+            lock.journal(STOPPED)
 
 
 @pytest.mark.parametrize(

@@ -165,12 +165,12 @@ def test_a_stop_is_undone_to_where_the_device_was_found(found: int) -> None:
     protocol = MainlineV2(device, ALL_FLAGS)
     at_rest = found in {v2.STOP, v2.RUNNING, v2.RUNNING_P2P}
     if at_rest:
-        protocol.require_rest()
+        protocol.require_idle()
     else:
         with pytest.raises(DeviceError, match=f"in state {NAMES[found]}: .*vfio-mig reset fake"):
-            protocol.require_rest()
+            protocol.require_idle()
     device.now = v2.STOP
-    protocol.undo_stop()
+    protocol.restore_run_state()
     assert device.now == (found if at_rest else v2.RUNNING)
 
 
@@ -256,9 +256,9 @@ def test_what_a_killed_job_left_is_gone_on_from_and_reset_only_where_that_is_all
     protocol = MainlineV2(device, ALL_FLAGS)
     if resets:
         with pytest.raises(DeviceError, match="vfio-mig reset"):
-            protocol.end_left(may_reset=False)
+            protocol.recover(may_reset=False)
         assert device.resets == 0
-    protocol.end_left(may_reset=True)
+    protocol.recover(may_reset=True)
     assert (device.now, device.resets) == (now, resets)
 
 

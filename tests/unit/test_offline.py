@@ -14,7 +14,7 @@ from tests.unit.test_host import NIC, ONE, PLAIN, Tree
 from vfio_mig.cli.devices import _line
 from vfio_mig.errors import DeviceNotFoundError, UsageError
 from vfio_mig.host import drivers
-from vfio_mig.host.offline import Known, look, read_within
+from vfio_mig.host.offline import OfflineStatus, look, read_within
 from vfio_mig.jobs.queries.devices import DeviceRow, device_info
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def debugfs(tree: Tree, name: str, text: str | None = None) -> Path:
     return directory
 
 
-def known(tree: Tree, name: str, seconds: float = 10) -> Known:
+def known(tree: Tree, name: str, seconds: float = 10) -> OfflineStatus:
     (one,) = look([tree.host.find(name)], tree.host, seconds)
     return one
 
@@ -59,20 +59,20 @@ def known(tree: Tree, name: str, seconds: float = 10) -> Known:
 )
 def test_the_kernel_shows_the_state_of_what_can_be_migrated(tree: Tree, text: str, state: str | None) -> None:
     debugfs(tree, ONE, text)
-    assert known(tree, ONE) == Known(True, "debugfs", state)
+    assert known(tree, ONE) == OfflineStatus(True, "debugfs", state)
 
 
 def test_what_is_registered_without_migration_has_none_unless_it_has_the_rfc(tree: Tree) -> None:
     debugfs(tree, NIC)
     debugfs(tree, ONE)
-    assert known(tree, NIC) == Known(False, "debugfs", None)
-    assert known(tree, ONE) == Known(None, None, None)
+    assert known(tree, NIC) == OfflineStatus(False, "debugfs", None)
+    assert known(tree, ONE) == OfflineStatus(None, None, None)
 
 
 def test_without_debugfs_the_driver_s_name_tells(tree: Tree) -> None:
-    assert known(tree, PLAIN) == Known(False, "driver", None)
-    assert known(tree, NIC) == Known(drivers.migrates("mlx5_vfio_pci"), "driver", None)
-    assert known(tree, ONE) == Known(None, None, None)
+    assert known(tree, PLAIN) == OfflineStatus(False, "driver", None)
+    assert known(tree, NIC) == OfflineStatus(drivers.migrates("mlx5_vfio_pci"), "driver", None)
+    assert known(tree, ONE) == OfflineStatus(None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_driver_that_does_not_answer_does_not_hang_us(tree: Tree) -> None:
     debugfs(tree, ONE, "STOP\n")
     began = time.monotonic()
     found = [tree.host.find(name) for name in (NIC, ONE)]
-    assert look(found, tree.host, 0.3) == [Known(True, "debugfs", "?"), Known(True, "debugfs", "stop")]
+    assert look(found, tree.host, 0.3) == [OfflineStatus(True, "debugfs", "?"), OfflineStatus(True, "debugfs", "stop")]
     assert time.monotonic() - began < 5
 
 
@@ -142,7 +142,7 @@ def test_devices_of_other_buses_are_found_too(tree: Tree) -> None:
     assert device[2:7] == ("platform", "", "", "vfio-platform", 21)
     assert (device.node, device.cdev) == ("/dev/vfio/21", "/dev/vfio/devices/vfio9")
     assert tree.host.find("/dev/vfio/devices/vfio9") == tree.host.find("/dev/vfio/21") == device
-    assert look([device], tree.host) == [Known(False, "driver", None)]
+    assert look([device], tree.host) == [OfflineStatus(False, "driver", None)]
     with pytest.raises(UsageError, match="is not a device name"):
         tree.host.find("fff52000.dma")
 
@@ -302,7 +302,7 @@ def test_info_does_not_open_what_is_closed(here: Tree) -> None:
 
 
 def test_a_driver_that_does_not_answer_is_asked_nothing_more(here: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vfio_mig.host.offline.look", lambda *_: [Known(True, "debugfs", "?")])
+    monkeypatch.setattr("vfio_mig.host.offline.look", lambda *_: [OfflineStatus(True, "debugfs", "?")])
     info = device_info(NIC, open_closed=True)
     assert (info.how, info.state) == ("closed", "?")
     assert here.host.find(NIC).name == info.device

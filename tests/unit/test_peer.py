@@ -21,7 +21,7 @@ from vfio_mig.jobs.peer import ERRORS_KEPT, Address, Peer, TargetStatus, parse_t
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.engine.session import Session
 
 STATUS: Final = json.dumps({"state": "running", "type": "t"}, indent=2)
 

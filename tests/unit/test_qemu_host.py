@@ -27,7 +27,7 @@ from vfio_mig.errors import (
     UnsupportedError,
     UsageError,
 )
-from vfio_mig.jobs.check import Finding
+from vfio_mig.jobs.check import FitCheck
 from vfio_mig.vm import jobs
 from vfio_mig.vm.machine import ENDED, PAUSED, REFUSED, RUNNING, require_no_migration, run_state, vfio_devices
 from vfio_mig.vm.memory import (
@@ -242,7 +242,7 @@ class Played:
         self.calls: list[tuple[Any, ...]] = []
         self.fails: BaseException | None = None
         self.commits = False
-        self.checks: list[Finding] = []
+        self.checks: list[FitCheck] = []
         self.holder_pid: int | None = FakeQmp.pid
         self.migratable: bool | None = True
         self.meanwhile: Callable[[], object] = lambda: None
@@ -433,7 +433,7 @@ def test_restore_wants_a_paused_vm_and_the_right_image(played: Played) -> None:
     with pytest.raises(UsageError, match="state 'running'; pause it first"):
         jobs.restore_vgpu(running, UUID, "gpu.vfm")
     qmp: Any = FakeQmp("prelaunch")
-    played.checks = [Finding("type", "mismatch", "image A, device B", forcible=True), Finding("kernel", "note", "x")]
+    played.checks = [FitCheck("type", "mismatch", "image A, device B", forcible=True), FitCheck("kernel", "note", "x")]
     with pytest.raises(MismatchError, match=r"gpu\.vfm: image A, device B; see 'vfio-mig check gpu\.vfm"):
         jobs.restore_vgpu(qmp, UUID, "gpu.vfm")
     with pytest.raises(UsageError, match="must be a file"):

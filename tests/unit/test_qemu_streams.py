@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.unit.qemu_streams import NAMES, stream
-from tools.fuzz import saved
-from tools.fuzz.saved import be64, begin, named, part
+from tools.fuzz import builders
+from tools.fuzz.builders import be64, begin, named, part
 from vfio_mig.decode import qemu, qemu_description, qemu_parts, streams
 from vfio_mig.decode.cursor import Cursor
 from vfio_mig.image.bytesource import BufferSource, PartSource, PiecesSource
@@ -149,12 +149,14 @@ def capabilities(*names: bytes) -> tuple[bytes, bytes]:
 
 def small(config: bytes, block: bytes = b"", *, before: bytes = b"", tail: bytes = b"\0") -> bytes:
     """Return a stream with a page of memory, whose content is sections that are none, and a device."""
-    trap = begin(9, b"trap/vfio", be64(saved.SETUP, saved.END)) + part(9, saved.frame(b"trap") + be64(saved.END))
-    page = be64(saved.RAM_PAGE) + named(b"pc.ram") + trap.ljust(4096, b"\x7e")
-    head = be64(0x2000 | saved.RAM_SIZE) + named(b"pc.ram") + be64(0x2000) + block + be64(saved.RAM_EOS)
-    device = begin(7, b"vfio", be64(saved.SETUP, saved.END))
-    memory = begin(2, b"ram", head) + device + part(2, page + be64(saved.RAM_EOS), last=True)
-    return HEAD + config + before + memory + part(7, saved.frame(b"state") + be64(saved.END), last=True) + tail
+    trap = begin(9, b"trap/vfio", be64(builders.SETUP, builders.END)) + part(
+        9, builders.frame(b"trap") + be64(builders.END)
+    )
+    page = be64(builders.RAM_PAGE) + named(b"pc.ram") + trap.ljust(4096, b"\x7e")
+    head = be64(0x2000 | builders.RAM_SIZE) + named(b"pc.ram") + be64(0x2000) + block + be64(builders.RAM_EOS)
+    device = begin(7, b"vfio", be64(builders.SETUP, builders.END))
+    memory = begin(2, b"ram", head) + device + part(2, page + be64(builders.RAM_EOS), last=True)
+    return HEAD + config + before + memory + part(7, builders.frame(b"state") + be64(builders.END), last=True) + tail
 
 
 @pytest.mark.parametrize(
@@ -183,9 +185,9 @@ def test_memory_is_passed_over_as_the_configuration_says(config: bytes, block: b
 
 
 def test_other_sizes_of_pages_are_the_configuration_s() -> None:
-    page = be64(saved.RAM_PAGE) + named(b"r") + bytes(65536)
-    memory = begin(2, b"ram", be64(0x20000 | saved.RAM_SIZE) + named(b"r") + be64(0x20000) + be64(saved.RAM_EOS))
-    memory += part(2, page + be64(saved.RAM_EOS), last=True)
+    page = be64(builders.RAM_PAGE) + named(b"r") + bytes(65536)
+    memory = begin(2, b"ram", be64(0x20000 | builders.RAM_SIZE) + named(b"r") + be64(0x20000) + be64(builders.RAM_EOS))
+    memory += part(2, page + be64(builders.RAM_EOS), last=True)
     found = read(HEAD + configuration((b"configuration/target-page-bits", struct.pack(">I", 16))) + memory + b"\0")
     assert (found.complete, found.problems, found.page_size) == (True, [], 65536)
 
@@ -254,12 +256,12 @@ def test_an_unknown_part_of_the_configuration_is_passed_over_by_its_described_si
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content.replace(be64(saved.RAM_PAGE), be64(saved.RAM_PAGE | 0x800)),
-        lambda content: content.replace(be64(saved.RAM_PAGE), be64(0x2000 | saved.RAM_PAGE)),
+        lambda content: content.replace(be64(builders.RAM_PAGE), be64(builders.RAM_PAGE | 0x800)),
+        lambda content: content.replace(be64(builders.RAM_PAGE), be64(0x2000 | builders.RAM_PAGE)),
         lambda content: content.replace(named(b"pc.ram") + b"\1\0\0\0\x09", named(b"pc.rom") + b"\1\0\0\0\x09"),
         lambda content: content.replace(b"\3ram\0\0\0\0\0\0\0\4", b"\3ram\0\0\0\0\0\0\0\5"),
-        lambda content: content.replace(be64(0x2000 | saved.RAM_SIZE), be64(0x3000 | saved.RAM_SIZE)),
-        lambda content: content.replace(be64(0x2000, saved.RAM_EOS), be64(0x2000, 0, saved.RAM_EOS)),
+        lambda content: content.replace(be64(0x2000 | builders.RAM_SIZE), be64(0x3000 | builders.RAM_SIZE)),
+        lambda content: content.replace(be64(0x2000, builders.RAM_EOS), be64(0x2000, 0, builders.RAM_EOS)),
         lambda content: content.replace(b"\x7e\0\0\0\2", b"\x7d\0\0\0\2"),
     ],
 )
@@ -283,7 +285,7 @@ def test_a_section_of_unknown_length_before_the_memory_is_not_looked_for_in_it()
 
 
 def test_a_vfio_part_that_is_not_understood_is_not_passed_over_where_memory_may_follow() -> None:
-    device = begin(7, b"vfio", be64(saved.SETUP, saved.END)) + part(7, be64(saved.MARK + 9) + b"unknown")
+    device = begin(7, b"vfio", be64(builders.SETUP, builders.END)) + part(7, be64(builders.MARK + 9) + b"unknown")
     content = small(configuration(), before=device)
     found = read(content)
     assert [one.problem for one in found.devices] == ["the end of its state was not found"]
@@ -328,20 +330,20 @@ def test_bytes_behind_the_end_are_said_and_zeros_are_none() -> None:
 
 
 def test_a_device_whose_last_part_is_missing_or_elsewhere_says_so() -> None:
-    content = saved.qemu_stream([b"first", b"second"])
+    content = builders.qemu_stream([b"first", b"second"])
     found = read(content[: content.index(b"second") - 16])
     assert [one.problem for one in found.devices] == ["the end of its state was not found"]
-    empty = saved.qemu_stream([b""])
+    empty = builders.qemu_stream([b""])
     assert [one.problem for one in read(empty).devices] == [
         "its state is not in this stream: it went through other channels (multifd)"
     ]
-    assert [one.problem for one in read(saved.qemu_stream([b"whole"])).devices] == [None]
+    assert [one.problem for one in read(builders.qemu_stream([b"whole"])).devices] == [None]
 
 
 # Work ----------------------------------------------------------------------------------------------------------------
 
-ENDED = HEAD + begin(2, b"ram", saved.ram_blocks()) + part(2, be64(saved.RAM_EOS), last=True)
-VFIO = begin(7, b"vfio", be64(saved.SETUP, saved.END))
+ENDED = HEAD + begin(2, b"ram", builders.ram_blocks()) + part(2, be64(builders.RAM_EOS), last=True)
+VFIO = begin(7, b"vfio", be64(builders.SETUP, builders.END))
 
 
 def many(count: int, make: Callable[[int], bytes]) -> bytes:
@@ -349,30 +351,37 @@ def many(count: int, make: Callable[[int], bytes]) -> bytes:
 
 
 UGLY: dict[str, Callable[[int], bytes]] = {
-    "markers without a header": lambda n: ENDED + b"\xfe" + be64(saved.DATA) * n,
+    "markers without a header": lambda n: ENDED + b"\xfe" + be64(builders.DATA) * n,
     "headers and pieces that break": lambda n: (
-        ENDED + VFIO + b"\xfe" + (b"\2\0\0\0\7" + be64(saved.DATA, 0)) * n + be64(saved.MARK + 9)
+        ENDED + VFIO + b"\xfe" + (b"\2\0\0\0\7" + be64(builders.DATA, 0)) * n + be64(builders.MARK + 9)
     ),
-    "pieces of nothing in one part": lambda n: ENDED + VFIO + part(7, be64(saved.DATA, 0) * n + be64(saved.MARK + 9)),
+    "pieces of nothing in one part": lambda n: (
+        ENDED + VFIO + part(7, be64(builders.DATA, 0) * n + be64(builders.MARK + 9))
+    ),
     "configurations without an end": lambda n: (
-        ENDED + many(n, lambda i: begin(100 + i, b"vfio", be64(saved.CONFIG) + b"\x7e", full=True))
+        ENDED + many(n, lambda i: begin(100 + i, b"vfio", be64(builders.CONFIG) + b"\x7e", full=True))
     ),
-    "configurations of one device": lambda n: ENDED + VFIO + part(7, be64(saved.CONFIG) + b"x") * n,
-    "end markers of another": lambda n: ENDED + VFIO + part(7, be64(saved.CONFIG) + (be64(saved.END) + b"\x7e") * n),
+    "configurations of one device": lambda n: ENDED + VFIO + part(7, be64(builders.CONFIG) + b"x") * n,
+    "end markers of another": lambda n: (
+        ENDED + VFIO + part(7, be64(builders.CONFIG) + (be64(builders.END) + b"\x7e") * n)
+    ),
     "footers that are none": lambda n: ENDED + begin(3, b"x", b"\x7e\0\0\0\3" * n, footer=False),
     "sections with a footer inside": lambda n: (
-        ENDED + VFIO + many(n, lambda _: b"\2\0\0\0\7" + be64(saved.DATA, 5) + b"\x7e\0\0\0\7")
+        ENDED + VFIO + many(n, lambda _: b"\2\0\0\0\7" + be64(builders.DATA, 5) + b"\x7e\0\0\0\7")
     ),
     "small sections": lambda n: ENDED + many(n, lambda i: begin(100 + i, b"x", b"", full=True)),
-    "names": lambda n: ENDED + b"\xfe" + (b"\1" * 250 + b"vfio" + be64(0) + be64(saved.DATA)) * (n // 20),
+    "names": lambda n: ENDED + b"\xfe" + (b"\1" * 250 + b"vfio" + be64(0) + be64(builders.DATA)) * (n // 20),
     "a description that is none": lambda n: ENDED + b"\0\6" + struct.pack(">I", n) + b"[" * n + b"}",
     "ends with something behind each": lambda n: HEAD + bytes(n) + b"x",
     "ends with a description cut off behind each": lambda n: HEAD + b"\0\6\xff\xff\xff\xff" * (n // 6),
     "types in the last bytes": lambda n: ENDED + b"\6" * n + b"}",
     "pages": lambda n: (
         HEAD
-        + begin(2, b"ram", saved.ram_blocks())
-        + part(2, be64(saved.RAM_ZERO) + named(b"pc.ram") + b"\0" + (be64(0x1000 | saved.RAM_ZERO | 0x20) + b"\0") * n)
+        + begin(2, b"ram", builders.ram_blocks())
+        + part(
+            2,
+            be64(builders.RAM_ZERO) + named(b"pc.ram") + b"\0" + (be64(0x1000 | builders.RAM_ZERO | 0x20) + b"\0") * n,
+        )
     ),
     "blocks": lambda n: HEAD + begin(2, b"ram", be64((n << 12) | 4) + many(n, lambda i: named(b"%x" % i) + be64(4096))),
 }

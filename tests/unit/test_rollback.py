@@ -9,7 +9,7 @@ import pytest
 
 from vfio_mig.errors import DeviceError, HostError
 from vfio_mig.interrupts import ENDING
-from vfio_mig.jobs.rollback import Rollback
+from vfio_mig.jobs.engine.rollback import Rollback
 
 if TYPE_CHECKING:
     from collections.abc import Callable

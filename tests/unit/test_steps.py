@@ -1,159 +1,227 @@
 # SPDX-License-Identifier: MIT
-"""The steps of jobs: one vocabulary, for events and hooks."""
+"""Faults by order: what VFIO_MIG_FAULT takes, what each action does, and that every step of the table is one."""
 
 from __future__ import annotations
 
+import ast
+import errno
+import os
 import signal
 import subprocess
 import sys
-import time
-from typing import Any, Final
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tools import steps_table
-from vfio_mig.cli.main import COMMANDS
-from vfio_mig.errors import UsageError
-from vfio_mig.jobs.points import POINTS
-from vfio_mig.jobs.steps import ALIASES, STARTS, STEPS, Hooks, steps_of
+from tools.lab.faults.injection import LISTENERS, VARIABLE, install
+from vfio_mig import interrupts
+from vfio_mig.errors import DeviceError, HostError, UsageError, VfioMigError
+from vfio_mig.interrupts import ENDING
+from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.steps import STEPS
 
-EVERYTHING: Final = {"leave_running": True, "start": True, "await_word": True}
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-
-def test_the_table_is_the_one_that_is_made() -> None:
-    text = steps_table.DOCS.read_text("utf-8")
-    between = text.partition(steps_table.BEGIN)[2].partition(steps_table.END)[0].strip()
-    assert between == steps_table.table(), "run python -m tools.steps_table"
-
-
-def test_the_table_has_every_step_of_every_job_once_and_in_order() -> None:
-    names = steps_table.order()
-    assert sorted(names) == sorted({step for steps in POINTS.values() for step in steps}) == sorted(steps_table.MEANS)
-    for steps in POINTS.values():
-        assert sorted(steps, key=names.index) == list(steps)
+ROOT: Final = Path(__file__).parents[2]
+FAULT: Final = "save:after-stop"
 
 
-def test_what_stops_or_starts_says_so_before_and_after() -> None:
-    for job, steps in POINTS.items():
-        for what in ("stop", "start"):
-            assert (f"before-{what}" in steps) == (f"after-{what}" in steps), job
-    assert ALIASES.keys() | {step for steps in POINTS.values() for step in steps} == STEPS
-    assert set(ALIASES.values()) == {f"{when}-{what}" for when in ("before", "after") for what in ("stop", "start")}
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    install()
+    install()
+    assert len(LISTENERS) == 1
+    before = {number: signal.getsignal(number) for number in ENDING}
+    interrupts.install()
+    yield
+    LISTENERS.clear()
+    interrupts.install()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("job", POINTS)
-def test_a_job_that_is_asked_for_everything_has_all_of_its_steps(job: str) -> None:
-    assert steps_of(job, **EVERYTHING) == POINTS[job]
+def reach(name: str, step: str) -> None:
+    """Come to a step of a job."""
+    interrupts.install()
+    with Job(name) as job:
+        job.step(step)
+
+
+def test_an_installed_program_does_not_obey_the_variable() -> None:
+    code = "from vfio_mig.jobs.engine.job import Job\nwith Job('save') as job: job.step('after-stop')"
+    environment = {**os.environ, VARIABLE: f"{FAULT}=kill"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    for path in (ROOT / "vfio_mig").rglob("*.py"):
+        assert VARIABLE not in path.read_text(), path
+
+
+# --- actions
 
 
 @pytest.mark.parametrize(
-    ("job", "asked", "missing"),
+    ("name", "kind", "code"),
     [
-        ("save", {}, STARTS),
-        ("save", {"leave_running": True}, set()),
-        ("save", {"leave_running": True, "raw": True}, {"after-dirty", "after-pages"}),
-        ("sync", {"leave_running": False}, STARTS),
-        ("restore", {"start": True}, {"loaded"}),
-        ("restore", {}, STARTS | {"loaded"}),
-        ("restore", {"await_word": True}, set()),
-        ("migrate", {}, set()),
-        ("migrate", {"no_start": True}, STARTS),
-        ("start", {}, set()),
-        ("list", {}, set()),
+        ("EIO", DeviceError, 5),
+        ("EBUSY", DeviceError, 5),
+        ("ETIMEDOUT", DeviceError, 5),
+        ("ENOSPC", HostError, 7),
+        ("EDQUOT", HostError, 7),
+        ("EROFS", HostError, 7),
+        ("EACCES", HostError, 7),
     ],
 )
-def test_what_was_not_asked_for_is_no_step(job: str, asked: dict[str, Any], missing: set[str]) -> None:
-    assert set(POINTS.get(job, ())) - set(steps_of(job, **asked)) == missing
+def test_an_errno_is_the_device_s_failure_or_the_host_s(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: type[VfioMigError], code: int
+) -> None:
+    monkeypatch.setenv(VARIABLE, f"{FAULT}={name}")
+    with pytest.raises(kind) as caught:
+        reach("save", "after-stop")
+    number = getattr(errno, name)
+    assert str(caught.value) == f"fault at {FAULT}: {name} ({os.strerror(number)})"
+    assert caught.value.exit_code == code
+    assert getattr(caught.value, "errno", number) == number
 
 
-@pytest.mark.parametrize("job", sorted({*COMMANDS, *POINTS}))
-@pytest.mark.parametrize("step", sorted(STEPS))
-def test_a_hook_that_would_never_run_is_refused(job: str, step: str) -> None:
-    if ALIASES.get(step, step) in steps_of(job):
-        Hooks([f"{step}=true"], job)
-        return
-    with pytest.raises(UsageError, match=f"hook {step}: ") as caught:
-        Hooks([f"{step}=true"], job)
-    assert ("has no steps" in str(caught.value)) == (job not in POINTS)
+@pytest.mark.parametrize(
+    ("action", "number"), [("sigint", signal.SIGINT), ("sigterm", signal.SIGTERM), ("sighup", signal.SIGHUP)]
+)
+def test_a_signal_comes_to_this_process(monkeypatch: pytest.MonkeyPatch, action: str, number: int) -> None:
+    came: list[int] = []
+    signal.signal(number, lambda which, _: came.append(which))
+    monkeypatch.setenv(VARIABLE, f"{FAULT}={action}")
+    with Job("save") as job:
+        job.step("after-stop")
+    assert came == [number]
 
 
-def test_it_says_which_option_would_make_it_run() -> None:
-    with pytest.raises(UsageError, match="this save has no such step; it has that with --leave-running"):
-        Hooks(["pre-start=true"], "save")
-    with pytest.raises(UsageError, match="a stop has opened, before-stop, after-stop"):
-        Hooks(["after-dirty=true"], "stop")
+@pytest.mark.parametrize("action", ["sigint", "sigterm", "sighup"])
+def test_a_signal_by_order_is_an_interrupt(monkeypatch: pytest.MonkeyPatch, action: str) -> None:
+    monkeypatch.setenv(VARIABLE, f"{FAULT}={action}")
+    with pytest.raises(KeyboardInterrupt):
+        reach("save", "after-stop")
+    reach("save", "after-state")
 
 
-@pytest.mark.parametrize("word", [*ALIASES, *sorted(set(ALIASES.values()))])
-def test_both_words_for_a_step_run_at_it_once(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr(Hooks, "_run", staticmethod(lambda _, environment: seen.append(environment["VFIO_MIG_STEP"])))
-    hooks = Hooks([f"{word}=true"])
-    for step in POINTS["restore"]:
-        hooks.run("restore", step, "x")
-    assert seen == [word]
-    assert hooks.idle == []
-
-
-def test_a_hook_for_what_was_not_to_be_done_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Hooks, "_run", staticmethod(lambda *_: None))
-    hooks = Hooks(["writing-pages=true", "pre-stop=true"], "restore")
-    hooks.run("restore", "before-stop", "x")
-    assert hooks.idle == ["writing-pages"]
-
-
-STALLED: Final = {
-    "image": """
-from vfio_mig.image.files import Stream
-with Stream(os.dup(pipe), "standard output") as file:
-    tell()
-    for _ in range(100):
-        file.write(bytes(1 << 20))
-""",
-    "events": """
-from vfio_mig.jobs.steps import Events
-events = Events(pipe)
-tell()
-while True:
-    events.emit("opened", job="save", device="x" * 1000)
-""",
-    "hook": """
-from vfio_mig.jobs.steps import Hooks
-tell()
-Hooks(["after-stop=sleep 60"]).run("save", "after-stop", "x")
-""",
-}
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("what", STALLED)
-def test_whoever_lets_a_job_wait_does_not_keep_a_signal_from_it(what: str, number: signal.Signals) -> None:
-    body = "".join(f"        {line}\n" for line in STALLED[what].strip().splitlines())
-    source = f"""
-import os
-from vfio_mig import interrupts
+def test_a_kill_leaves_no_time_for_anything() -> None:
+    code = """
+from tools.lab.faults.injection import install
 from vfio_mig.jobs.engine.job import Job
-
-def tell():
-    print("ready", flush=True)
-
-interrupts.install()
-reader, pipe = os.pipe()
+install()
 try:
     with Job("save") as job:
-        job.undo_with(lambda: print("undone", flush=True))
-{body}
-except KeyboardInterrupt:
-    print("ended", flush=True)
+        job.step("after-stop")
+finally:
+    print("undone", flush=True)
 """
-    command = [sys.executable, "-c", source]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(0.3)
-        child.send_signal(number)
-        try:
-            rest, _ = child.communicate(timeout=20)
-        finally:
-            child.kill()
-    assert rest.split() == ["undone", "ended"]
+    environment = {**os.environ, VARIABLE: f"{FAULT}=kill"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout == b""
+
+
+def test_a_wait_ends_with_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, f"{FAULT}=wait")
+    asked: list[str] = []
+
+    def end_it() -> None:
+        asked.append("SIGTERM")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer(0.05, end_it)
+
+    def job() -> None:
+        timer.start()
+        reach("save", "after-stop")
+
+    with pytest.raises(KeyboardInterrupt):
+        job()
+    timer.join()
+    assert asked == ["SIGTERM"]
+
+
+# --- orders
+
+
+def test_without_an_order_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    reach("save", "after-stop")
+    monkeypatch.setenv(VARIABLE, "")
+    reach("save", "after-stop")
+
+
+@pytest.mark.parametrize(("job", "name"), [("save", "after-state"), ("stop", "after-stop"), ("sync", "after-stop")])
+def test_another_point_goes_on(monkeypatch: pytest.MonkeyPatch, job: str, name: str) -> None:
+    monkeypatch.setenv(VARIABLE, f"{FAULT}=EIO")
+    reach(job, name)
+
+
+def test_several_orders_each_have_their_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, f"{FAULT}=EIO, restore:verified=ENOSPC,save:written=sigint")
+    with pytest.raises(DeviceError, match="EIO"):
+        reach("save", "after-stop")
+    with pytest.raises(HostError, match="ENOSPC"):
+        reach("restore", "verified")
+    with pytest.raises(KeyboardInterrupt):
+        reach("save", "written")
+    reach("save", "opened")
+
+
+def test_the_first_order_for_a_point_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, f"{FAULT}=EBUSY,{FAULT}=EIO")
+    with pytest.raises(DeviceError, match="EBUSY"):
+        reach("save", "after-stop")
+
+
+@pytest.mark.parametrize(
+    ("orders", "words"),
+    [
+        ("save:after-lunch=EIO", "there is no step 'save:after-lunch'"),
+        ("lunch:opened=EIO", "there is no step 'lunch:opened'"),
+        ("stop:written=EIO", "there is no step 'stop:written'"),
+        ("save=EIO", "there is no step 'save'"),
+        ("EIO", "there is no step 'EIO'"),
+        ("=EIO", "there is no step ''"),
+        (":=EIO", "there is no step ':'"),
+        ("save:=EIO", "there is no step 'save:'"),
+        ("save:opened=EIO,", "there is no step ''"),
+        ("save:opened=EIO,save:afterstop=EIO", "there is no step 'save:afterstop'"),
+        ("save:opened", "unknown action ''"),
+        ("save:opened=", "unknown action ''"),
+        ("save:opened=eio", "unknown action 'eio'"),
+        ("save:opened=5", "unknown action '5'"),
+        ("save:opened=ENOTHING", "unknown action 'ENOTHING'"),
+        ("save:opened=SIGINT", "unknown action 'SIGINT'"),
+        ("save:opened=sigkill", "unknown action 'sigkill'"),
+        ("save:opened=errorcode", "unknown action 'errorcode'"),
+        ("save:opened=EIO=EIO", "unknown action 'EIO=EIO'"),
+    ],
+)
+def test_an_order_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch, orders: str, words: str) -> None:
+    monkeypatch.setenv(VARIABLE, orders)
+    with pytest.raises(UsageError) as caught:
+        reach("dirty", "fetched")  # whatever step comes first
+    assert caught.value.problem == f"VFIO_MIG_FAULT: {words}"
+    assert (caught.value.hint is not None) == words.startswith("unknown action")
+
+
+# --- the table
+
+
+def literal_steps(tree: ast.AST) -> Iterator[str]:
+    """Yield every name that a module's ``….step("name")`` has."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "step":
+            name = node.args[0]
+            if isinstance(name, ast.Constant):
+                yield str(name.value)
+
+
+def test_the_table_names_the_steps_that_the_jobs_have_and_no_other() -> None:
+    """Which job has which: tests/unit/test_jobs.py, and for migrate and conform tests/vm."""
+    paths = [*(ROOT / "vfio_mig/jobs").rglob("*.py"), ROOT / "vfio_mig/conform/runner.py"]
+    named = {name for path in paths for name in literal_steps(ast.parse(path.read_text()))}
+    assert named == {name for names in STEPS.values() for name in names}
+    assert [len(set(names)) for names in STEPS.values()] == [len(names) for names in STEPS.values()]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import vfio_mig
 from tests.unit.qemu_streams import stream
 from tests.unit.saved_images import js, run, text, write
-from tools.fuzz import saved
+from tools.fuzz import builders
 from vfio_mig.decode import qemu
 from vfio_mig.errors import HostError, ImageError
 from vfio_mig.image import wrapped
@@ -66,12 +66,12 @@ def test_members_behind_each_other_and_zeros_are_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", COMPRESS)
 def test_a_compressed_image_and_a_state_are_looked_into(form: str, tmp_path: Path) -> None:
-    image, path, state = write(tmp_path / "image", saved.mtty()), tmp_path / "packed", tmp_path / "state"
+    image, path, state = write(tmp_path / "image", builders.mtty()), tmp_path / "packed", tmp_path / "state"
     path.write_bytes(COMPRESS[form](image.read_bytes()))
     report = js("inspect", path)
     assert (report["kind"], report["layout"], report["wrapping"]) == ("image", "mtty", [form])
     assert text("diff", path, image) == ""
-    state.write_bytes(COMPRESS[form](saved.mtty()))
+    state.write_bytes(COMPRESS[form](builders.mtty()))
     assert js("inspect", state)["layout"] == "mtty"
     result = run("verify", path)
     assert isinstance(result.exception, ImageError)

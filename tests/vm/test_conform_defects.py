@@ -17,7 +17,7 @@ import pytest
 from tools.lab.sample import defects, host
 from tools.lab.vfio.v2 import HAS_PRE_COPY
 from vfio_mig.conform.runner import conform_device
-from vfio_mig.jobs.session import Settings
+from vfio_mig.jobs.engine.session import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

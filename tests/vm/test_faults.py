@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Each job at each of its points, and on a driver that fails: the promise holds."""
+"""Each job at each of its steps, and on a driver that fails: the promise holds."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def quiet_kernel(kernel_log: KernelLog) -> Iterator[None]:
 
 
 def marks_of(cell: Cell) -> list[pytest.MarkDecorator]:
-    """On the second kernel the driver's own faults only: the points are all Python's; one signal is like another.
+    """On the second kernel the driver's own faults only: the steps are all Python's; one signal is like another.
 
-    A signal at each point is tests/unit/test_jobs.py's too; here it is tried where most is under way.
+    A signal at each step is tests/unit/test_jobs.py's too; here it is tried where most is under way.
     """
     if cell in [*driver_cells()]:
         return []
     is_variant = cell.action in {"ENOSPC", "sigterm", "sighup"} or (
-        cell.action == "sigint" and cell.point not in {"after-stop", "writing-pages", "after-state"}
+        cell.action == "sigint" and cell.step not in {"after-stop", "writing-pages", "after-state"}
     )
     return [pytest.mark.slow, *([pytest.mark.variant] if is_variant else [])]
 

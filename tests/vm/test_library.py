@@ -10,7 +10,7 @@ import pytest
 import vfio_mig
 from tools.lab.sample import gpu, host
 from tools.lab.sample.held import guest_view, run_some_work, side
-from vfio_mig.jobs.points import POINTS
+from vfio_mig.jobs.engine.steps import STEPS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,7 @@ def test_a_state_moves_between_two_devices_of_one_program(tmp_path: Path) -> Non
         assert (saved.state, loaded.state, loaded.device) == ("stop", "running", target.name)
         assert guest_view(target.guest.device) == guest_view(source.guest.device)
         assert work.done_in(target.memory) == len(work)
-        assert {event.step for event in steps} <= set(POINTS["save"])
+        assert {event.step for event in steps} <= set(STEPS["save"])
         assert {(event.job, event.device) for event in steps} == {("save", source.name)}
 
 

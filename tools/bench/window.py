@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.engine.session import Session
     from vfio_mig.uapi import Request
 
 OWN_MS: Final = 5
@@ -59,7 +59,7 @@ class _Session:
     def journal_step(self, name: str) -> None:
         """Write nothing down."""
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Start the device."""
         self.protocol.start()
 
@@ -79,7 +79,7 @@ def _ours(path: Path, size: int) -> Callable[[], float]:
             stop_all([pause])
             last_round(job, copy, [pause])
             reader.read()
-            pause.go_on()
+            pause.resume()
             job.commit()
             return pause.times["stopped_time"]
 

@@ -78,7 +78,7 @@ class Migration:
         queued = self.queue()
         pages = self.save()
         self.restore(pages)
-        self.go_on(queued)
+        self.resume(queued)
 
     def work(self) -> None:
         """Give the guest's device a fence and finished work, through QEMU."""
@@ -128,7 +128,7 @@ class Migration:
             here.host_low != there.host_low and here.host_high != there.host_high,
         )
 
-    def go_on(self, queued: Work) -> None:
+    def resume(self, queued: Work) -> None:
         """Let the target go on, and wait for the work that was queued on the source."""
         self.report.step("Start its vGPU and continue the VM")
         target = self.target

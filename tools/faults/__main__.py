@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Play every fault on every job and print what came of it; exit status 1 if a promise was broken. Runs in the VM.
 
-With ``--gvt`` on the real driver, our kvmgt: there the jobs fail at their points, and the driver does not.
+With ``--gvt`` on the real driver, our kvmgt: there the jobs fail at their steps, and the driver does not.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Self
 from vfio_mig import interrupts
 from vfio_mig.errors import HostError
 from vfio_mig.jobs.engine.job import Job
-from vfio_mig.jobs.session import Settings
+from vfio_mig.jobs.engine.session import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,10 +11,10 @@ import lzma
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from tools.fuzz import looking, saved
+from tools.fuzz import builders, inspection
+from tools.fuzz.builders import be64, named, part
 from tools.fuzz.corpus import Choices
 from tools.fuzz.limits import bounded, require, require_linear
-from tools.fuzz.saved import be64, named, part
 from vfio_mig.decode import qemu
 from vfio_mig.image.bytesource import BufferSource
 from vfio_mig.image.wrapped import HEADER_SIZE
@@ -59,16 +59,16 @@ class _Maker:
         if self._early:
             self._full(b"virtio-mem-early", 1, self._choices.take(self._choices.number() % 32), early=True)
         blocks = self._blocks()
-        self._out += saved.begin(7, b"a/vfio", be64(saved.SETUP, saved.END))
+        self._out += builders.begin(7, b"a/vfio", be64(builders.SETUP, builders.END))
         if self._disks:
-            self._out += saved.begin(9, b"block", be64((1 << 9) | 9) + named(b"d") + be64((50 << 9) | 4, 2))
-            self._out += saved.begin(10, b"dirty-bitmap", b"\x1c\1d\1b" + bytes(5) + b"\x42" + bytes(12) + b"\1")
+            self._out += builders.begin(9, b"block", be64((1 << 9) | 9) + named(b"d") + be64((50 << 9) | 4, 2))
+            self._out += builders.begin(10, b"dirty-bitmap", b"\x1c\1d\1b" + bytes(5) + b"\x42" + bytes(12) + b"\1")
         self._pages(blocks)
         pieces = [self._choices.text() for _ in range(1 + self._choices.number() % 3)]
-        frames = b"".join(map(saved.frame, pieces))
-        self._out += part(7, frames + be64(saved.END), last=True)
+        frames = b"".join(map(builders.frame, pieces))
+        self._out += part(7, frames + be64(builders.END), last=True)
         self._full(b"timer", 0x20, self._choices.take(24))
-        self._full(b"a/vfio", 7, be64(saved.CONFIG) + saved.DEVICE_CONFIG + be64(saved.END))
+        self._full(b"a/vfio", 7, be64(builders.CONFIG) + builders.DEVICE_CONFIG + be64(builders.END))
         self._out += b"\0"
         if self._description:
             values = {"configuration": {}, "page_size": self._page, "devices": self._described}
@@ -94,7 +94,7 @@ class _Maker:
             return  # QEMU's description is the only word on how long it is, and memory follows
         if name == b"timer":  # of no known layout: its end is known by its footer alone, which it may not have inside
             content = content.replace(b"\x7e" + struct.pack(">I", number), b"")
-        self._out += saved.begin(number, name, content, full=True)
+        self._out += builders.begin(number, name, content, full=True)
         self._described.append({"name": name.decode(), "instance_id": 0, "size": len(content)})
 
     def _blocks(self) -> list[tuple[bytes, int]]:
@@ -102,7 +102,7 @@ class _Maker:
         blocks = [(name, self._page * (1 + self._choices.number() % 4)) for name in _NAMES[:count]]
         total = sum(size for _, size in blocks)
         self._out += struct.pack(">BI", 1, 2) + named(b"ram") + struct.pack(">II", 0, 4)
-        self._out += be64(total | saved.RAM_SIZE)
+        self._out += be64(total | builders.RAM_SIZE)
         for name, size in blocks:
             self._out += named(name) + be64(size)
             if self._advised and self._choices.number() % 2:
@@ -111,7 +111,7 @@ class _Maker:
                 self._out += be64(self._choices.number(4) * self._page)
             if self._mapped:
                 self._map(size)
-        self._out += be64(saved.RAM_EOS) + struct.pack(">BI", 0x7E, 2)
+        self._out += be64(builders.RAM_EOS) + struct.pack(">BI", 0x7E, 2)
         return blocks
 
     def _map(self, size: int) -> None:
@@ -126,18 +126,18 @@ class _Maker:
             goes_on = 0
             for at in range(0, size, self._page):
                 what = self._choices.number() % 4
-                flag = (saved.RAM_PAGE, saved.RAM_ZERO, 0x40, 0x100)[what]
+                flag = (builders.RAM_PAGE, builders.RAM_ZERO, 0x40, 0x100)[what]
                 content += be64(at | flag | goes_on) + (b"" if goes_on else named(name))
                 packed = self._choices.text()
                 page = self._choices.text().ljust(self._page, b"\x7e")[: self._page]
                 content += {
-                    saved.RAM_PAGE: page,
-                    saved.RAM_ZERO: b"\0",
+                    builders.RAM_PAGE: page,
+                    builders.RAM_ZERO: b"\0",
                     0x40: b"\1" + struct.pack(">H", len(packed)) + packed,
                     0x100: struct.pack(">I", len(packed)) + packed,
                 }[flag]
-                goes_on = saved.RAM_CONTINUE
-        self._out += part(2, content + be64(saved.RAM_EOS), last=True)
+                goes_on = builders.RAM_CONTINUE
+        self._out += part(2, content + be64(builders.RAM_EOS), last=True)
 
 
 def qemu_capabilities(data: bytes) -> None:
@@ -180,7 +180,7 @@ def libvirt(data: bytes) -> None:
     require(len(header) == HEADER_SIZE, "the header has its size")
     rest = choices.rest()
     content = rest if len(rest) % 2 else qemu.MAGIC + b"\0\0\0\3" + rest
-    looking.look(header + xml + (gzip.compress(content, 1) if form == 1 else content))
+    inspection.look(header + xml + (gzip.compress(content, 1) if form == 1 else content))
 
 
 _PACK: Final[tuple[Callable[[bytes], bytes], ...]] = (
@@ -198,13 +198,15 @@ def compressed(data: bytes) -> None:
     way, changes = choices.number() % 8, choices.number() % 4
     members = io.BytesIO()
     for _ in range(1 + choices.number() % 3):
-        members.write(_PACK[way % 3](choices.text() if choices.number() % 2 else saved.qemu_stream([saved.mtty()])))
+        members.write(
+            _PACK[way % 3](choices.text() if choices.number() % 2 else builders.qemu_stream([builders.mtty()]))
+        )
     content = bytearray(members.getvalue())
     for _ in range(changes):
         at = choices.number(2) % len(content)
         content[at : at + 1] = choices.take(1)
     content += choices.rest()
-    looking.look(content if way < 6 else bytes(content[:6]) + choices.rest(), more=_XZ_MEMORY)  # noqa: PLR2004 -- some
+    inspection.look(content if way < 6 else bytes(content[:6]) + choices.rest(), more=_XZ_MEMORY)  # noqa: PLR2004 -- some
 
 
 def capability_seeds() -> list[bytes]:
@@ -222,7 +224,7 @@ def capability_seeds() -> list[bytes]:
 
 def libvirt_seeds() -> list[bytes]:
     """Return inputs for `libvirt`."""
-    stream = saved.qemu_stream([saved.mtty()])[8:]
+    stream = builders.qemu_stream([builders.mtty()])[8:]
     xml = b"\x22<domain><name>vm1</name></domain>\0\0"
     return [
         b"\0\2\0" + xml + b"\1\0\0\1" + stream + b"\0" * (len(stream) % 2),

@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
 
-from tools.fuzz import corpus, gpu, looking, saved, streams
+from tools.fuzz import builders, corpus, gpu, inspection, streams
 from tools.fuzz.corpus import Choices, entries_for, manifest_of, signed, tar_of
 from tools.fuzz.limits import bounded, require, require_line
 from tools.fuzz.printed import printed
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from vfio_mig.image.archive import Archive
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.engine.session import Session
 
 
 class Target(NamedTuple):
@@ -146,7 +146,7 @@ def _read_all(file: BinaryIO, size: int) -> bool:
             require(0 <= bitmap.start_page <= bitmap.start_page + bitmap.nr_pages <= ADDRESS_END // PAGE, "64 bits")
         _take_memory(archive)
         require(isinstance(archive.statistics, dict), "statistics are an object")
-        for finding in check.header_findings(cast("Session", _SESSION), archive):
+        for finding in check.header_checks(cast("Session", _SESSION), archive):
             require_line(finding.text)
         whole = True
     return whole  # noqa: RET504 -- bounded() may have swallowed an error
@@ -488,8 +488,14 @@ TARGETS: Final = {
         Target("manifest", manifest, corpus.manifest_seeds, 16384, _JSON_WORDS),
         Target("gvt-image", gvt_image, corpus.image_seeds, 4096),
         Target("gvt-records", gvt_records, corpus.record_seeds, 1024),
-        Target("inspect", looking.inspect(_image_of), looking.inspect_seeds, 16384, (saved.mtty()[:24], b"gvt_v2\0\0")),
-        Target("qemu-stream", looking.qemu_stream, saved.qemu_seeds, 16384, saved.QEMU_WORDS),
+        Target(
+            "inspect",
+            inspection.inspect(_image_of),
+            inspection.inspect_seeds,
+            16384,
+            (builders.mtty()[:24], b"gvt_v2\0\0"),
+        ),
+        Target("qemu-stream", inspection.qemu_stream, builders.qemu_seeds, 16384, builders.QEMU_WORDS),
         Target("qemu-capabilities", streams.qemu_capabilities, streams.capability_seeds, 4096),
         Target("libvirt", streams.libvirt, streams.libvirt_seeds, 16384, (b"<name>", b"\x1f\x8b\x08")),
         Target("compressed", streams.compressed, streams.compressed_seeds, 4096),

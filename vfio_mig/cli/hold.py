@@ -13,7 +13,7 @@ from vfio_mig.cli.output import memory_option, parse_memory, print_json, put, se
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.engine.session import Session
 
 
 @click.command("hold", short_help="Keep DEVICE open for the other commands.")

@@ -72,7 +72,7 @@ def inspect_command(options: Options, file: str, section: str | None, *, as_hex:
 
 
 def _print_section(name: str, values: dict[str, object], rows: int) -> None:
-    from vfio_mig.cli.words import lines
+    from vfio_mig.cli.render import lines
 
     put(name)
     for line in lines(values, rows):
@@ -93,7 +93,7 @@ def print_report(report: InspectReport, rows: int = _ROWS) -> None:
 
 
 def _print_hex(options: Options, file: str, section: str) -> None:
-    from vfio_mig.cli.words import hex_lines
+    from vfio_mig.cli.render import hex_lines
     from vfio_mig.jobs.files.inspect import section_bytes
 
     problems: list[str] = []
@@ -211,7 +211,7 @@ def _difference_line(one: Difference) -> str:
 
 
 def _side(value: object, *, is_bitmap: bool) -> str:
-    from vfio_mig.cli.words import row, scalar
+    from vfio_mig.cli.render import row, scalar
 
     if isinstance(value, dict):
         # Only a bitmap's are pairs of numbers: a header may have anything under any key

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vfio_mig.jobs.steps import Events, Hooks
+    from vfio_mig.jobs.engine.events import Events, Hooks
 
 
 class Options:
@@ -43,7 +43,7 @@ class Options:
         target = self.events_file if self.status_fd is None else self.status_fd
         if target is None and not self.hook_texts:
             return
-        from vfio_mig.jobs.steps import Events, Hooks
+        from vfio_mig.jobs.engine.events import Events, Hooks
 
         if target is not None:
             self.events = Events(target)

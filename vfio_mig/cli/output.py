@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
     from vfio_mig.dirty.memory import MemoryMap
     from vfio_mig.dirty.ranges import PageRange
-    from vfio_mig.jobs.session import Settings
+    from vfio_mig.jobs.engine.session import Settings
 
 
 def settings_of(options: Options) -> Settings:
     """Turn the global options into what the jobs take."""
-    from vfio_mig.jobs.session import Settings
+    from vfio_mig.jobs.engine.session import Settings
 
     tell = (lambda text: say(options, text)) if options.verbose else None
     return Settings(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.sync import Round
-    from vfio_mig.jobs.live import Live, StateRound
+    from vfio_mig.jobs.engine.live import Live, StateRound
 
 rounds_option = click.option(
     "--rounds",
@@ -104,7 +104,7 @@ def live_of(
     options: Options, rounds: int | None, max_downtime: float | None, meter: Meter, *, precopy: bool = False
 ) -> Live:
     """Turn the options of a live save into what the job takes: no rounds unless one of them is given."""
-    from vfio_mig.jobs.live import ROUNDS_LIVE, Live
+    from vfio_mig.jobs.engine.live import ROUNDS_LIVE, Live
 
     if rounds is None:
         rounds = ROUNDS_LIVE if precopy or max_downtime is not None else 0
@@ -271,7 +271,7 @@ def restore_command(
             raw=raw,
             force=force,
             verify_state=not no_verify_state,
-            await_word=await_word,
+            await_verdict=await_word,
             without_p2p=without_p2p,
             no_memory=no_memory,
             open_closed=open_closed,

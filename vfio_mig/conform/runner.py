@@ -20,7 +20,7 @@ from vfio_mig.errors import DeviceBusyError, DeviceError, UsageError, VfioMigErr
 from vfio_mig.host.lock import LOADING
 from vfio_mig.interrupts import protected, waiting
 from vfio_mig.jobs.engine.job import Job
-from vfio_mig.jobs.session import Settings, open_session, survey
+from vfio_mig.jobs.engine.session import Settings, open_session, survey
 from vfio_mig.protocols.gvt_rfc import GvtRfc
 from vfio_mig.protocols.mainline_v2 import MainlineV2
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vfio_mig.device import Device
     from vfio_mig.host.discover import Snapshot
     from vfio_mig.host.guest import GuestMemory
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.engine.session import Session
 
 PATIENCE: Final = 30.0
 """Seconds after which a check that has not ended is named."""
@@ -221,7 +221,7 @@ class _OpenRig:
         return open_device(self._session.found, memory=memory, via=self._settings.via)
 
     def __enter__(self) -> Rig:
-        self._session.note(LOADING)
+        self._session.journal(LOADING)
         return self.rig
 
     @protected
@@ -232,7 +232,7 @@ class _OpenRig:
         self.left = self._session.state_after(started=True) if problem is None else UNDEFINED
         self.rig.device.close()
         if problem is None:
-            self._session.clear_note()
+            self._session.clear_journal()
         elif isinstance(error, VfioMigError):
             error.undo_errors.append(problem)
         else:

@@ -60,7 +60,7 @@ class Work(NamedTuple):
     step: str | None
 
 
-class Left(NamedTuple):
+class Leftover(NamedTuple):
     """What a job has left behind that could not undo it.
 
     :param effect: ``stopped``, ``live`` when its state was being read while it ran, ``loading`` when a part of an
@@ -198,7 +198,7 @@ class DeviceLock:
             os.close(self._fd)
             raise HostError(f"{path}: cannot lock: {errno_text(error.errno or 0)}", hint=HINT) from error
         self._before = _read_note(self._fd)
-        self._effect: Left | None = None
+        self._effect: Leftover | None = None
         self._since = time.time()
         self._step = ""
         self._is_taken = False
@@ -212,7 +212,7 @@ class DeviceLock:
     ) -> None:
         self.close()
 
-    def take_over(self, holder: Holder | None) -> Left | None:
+    def take_over(self, holder: Holder | None) -> Leftover | None:
         """Write down whose job this is, and tell what an earlier one has left; nothing if it was closed since.
 
         :param holder: who has the device open now; it is what keeps a device as it was left.
@@ -230,10 +230,10 @@ class DeviceLock:
         if self._is_taken:  # before, the file has what an earlier job has left
             self._write()
 
-    def note(self, effect: str) -> None:
-        """Write down what is about to be done to the device, by :class:`Left`'s words; empty: all is well again."""
+    def journal(self, effect: str) -> None:
+        """Write down what is about to be done to the device, by :class:`Leftover`'s words; empty: all is well again."""
         kept = effect and self._holder is not None
-        self._effect = Left(self._job, os.getpid(), effect) if kept else None
+        self._effect = Leftover(self._job, os.getpid(), effect) if kept else None
         self._write()
 
     def close(self) -> None:
@@ -277,14 +277,14 @@ def _is_job(job: object, pid: object) -> bool:
     return isinstance(job, str) and job.isalpha() and type(pid) is int
 
 
-def _left(note: dict[str, Any], holder: Holder | None) -> Left | None:
+def _left(note: dict[str, Any], holder: Holder | None) -> Leftover | None:
     left = note.get("left")
     if holder is None or note.get("holder") != [holder.pid, _started(holder.pid)]:
         return None
-    if not isinstance(left, list) or len(left) != len(Left._fields):
+    if not isinstance(left, list) or len(left) != len(Leftover._fields):
         return None
     job, pid, effect = left
-    return Left(job, pid, effect) if _is_job(job, pid) and effect in _EFFECTS else None
+    return Leftover(job, pid, effect) if _is_job(job, pid) and effect in _EFFECTS else None
 
 
 def _is_locked(fd: int) -> bool:
@@ -312,7 +312,7 @@ def _open_to_read(found: HostDevice) -> int:
         os.close(directory)
 
 
-def left_behind(found: HostDevice, holder: Holder | None) -> Left | None:
+def left_behind(found: HostDevice, holder: Holder | None) -> Leftover | None:
     """Look, without taking the lock, whether a killed job has left something in the device."""
     fd = _open_to_read(found)
     if fd < 0:

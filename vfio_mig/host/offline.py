@@ -38,7 +38,7 @@ _STATES: Final = {
 }
 
 
-class Known(NamedTuple):
+class OfflineStatus(NamedTuple):
     """What is known of a device that was not opened.
 
     :param migratable: whether it has the migration protocol v2; None when that is not known before it is opened, as of
@@ -52,7 +52,7 @@ class Known(NamedTuple):
     state: str | None
 
 
-def look(devices: Sequence[HostDevice], host: Host, seconds: float = SECONDS) -> list[Known]:
+def look(devices: Sequence[HostDevice], host: Host, seconds: float = SECONDS) -> list[OfflineStatus]:
     """Tell what is known of each device, in the same order.
 
     :param seconds: for which all drivers together are waited for.
@@ -63,15 +63,15 @@ def look(devices: Sequence[HostDevice], host: Host, seconds: float = SECONDS) ->
     return [_known(device, host, files[device.name] in texts, texts.get(files[device.name])) for device in devices]
 
 
-def _known(device: HostDevice, host: Host, has_state: bool, text: str | None) -> Known:
+def _known(device: HostDevice, host: Host, has_state: bool, text: str | None) -> OfflineStatus:
     if has_state:
         state = NO_ANSWER if text is None else _STATES.get(text.strip())
-        return Known(True, "debugfs", state)
+        return OfflineStatus(True, "debugfs", state)
     if os.path.isdir(host.path(DEBUGFS, device.name)):
         # The driver has registered the device without migration
-        return Known(None, None, None) if device.kind == "mdev" else Known(False, "debugfs", None)
+        return OfflineStatus(None, None, None) if device.kind == "mdev" else OfflineStatus(False, "debugfs", None)
     migratable = migrates(device.driver)
-    return Known(migratable, None if migratable is None else "driver", None)
+    return OfflineStatus(migratable, None if migratable is None else "driver", None)
 
 
 def read_within(paths: Iterable[str], seconds: float) -> dict[str, str | None]:

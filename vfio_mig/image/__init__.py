@@ -9,5 +9,5 @@ Works on bytes and files alone: nothing in here knows a device.
   several), ``bytesource`` (bytes that may be too many for memory), ``forms`` (what a file is that is not an archive),
   ``wrapped`` (compression, libvirt's header).
 - Guest memory: ``memoryplan`` (what is written when one or several archives are loaded).
-- Looking inside: ``parts`` (taken apart and put together), ``guestpages`` (single pages).
+- Looking inside: ``extract`` (taken apart and put together), ``guestpages`` (single pages).
 """

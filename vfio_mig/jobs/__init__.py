@@ -4,7 +4,5 @@
 - On a device: ``control`` (stop, start, reset, state, status), ``dirty`` (bitmap, sync), ``save``, ``restore``,
   ``migrate`` (with ``peer``, its other end), ``hold``, ``check`` (does an image fit? and is it whole?).
 - Without one: ``files`` (inspect, diff, extract, pack, pages). Questions: ``queries`` (list, info, doctor).
-- What they are made of: ``engine`` (the job itself, the pause, the copy of guest memory), ``session`` (from a name to
-  an open device and its protocol), ``live`` (rounds), ``dirtylog`` (where dirty pages come from), ``rollback``,
-  ``steps`` (events and hooks), ``points`` (each job's steps by name).
+- What they are made of: ``engine``.
 """

@@ -7,14 +7,14 @@ import os
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 from vfio_mig.errors import ImageError, MismatchError, excerpt
-from vfio_mig.jobs.session import Settings, open_session
+from vfio_mig.jobs.engine.session import Settings, open_session
 from vfio_mig.protocols.registry import family
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vfio_mig.image.archive import Archive
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.engine.session import Session
     from vfio_mig.protocols.family import KnownState
 
 OK: Final = "ok"
@@ -24,7 +24,7 @@ RAW: Final = "gvt-rfc"
 """The protocol of a bare state, of which nothing else is said."""
 
 
-class Finding(NamedTuple):
+class FitCheck(NamedTuple):
     """One check.
 
     :param name: stable; scripts may rely on it.
@@ -48,7 +48,7 @@ class CheckReport(NamedTuple):
     device: str
     file: str
     fits: bool
-    checks: list[Finding]
+    checks: list[FitCheck]
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -73,15 +73,15 @@ class VerifyReport(NamedTuple):
     warnings: list[str]
 
 
-def _equal(name: str, saved: object, here: object, *, forcible: bool = False) -> Finding:
+def _equal(name: str, saved: object, here: object, *, forcible: bool = False) -> FitCheck:
     if saved == here:
-        return Finding(name, OK, f"{here}")
-    return Finding(name, MISMATCH, f"{excerpt(saved)} in the image, {here!r} here", forcible)
+        return FitCheck(name, OK, f"{here}")
+    return FitCheck(name, MISMATCH, f"{excerpt(saved)} in the image, {here!r} here", forcible)
 
 
-def _may_differ(name: str, saved: object, here: object) -> Finding:
+def _may_differ(name: str, saved: object, here: object) -> FitCheck:
     same = saved == here
-    return Finding(name, OK if same else NOTE, f"{here}" if same else f"{excerpt(saved)} in the image, {here!r} here")
+    return FitCheck(name, OK if same else NOTE, f"{here}" if same else f"{excerpt(saved)} in the image, {here!r} here")
 
 
 def _knows_states(protocol: str) -> bool:
@@ -89,13 +89,13 @@ def _knows_states(protocol: str) -> bool:
     return known is not None and known.knows_states
 
 
-def header_findings(session: Session, archive: Archive) -> Iterator[Finding]:
+def header_checks(session: Session, archive: Archive) -> Iterator[FitCheck]:
     """Compare what the image's header says with a device and this host."""
     header = archive.header
     device = header.get("device")
     saved: dict[str, Any] = device if isinstance(device, dict) else {}
     protocol = session.protocol.name
-    yield Finding("format", OK, f"version {header['version']}, every member whole")
+    yield FitCheck("format", OK, f"version {header['version']}, every member whole")
     yield _equal("protocol", header.get("protocol"), protocol)
     # The state's own checks tell types apart where the name of one is all that differs
     yield _equal("device-type", saved.get("type"), session.found.type, forcible=_knows_states(protocol))
@@ -103,7 +103,7 @@ def header_findings(session: Session, archive: Archive) -> Iterator[Finding]:
     yield _may_differ("driver", saved.get("driver"), session.found.driver)
     yield _may_differ("kernel", header.get("kernel"), os.uname().release)
     size, limit = archive.state_size, session.protocol.state_size_max
-    yield Finding("state-size", OK if size <= limit else MISMATCH, f"{size} bytes, the device takes {limit}")
+    yield FitCheck("state-size", OK if size <= limit else MISMATCH, f"{size} bytes, the device takes {limit}")
 
 
 def parse_state(protocol: str, state: bytes | memoryview) -> KnownState | None:
@@ -116,38 +116,38 @@ def parse_state(protocol: str, state: bytes | memoryview) -> KnownState | None:
     return None if known is None else known.parse_state(memoryview(state))
 
 
-def state_findings(session: Session, state: bytes) -> Iterator[Finding]:
+def state_checks(session: Session, state: bytes) -> Iterator[FitCheck]:
     """Parse a state and compare it with a device; reads its configuration space and PVINFO and changes nothing."""
     if session.protocol.streams:
-        yield Finding("state", OK, "a stream, for the device's driver to judge")
+        yield FitCheck("state", OK, "a stream, for the device's driver to judge")
         return
     try:
         known = parse_state(session.protocol.name, state)
     except ImageError as error:
-        yield Finding("state", MISMATCH, error.problem)
+        yield FitCheck("state", MISMATCH, error.problem)
         return
     if known is None:
-        yield Finding("state", NOTE, f"the layout of a {session.protocol.name} state is not known")
+        yield FitCheck("state", NOTE, f"the layout of a {session.protocol.name} state is not known")
         return
-    yield Finding("state", OK, known.summary)
+    yield FitCheck("state", OK, known.summary)
     for one in known.compare(session.device):
         if one.here is None:
-            yield Finding(one.name, NOTE, "the device's own sizes cannot be read")
+            yield FitCheck(one.name, NOTE, "the device's own sizes cannot be read")
         else:
             yield _equal(one.name, one.saved, one.here)
     for warning in known.warnings:
-        yield Finding("state-content", NOTE, warning)
+        yield FitCheck("state-content", NOTE, warning)
 
 
-def findings(session: Session, state: bytes, archive: Archive | None, *, verify_state: bool = True) -> list[Finding]:
+def fit_checks(session: Session, state: bytes, archive: Archive | None, *, verify_state: bool = True) -> list[FitCheck]:
     """Make all checks of an image, or without *archive* of a raw state, against a device."""
-    found = [] if archive is None else list(header_findings(session, archive))
+    found = [] if archive is None else list(header_checks(session, archive))
     if verify_state:
-        found += state_findings(session, state)
+        found += state_checks(session, state)
     return found
 
 
-def require_fit(name: str, found: list[Finding], *, force: bool = False) -> list[str]:
+def require_fit(name: str, found: list[FitCheck], *, force: bool = False) -> list[str]:
     """Refuse an image that does not fit.
 
     :param force: go on over mismatches that are forcible.
@@ -185,7 +185,7 @@ def _check_stream(name: str, file: str, stream: BinaryIO, settings: Settings | N
     with open_session(name, settings) as session:
         limit = None if session.protocol.streams else session.protocol.state_size_max
         with read_image(stream, limit, raw=raw) as image:
-            found = findings(session, image.state, image.archive)
+            found = fit_checks(session, image.state, image.archive)
         device = session.device.name
     return CheckReport(device, file, all(one.result != MISMATCH for one in found), found)
 

@@ -11,13 +11,13 @@ from vfio_mig.host.lock import STOPPED, at_work, left_behind
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
-from vfio_mig.jobs.session import CLOSED, STOP, Settings, open_session, require_holder, survey
+from vfio_mig.jobs.engine.session import CLOSED, STOP, Settings, open_session, require_holder, survey
 from vfio_mig.protocols.mainline_v2 import MainlineV2
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.engine.session import Session
 
 UNKNOWN = "unknown"
 
@@ -103,7 +103,7 @@ def stop_devices(
         stop_all(pauses)
         job.commit(
             *[session.require_holder_alive for session in sessions],
-            *[lambda session=session: session.note("") for session in sessions],
+            *[lambda session=session: session.journal("") for session in sessions],
         )
         return [ActionReport(pause.session.device.name, "stop", pause.times["stop_time"]) for pause in pauses]
 
@@ -155,7 +155,7 @@ def start_devices(
 def _warn_of_owner(session: Session) -> None:
     """Say what a device that its VM may have stopped can mean: a VMM stops it for good when it has migrated its VM."""
     holder = session.device.holder
-    if holder is not None and not holder.is_hold and session.left is None and session.protocol.state() == STOP:
+    if holder is not None and not holder.is_hold and session.leftover is None and session.protocol.state() == STOP:
         session.warn(
             f"{holder} has it, and it stands still: if that VM has been migrated away (QEMU's state postmigrate), it "
             "runs a second time now"
@@ -191,15 +191,15 @@ def _now(session: Session, action: str) -> ActionReport:
 @protected
 def _do_at_once(session: Session, action: str) -> None:
     """Start or reset: what cannot be undone is not to be interrupted either."""
-    was_left = session.left is not None
+    was_left = session.leftover is not None
     if action == "reset":
         session.protocol.reset()
-        session.left = None
+        session.leftover = None
         if was_left:  # what was left is gone, but for the stop
-            session.note(STOPPED)
+            session.journal(STOPPED)
     if action == "start" or (was_left and session.refusal is None):
         session.protocol.start()
-    session.clear_note()
+    session.clear_journal()
 
 
 def reset_device(name: str, settings: Settings | None = None, *, force: bool = False) -> ActionReport:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.image.places import open_file
 from vfio_mig.interrupts import protected, waiting
-from vfio_mig.jobs.dirtylog import DirtyLog
+from vfio_mig.jobs.engine.dirtylog import DirtyLog
 from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.live import ROUNDS_LIVE, Live, copy_live
 from vfio_mig.jobs.engine.memory import Content, MemoryCopy, Wanted, default_ranges, memory_header, new_job_id
 from vfio_mig.jobs.engine.pause import Pause, announce_start, stop_all
-from vfio_mig.jobs.live import ROUNDS_LIVE, Live, copy_live
 from vfio_mig.jobs.save import STDOUT, describe_device
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.dirty.sync import Round, Sink
     from vfio_mig.image.files import NewFile
-    from vfio_mig.jobs.session import Session, Settings
+    from vfio_mig.jobs.engine.session import Session, Settings
 
 PAGE = 4096
 SYNC = "sync"
@@ -308,7 +308,7 @@ def sync_dirty(
         job.step("copied", session)
         if leave_running:
             announce_start(job, [session])
-            pause.go_on()
+            pause.resume()
         destination.finish()
         report = SyncReport(
             session.device.name,
@@ -323,5 +323,5 @@ def sync_dirty(
             copy.content.content,
             guest_paused,
         )
-        job.commit(destination.commit, lambda: session.note(""))
+        job.commit(destination.commit, lambda: session.journal(""))
     return report

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vfio_mig.errors import DeviceBusyError, HostError, UsageError, errno_text
 from vfio_mig.interrupts import ENDING
-from vfio_mig.jobs.session import Session, Settings, open_session, survey
+from vfio_mig.jobs.engine.session import Session, Settings, open_session, survey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -25,6 +25,7 @@ from vfio_mig.host.lock import MOVED
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import parse_state
 from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.live import Live, copy_live, falls_short, with_rounds
 from vfio_mig.jobs.engine.memory import (
     PAGE,
     Content,
@@ -36,11 +37,10 @@ from vfio_mig.jobs.engine.memory import (
     new_job_id,
 )
 from vfio_mig.jobs.engine.pause import Pause, announce_start
+from vfio_mig.jobs.engine.session import RUNNING
 from vfio_mig.jobs.engine.state import StateReader
-from vfio_mig.jobs.live import Live, copy_live, falls_short, with_rounds
 from vfio_mig.jobs.peer import Peer, number, seconds
 from vfio_mig.jobs.save import describe_device
-from vfio_mig.jobs.session import RUNNING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.dirty.sync import Round
-    from vfio_mig.jobs.live import StateRound
+    from vfio_mig.jobs.engine.live import StateRound
+    from vfio_mig.jobs.engine.session import Session, Settings
     from vfio_mig.jobs.peer import Run
-    from vfio_mig.jobs.session import Session, Settings
 
 JOB = "migrate"
 CONNECTION: Final = "the connection"
@@ -185,7 +185,7 @@ class _Sender:
 def _give_up(job: Job, session: Session) -> None:
     """Treat the state as the target's from here on: the source stays stopped, and says so."""
     job.disarm()
-    session.note(MOVED)
+    session.journal(MOVED)
 
 
 def _end_target(run: Run, peer: Peer, session: Session, *, start: bool) -> dict[str, Any]:

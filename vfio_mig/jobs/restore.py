@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from vfio_mig.errors import DeviceError, MismatchError, UsageError
 from vfio_mig.host.lock import LOADING
 from vfio_mig.interrupts import waiting
-from vfio_mig.jobs.check import findings, require_fit
+from vfio_mig.jobs.check import fit_checks, require_fit
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.loading import MemoryLoad
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vfio_mig.dirty.memory import Memory, MemoryMap
-    from vfio_mig.jobs.session import Session, Settings
+    from vfio_mig.jobs.engine.session import Session, Settings
 
 JOB = "restore"
 START = "start"
@@ -79,15 +79,15 @@ def _abandon(session: Session, *, force: bool) -> None:
             hint=f"reset it with 'vfio-mig reset --force {session.device.name}', or end PID {holder.pid}",
         )
     session.protocol.reset()
-    session.left = None  # whatever an earlier job has left, it is gone
-    session.go_on()
+    session.leftover = None  # whatever an earlier job has left, it is gone
+    session.resume()
 
 
 class _Target:
     """One device of a restore and where its image comes from."""
 
-    def __init__(self, name: str, file: str, *, force: bool, await_word: bool) -> None:
-        self._await_word = await_word
+    def __init__(self, name: str, file: str, *, force: bool, await_verdict: bool) -> None:
+        self._await_verdict = await_verdict
         self.name = name
         self.file = file
         self._force = force
@@ -98,14 +98,14 @@ class _Target:
         self._stream = job.enter(open_input(self.file))
         session = job.open(self.name, memory=guest.maps, held_for=None if open_closed else "restore")
         self.session = session
-        if self._await_word:  # before the sender of an image stops anything
+        if self._await_verdict:  # before the sender of an image stops anything
             self.require_own()
         self.pause = Pause(job, session)
         job.step("waiting", session)
         limit = None if session.protocol.streams else session.protocol.state_size_max
-        self.image = image = job.enter(read_image(self._stream, limit, raw=raw, alone=not self._await_word))
+        self.image = image = job.enter(read_image(self._stream, limit, raw=raw, alone=not self._await_verdict))
         job.step("opened", session)
-        found = findings(session, image.state, image.archive, verify_state=verify_state)
+        found = fit_checks(session, image.state, image.archive, verify_state=verify_state)
         self.warnings = require_fit(session.device.name, found, force=self._force)
         if not verify_state:
             self.warnings.insert(0, UNVERIFIED)
@@ -217,7 +217,7 @@ def _load(job: Job, targets: list[_Target], load: MemoryLoad | None, progress: C
 def _settle(targets: list[_Target]) -> list[Callable[[], object]]:
     """Return what makes the restore final: the devices hold their states, and do not go with this job."""
     checks: list[Callable[[], object]] = [target.session.require_holder_alive for target in targets]
-    return [*checks, *(target.session.clear_note for target in targets)]
+    return [*checks, *(target.session.clear_journal for target in targets)]
 
 
 def restore(
@@ -274,7 +274,7 @@ def restore_all(
     raw: bool = False,
     force: bool = False,
     verify_state: bool = True,
-    await_word: bool = False,
+    await_verdict: bool = False,
     without_p2p: bool = False,
     no_memory: bool = False,
     open_closed: bool = False,
@@ -284,14 +284,14 @@ def restore_all(
     any is started; a failure undoes all. Each page of guest memory is written once, the newest of all images.
 
     :param pairs: (device, file) each; the other parameters are those of :func:`restore`.
-    :param await_word: one device and standard input: once it is loaded, wait for a line behind the image, ``start`` or
-        ``stay``; without one it stays stopped.
+    :param await_verdict: one device and standard input: once it is loaded, wait for a line behind the image,
+        ``start`` or ``stay``; without one it stays stopped.
     :param without_p2p: also if one of them has no P2P states.
     """
     from vfio_mig.dirty.memory import Memory
 
-    _check_request([file for _, file in pairs], await_word=await_word and (raw or start), words=await_word)
-    targets = [_Target(name, file, force=force, await_word=await_word) for name, file in pairs]
+    _check_request([file for _, file in pairs], await_verdict=await_verdict and (raw or start), words=await_verdict)
+    targets = [_Target(name, file, force=force, await_verdict=await_verdict) for name, file in pairs]
     with Job(JOB, settings) as job:
         guest = job.enter(Memory(memory, writable=True))
         for target in targets:
@@ -305,8 +305,8 @@ def restore_all(
             job.step("verified", session)
         try:
             _load(job, targets, load, progress)
-            if await_word:
-                start = _await_word(job, targets[0])
+            if await_verdict:
+                start = _await_verdict(job, targets[0])
             if start:
                 announce_start(job, sessions)
                 wake(sessions)
@@ -323,14 +323,14 @@ def restore_all(
         return reports
 
 
-def _check_request(files: list[str], *, await_word: bool, words: bool) -> None:
-    if await_word or (words and files != [STDIN]):
+def _check_request(files: list[str], *, await_verdict: bool, words: bool) -> None:
+    if await_verdict or (words and files != [STDIN]):
         raise UsageError("to wait for a word is for one image from standard input", hint="leave out the other options")
     if files.count(STDIN) > 1:
         raise UsageError("two devices cannot be restored from standard input", hint="name a file for each: DEVICE=FILE")
 
 
-def _await_word(job: Job, target: _Target) -> bool:
+def _await_verdict(job: Job, target: _Target) -> bool:
     """Tell the sender that the state is here, and wait for what it wants; returns whether to start.
 
     From here on the state is ours, and nothing is undone: who sent it may have given the device up.

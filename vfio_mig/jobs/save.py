@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vfio_mig.errors import HostError, UsageError
 from vfio_mig.jobs.check import parse_state
 from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.live import Live, copy_live, falls_short, with_rounds
 from vfio_mig.jobs.engine.memory import (
     NONE,
     PAGE,
@@ -24,7 +25,6 @@ from vfio_mig.jobs.engine.memory import (
 )
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
 from vfio_mig.jobs.engine.state import StateReader
-from vfio_mig.jobs.live import Live, copy_live, falls_short, with_rounds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from vfio_mig.image.digests import Digests
     from vfio_mig.image.files import Output
     from vfio_mig.image.writer import ArchiveWriter
-    from vfio_mig.jobs.live import StateRound
-    from vfio_mig.jobs.session import Session, Settings
+    from vfio_mig.jobs.engine.live import StateRound
+    from vfio_mig.jobs.engine.session import Session, Settings
 
 JOB = "save"
 STDOUT = "-"
@@ -213,7 +213,7 @@ class _Save:
             announce_start(self._job, [pause.session for pause in self._pauses])
             wake([pause.session for pause in self._pauses])
             for pause in self._pauses:
-                pause.go_on()
+                pause.resume()
 
     def write(self, *, leave_running: bool) -> list[SaveReport]:
         """Write what could wait."""
@@ -252,7 +252,7 @@ def _commit(job: Job, targets: list[_Target]) -> None:
         target.output.prepare()
     job.commit(
         lambda: commit_outputs([target.output for target in targets]),
-        *[lambda session=target.session: session.note("") for target in targets],
+        *[lambda session=target.session: session.journal("") for target in targets],
     )
     for target in targets:
         target.output.settle()

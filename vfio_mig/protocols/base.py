@@ -96,7 +96,7 @@ class MigrationProtocol(ABC):
     def undo_wake(self) -> None:  # noqa: B027 -- as a rule there is nothing to do
         """Bring a device back that :meth:`wake` has woken and nobody has started; one that runs is left alone."""
 
-    def undo_stop(self) -> None:
+    def restore_run_state(self) -> None:
         """Bring a stopped device back to where it was found, or to run where that is not known."""
         self.start()
 
@@ -104,20 +104,20 @@ class MigrationProtocol(ABC):
         """Return the name of the device's state; ``unknown`` where it cannot be asked."""
         return "unknown"
 
-    def require_rest(self) -> None:  # noqa: B027 -- as a rule every device is fit
+    def require_idle(self) -> None:  # noqa: B027 -- as a rule every device is fit
         """Refuse a device that a job must not begin with.
 
         :raises DeviceError: says what to do about it.
         """
 
-    def end_left(self, *, may_reset: bool) -> None:
+    def recover(self, *, may_reset: bool) -> None:
         """Leave what a killed job of ours may have left the device in the middle of.
 
         :param may_reset: whether its state may be lost.
         :raises DeviceError: only a reset helps.
         """
         del may_reset
-        self.require_rest()
+        self.require_idle()
 
     def prepare(self) -> None:  # noqa: B027 -- as a rule there is nothing to do
         """Do what reading or loading the state needs and what need not wait for the stop; the device runs."""

@@ -111,7 +111,7 @@ class MainlineV2(MigrationProtocol):
         """Bytes: the protocol knows no limit; the device says what is too much."""
         return (1 << 63) - 1
 
-    def require_rest(self) -> None:
+    def require_idle(self) -> None:
         """Refuse a device that is in the middle of a migration, ours or its owner's.
 
         :raises DeviceError: only a reset, or its owner, can get it out of there.
@@ -123,7 +123,7 @@ class MainlineV2(MigrationProtocol):
                 hint=f"wait for its owner, or make it defined with 'vfio-mig reset {self.device.name}'",
             )
 
-    def end_left(self, *, may_reset: bool) -> None:
+    def recover(self, *, may_reset: bool) -> None:
         """Go to a state at rest; out of RESUMING, which has no stream any more, and out of ERROR only a reset leads."""
         now = self._get()
         if now == STOP_COPY:
@@ -133,7 +133,7 @@ class MainlineV2(MigrationProtocol):
         elif now not in _AT_REST and may_reset:
             self.reset()
         self._found = self._get()
-        self.require_rest()
+        self.require_idle()
 
     def _get(self) -> int:
         request = bytearray(_STATE.pack(_STATE.size, _GET, 0, -1))
@@ -199,7 +199,7 @@ class MainlineV2(MigrationProtocol):
         """Go to RUNNING."""
         self._rest(RUNNING)
 
-    def undo_stop(self) -> None:
+    def restore_run_state(self) -> None:
         """Go back to where the device was found: its owner may have stopped it before us."""
         self._end_live()
         self._rest(self._found if self._found in _AT_REST else RUNNING)

@@ -18,10 +18,10 @@ from vfio_mig.errors import (
 )
 from vfio_mig.jobs.check import check_image
 from vfio_mig.jobs.control import device_status
+from vfio_mig.jobs.engine.rollback import Rollback
+from vfio_mig.jobs.engine.session import Settings
 from vfio_mig.jobs.restore import restore
-from vfio_mig.jobs.rollback import Rollback
 from vfio_mig.jobs.save import save
-from vfio_mig.jobs.session import Settings
 from vfio_mig.vm.machine import (
     RUNNING,
     find_iommu,
@@ -238,7 +238,7 @@ def _save(
 ) -> dict[str, Any]:
     # That the guest was paused is proved before the commit, by the settings' on_step
     report = save(vm.device, file, settings, memory=vm.maps, leave_running=cont, force=force, guest_paused=True)
-    rollback.forget()
+    rollback.disarm()
     return vm.summary(report.as_dict(), _finish(qmp, cont=cont, done=f"{file} is whole"))
 
 

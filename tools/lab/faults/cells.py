@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vfio_mig.jobs.points import POINTS
+from vfio_mig.jobs.engine.steps import STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ACTIONS: Final = {"EIO": 5, "ENOSPC": 7, "sigint": 130, "sigterm": 130, "sighup": 130, "kill": -9}
-"""What happens at a point, and the exit code that tells of it."""
+"""What happens at a step, and the exit code that tells of it."""
 
 AFTER_COMMIT: Final = ("start", "after-start")
 """A step behind the commit: whatever happens there, the job is done."""
@@ -25,7 +25,7 @@ AFTER_COMMIT: Final = ("start", "after-start")
 class Cell(NamedTuple):
     """A job and what befalls it.
 
-    :param point: name of the job's point, empty when only the driver fails.
+    :param step: name of the job's step, empty when only the driver fails.
     :param action: of ``VFIO_MIG_FAULT``.
     :param driver: rules for the sample driver's ``fault`` file.
     :param code: exit code that tells of it; 0: the job copes with it.
@@ -33,19 +33,19 @@ class Cell(NamedTuple):
     """
 
     job: str
-    point: str
+    step: str
     action: str
     driver: tuple[str, ...]
     code: int
     left: str | None = None
 
     def __str__(self) -> str:
-        what = [f"{self.point}={self.action}"] if self.point else []
+        what = [f"{self.step}={self.action}"] if self.step else []
         return f"{self.job}: {', '.join((*what, *self.driver))}"
 
 
-def _left_by_kill(job: str, point: str) -> str | None:
-    """What a kill at a point leaves in the device."""
+def _left_by_kill(job: str, step: str) -> str | None:
+    """What a kill at a step leaves in the device."""
     stopped = {
         "save": ("after-stop", "after-dirty", "after-pages", "after-state", "before-start"),
         "sync": ("after-stop", "copied", "before-start"),
@@ -53,21 +53,21 @@ def _left_by_kill(job: str, point: str) -> str | None:
         "restore": ("after-stop",),
     }
     loading = ("writing-pages", "after-pages", "after-state", "loaded", "before-start", "after-start")
-    if point in stopped.get(job, ()):
+    if step in stopped.get(job, ()):
         return "stopped"
-    return "loading" if job == "restore" and point in loading else None
+    return "loading" if job == "restore" and step in loading else None
 
 
-def point_cells() -> Iterator[Cell]:
-    """Every point of every job with every action."""
-    for job, points in POINTS.items():
-        for point in points:
-            if job in {"conform", "migrate"} or (job, point) == ("restore", "loaded"):
+def step_cells() -> Iterator[Cell]:
+    """Every step of every job with every action."""
+    for job, steps in STEPS.items():
+        for step in steps:
+            if job in {"conform", "migrate"} or (job, step) == ("restore", "loaded"):
                 continue  # tests/vm/test_conform.py, tests/vm/test_migrate.py
             for action, code in ACTIONS.items():
-                left = _left_by_kill(job, point) if action == "kill" else None
-                is_late = (job, point) == AFTER_COMMIT and action != "kill"
-                yield Cell(job, point, action, (), 0 if is_late else code, left)
+                left = _left_by_kill(job, step) if action == "kill" else None
+                is_late = (job, step) == AFTER_COMMIT and action != "kill"
+                yield Cell(job, step, action, (), 0 if is_late else code, left)
 
 
 def driver_cells() -> Iterator[Cell]:
@@ -122,4 +122,4 @@ def driver_cells() -> Iterator[Cell]:
 
 
 def all_cells() -> list[Cell]:
-    return [*point_cells(), *driver_cells()]
+    return [*step_cells(), *driver_cells()]

@@ -13,21 +13,39 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vfio_mig import interrupts
 from vfio_mig.errors import DeviceError, HostError, UsageError, errno_text
-from vfio_mig.jobs.points import LISTENERS, POINTS
+from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.steps import STEPS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfio_mig.jobs.engine.session import Session
 
 VARIABLE: Final = "VFIO_MIG_FAULT"
 SIGNALS: Final = {"sigint": signal.SIGINT, "sigterm": signal.SIGTERM, "sighup": signal.SIGHUP, "kill": signal.SIGKILL}
+LISTENERS: Final[list[Callable[[str, str], object]]] = []
+"""Called with job and step at each step, before anybody else; an exception ends the job."""
 _HOST: Final = ("ENOSPC", "EDQUOT", "EROFS", "EACCES")
+
+_ANNOUNCE: Final = Job.announce
 
 
 def install() -> None:
     """Have the jobs of this process obey the variable; a second call changes nothing."""
     if play not in LISTENERS:
         LISTENERS.append(play)
+    Job.announce = _announce  # type: ignore[assignment, method-assign]
+
+
+def _announce(job: Job, name: str, session: Session | None) -> None:
+    """Stand in front of what a job does at a step."""
+    for listener in LISTENERS:
+        listener(job.name, name)
+    _ANNOUNCE(job, name, session)
 
 
 def play(job: str, name: str) -> None:
@@ -48,8 +66,8 @@ def play(job: str, name: str) -> None:
 def _parse(order: str) -> tuple[str, str]:
     where, _, action = order.strip().partition("=")
     job, _, name = where.partition(":")
-    if name not in POINTS.get(job, ()):
-        raise UsageError(f"{VARIABLE}: there is no point {where!r}")
+    if name not in STEPS.get(job, ()):
+        raise UsageError(f"{VARIABLE}: there is no step {where!r}")
     if action not in SIGNALS and action != "wait" and _errno(action) is None:
         raise UsageError(
             f"{VARIABLE}: unknown action {action!r}", hint="name an errno, sigint, sigterm, sighup, kill or wait"

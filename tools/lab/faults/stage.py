@@ -18,7 +18,7 @@ from tools.lab.sample.held import Side, run_some_work
 from tools.lab.vfio.raw import PAGE
 from vfio_mig.host.discover import Host
 from vfio_mig.host.holders import find_holder
-from vfio_mig.host.lock import Left, left_behind
+from vfio_mig.host.lock import Leftover, left_behind
 from vfio_mig.image.archive import read_archive
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Stage(ABC, Generic[HeldT]):
         self._prepare(side, cell)
         work = self.directory / "work"
         work.mkdir()
-        os.environ[VARIABLE] = f"{cell.job}:{cell.point}={cell.action}" if cell.point else ""
+        os.environ[VARIABLE] = f"{cell.job}:{cell.step}={cell.action}" if cell.step else ""
         self.arm(side, cell.driver)
         try:
             done = cli.run(*self._arguments(cell.job, work), rc=None, warm=True)
@@ -167,7 +167,7 @@ class Stage(ABC, Generic[HeldT]):
         if effect != cell.left:
             outcome.broken.append(f"written down: {effect}, expected {cell.left}")
         # start: the device stays as it was found, unless the driver has done what it then complains of
-        started = cell.driver == ("start 1 after 16",) or (cell.job, cell.point) == AFTER_COMMIT
+        started = cell.driver == ("start 1 after 16",) or (cell.job, cell.step) == AFTER_COMMIT
         as_found = cell.job == "start" and not started
         if (cell.left is None and cell.action != "kill") or cell.job in ("dirty", "reset"):
             expected = "stopped" if as_found else "running"
@@ -193,7 +193,7 @@ class Stage(ABC, Generic[HeldT]):
             outcome.broken.append(f"device not running after the next {again.job}")
 
     @staticmethod
-    def _left(side: Held) -> Left | None:
+    def _left(side: Held) -> Leftover | None:
         found = Host().find(side.name)
         return left_behind(found, find_holder(found))
 

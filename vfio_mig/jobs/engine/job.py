@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 from vfio_mig import interrupts
 from vfio_mig.errors import DeviceBusyError
 from vfio_mig.interrupts import protected
-from vfio_mig.jobs import session as sessions
-from vfio_mig.jobs.points import reached
-from vfio_mig.jobs.rollback import Rollback
-from vfio_mig.jobs.session import Settings, open_session
+from vfio_mig.jobs.engine import session as sessions
+from vfio_mig.jobs.engine.rollback import Rollback
+from vfio_mig.jobs.engine.session import Settings, open_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from vfio_mig.dirty.memory import MemoryMap
     from vfio_mig.host.discover import Snapshot
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.engine.session import Session
 
 T = TypeVar("T")
 
@@ -103,13 +102,18 @@ class Job:
         interrupts.check()
         if session is not None:
             session.journal_step(name)
-        reached(self.name, name, session)
+        self.announce(name, session)
         interrupts.check()
+
+    def announce(self, name: str, session: Session | None) -> None:
+        """Tell who listens that a device has come to a step; an exception of theirs ends the job."""
+        if session is not None and self.settings.on_step is not None:
+            self.settings.on_step(self.name, name, session.device.name)
 
     def _tell_late(self, name: str, session: Session | None) -> None:
         """Tell of a step behind the commit; a listener that fails is a warning, as nobody can undo what is done."""
         try:
-            reached(self.name, name, session)
+            self.announce(name, session)
         except Exception as error:  # noqa: BLE001
             if session is not None:
                 session.warn(f"all is done, but: {error}")
@@ -120,7 +124,7 @@ class Job:
 
     def disarm(self) -> None:
         """Have nothing undone from now on, though the job is not done: somebody else may rely on what it did."""
-        self._rollback.forget()
+        self._rollback.disarm()
 
     @protected
     def commit(self, *finals: Callable[[], object]) -> None:
@@ -130,7 +134,7 @@ class Job:
         """
         for final in finals:
             final()
-        self._rollback.forget()
+        self._rollback.disarm()
         self.committed = True
         if self.settings.on_commit is not None:
             self.settings.on_commit()

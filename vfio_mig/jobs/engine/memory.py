@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.errors import UnsupportedError
-from vfio_mig.jobs.dirtylog import DirtyLog
+from vfio_mig.jobs.engine.dirtylog import DirtyLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vfio_mig.image.writer import ArchiveWriter
     from vfio_mig.jobs.engine.job import Job
     from vfio_mig.jobs.engine.pause import Pause
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.engine.session import Session
 
 PAGE: Final = 4096
 NONE, DIRTY, ALL = "none", "dirty", "all"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from vfio_mig.jobs.engine.job import Job
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.engine.session import Session
 
 
 class Pause:
@@ -47,10 +47,10 @@ class Pause:
 
         :param undo: from now on instead of going on as it was found.
         """
-        self.session.note(effect)
+        self.session.journal(effect)
         if self._undo is None:
             self.job.undo_with(self._undo_change)
-        self._undo = undo or self._undo or self.session.go_on
+        self._undo = undo or self._undo or self.session.resume
 
     def _undo_change(self) -> None:
         if self._undo is not None:
@@ -69,10 +69,10 @@ class Pause:
             self.session.protocol.stop()
         self.job.step("after-stop", self.session)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Let the device go on as it was found."""
         with self.phase("start_time"):
-            self.session.go_on()
+            self.session.resume()
         self.end()
         self.job.step("after-start", self.session)
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from vfio_mig.errors import UnsupportedError
 from vfio_mig.host.lock import LIVE
-from vfio_mig.jobs.live import StateCopy
+from vfio_mig.jobs.engine.live import StateCopy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.image.writer import ArchiveWriter
+    from vfio_mig.jobs.engine.live import StateRound
     from vfio_mig.jobs.engine.pause import Pause
-    from vfio_mig.jobs.live import StateRound
 
 
 class StateReader:

@@ -61,7 +61,7 @@ def extract_image(file: str, directory: str) -> ExtractReport:
         report says so.
     :raises HostError: the disk is full, permission is missing.
     """
-    from vfio_mig.image import parts
+    from vfio_mig.image import extract
     from vfio_mig.image.directory import NewDirectory
 
     problems: list[str] = []
@@ -70,7 +70,7 @@ def extract_image(file: str, directory: str) -> ExtractReport:
             raise UsageError(f"{file} is a bare state: there is nothing to extract from it", hint="see 'inspect --hex'")
         with NewDirectory(directory) as into:
             if saved.archive is not None:
-                names = parts.extract(saved.archive, into)
+                names = extract.extract(saved.archive, into)
             else:
                 assert saved.stream is not None  # noqa: S101 -- for the type checker
                 problems = problems_of(saved)
@@ -135,7 +135,7 @@ def pack_image(directory: str, file: str, *, force: bool = False) -> PackReport:
     :raises ImageError: something is missing, or what was changed makes no whole image; there is no file.
     :raises UsageError: *file* exists.
     """
-    from vfio_mig.image import parts
+    from vfio_mig.image import extract
     from vfio_mig.image.archive import read_archive
     from vfio_mig.image.directory import Directory
     from vfio_mig.image.files import committed
@@ -143,7 +143,7 @@ def pack_image(directory: str, file: str, *, force: bool = False) -> PackReport:
     if file == STDOUT:
         raise UsageError("pack writes a file, which it reads back; it has no standard output", hint="name a file")
     with Directory(directory) as source, committed(file, force=force) as output:
-        members = parts.pack(source, output)
+        members = extract.pack(source, output)
         output.flush()
         with os.fdopen(os.dup(output.fileno()), "rb") as again:
             size = again.seek(0, os.SEEK_END)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vfio_mig.dirty.memory import MemoryMap
-    from vfio_mig.jobs.session import Settings
+    from vfio_mig.jobs.engine.session import Settings
 
 
 class PagesReport(NamedTuple):

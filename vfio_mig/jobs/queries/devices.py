@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vfio_mig.errors import UnsupportedError
-from vfio_mig.jobs.session import CLOSED, Settings, load_numbers, survey
+from vfio_mig.jobs.engine.session import CLOSED, Settings, load_numbers, survey
 
 if TYPE_CHECKING:
     from vfio_mig.device import Region

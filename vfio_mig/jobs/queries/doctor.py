@@ -8,13 +8,13 @@ import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.errors import UsageError, VfioMigError
-from vfio_mig.jobs.session import GVT_TYPES
+from vfio_mig.jobs.engine.session import GVT_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vfio_mig.host.discover import Host
-    from vfio_mig.jobs.session import Settings
+    from vfio_mig.jobs.engine.session import Settings
 
 OK: Final = "ok"
 NOTE: Final = "note"
@@ -26,7 +26,7 @@ _HANGS: Final = ((6, 2), (7, 1))
 """First and last release in which STOP_COPY to PRE_COPY spins for ever, unless a stable update has the fix."""
 
 
-class Diagnosis(NamedTuple):
+class HostCheck(NamedTuple):
     """One check of the host.
 
     :param name: stable; scripts may rely on it.
@@ -46,7 +46,7 @@ class DoctorReport(NamedTuple):
     """
 
     problems: int
-    checks: list[Diagnosis]
+    checks: list[HostCheck]
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -77,47 +77,47 @@ def examine_host(settings: Settings | None = None, *, root: str = "/") -> Doctor
     return DoctorReport(sum(one.result == PROBLEM for one in checks), checks)
 
 
-def _kernel() -> Iterator[Diagnosis]:
+def _kernel() -> Iterator[HostCheck]:
     release = os.uname().release
     numbers = re.match(r"(\d+)\.(\d+)", release)
     version = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
     if _HANGS[0] <= version <= _HANGS[1]:
         text = f"{release}: may hang if a device goes from stop-copy to pre-copy; vfio-mig never asks for it"
-        yield Diagnosis("kernel", NOTE, f"{text}, other programs must not either")
+        yield HostCheck("kernel", NOTE, f"{text}, other programs must not either")
     else:
-        yield Diagnosis("kernel", OK, release)
+        yield HostCheck("kernel", OK, release)
 
 
-def _vfio(host: Host) -> Iterator[Diagnosis]:
+def _vfio(host: Host) -> Iterator[HostCheck]:
     has_container, has_iommufd = (os.path.exists(host.path("dev", name)) for name in ("vfio/vfio", "iommu"))
     if has_container or has_iommufd:
-        yield Diagnosis("vfio", OK, "/dev/vfio/vfio" if has_container else "/dev/iommu")
+        yield HostCheck("vfio", OK, "/dev/vfio/vfio" if has_container else "/dev/iommu")
     else:
-        yield Diagnosis("vfio", PROBLEM, "neither /dev/vfio/vfio nor /dev/iommu; load a driver: modprobe vfio-pci")
+        yield HostCheck("vfio", PROBLEM, "neither /dev/vfio/vfio nor /dev/iommu; load a driver: modprobe vfio-pci")
     if has_container and not host.names("sys/module/vfio_iommu_type1"):
-        yield Diagnosis("type1", NOTE, "vfio_iommu_type1 is not a loaded module; if groups cannot be opened, load it")
+        yield HostCheck("type1", NOTE, "vfio_iommu_type1 is not a loaded module; if groups cannot be opened, load it")
     elif has_container:
-        yield Diagnosis("type1", OK, "vfio_iommu_type1")
+        yield HostCheck("type1", OK, "vfio_iommu_type1")
     cdevs = host.names("dev/vfio/devices")
     if has_iommufd:
-        yield Diagnosis("iommufd", OK, f"/dev/iommu, and {len(cdevs)} devices with nodes of their own")
+        yield HostCheck("iommufd", OK, f"/dev/iommu, and {len(cdevs)} devices with nodes of their own")
     else:
-        yield Diagnosis("iommufd", NOTE, "this kernel has none; devices are opened through their groups")
+        yield HostCheck("iommufd", NOTE, "this kernel has none; devices are opened through their groups")
     if host.names("sys/kernel/debug/vfio"):
-        yield Diagnosis("debugfs", OK, "states are shown without opening a device")
+        yield HostCheck("debugfs", OK, "states are shown without opening a device")
     else:
-        yield Diagnosis("debugfs", NOTE, "none for VFIO (or not for this user): only an open device tells its state")
+        yield HostCheck("debugfs", NOTE, "none for VFIO (or not for this user): only an open device tells its state")
 
 
-def _devices(host: Host) -> Iterator[Diagnosis]:
+def _devices(host: Host) -> Iterator[HostCheck]:
     devices = host.devices()
     parents = host.names("sys/class/mdev_bus")
     if devices:
-        yield Diagnosis("devices", OK, f"{len(devices)}: see 'vfio-mig list'")
+        yield HostCheck("devices", OK, f"{len(devices)}: see 'vfio-mig list'")
     elif parents:
-        yield Diagnosis("devices", NOTE, "no mdev yet: see 'vfio-mig mdev types' and 'vfio-mig mdev create'")
+        yield HostCheck("devices", NOTE, "no mdev yet: see 'vfio-mig mdev types' and 'vfio-mig mdev create'")
     else:
-        yield Diagnosis("devices", NOTE, "no device is bound to a VFIO driver, and there is no mdev parent")
+        yield HostCheck("devices", NOTE, "no device is bound to a VFIO driver, and there is no mdev parent")
     for one in devices:
         nodes = [node for node in (one.node, one.cdev) if node is not None]
         paths = [host.path(node.lstrip("/")) for node in nodes]
@@ -131,28 +131,28 @@ def _devices(host: Host) -> Iterator[Diagnosis]:
             what = f"{' and '.join(nodes)} {'is' if len(nodes) == 1 else 'are'} not there; is udev running?"
         else:
             what = "it has neither a group nor a node of its own; is its VFIO driver loaded?"
-        yield Diagnosis("node", PROBLEM, f"{one.name}: {what}")
+        yield HostCheck("node", PROBLEM, f"{one.name}: {what}")
 
 
-def _gvt(host: Host) -> Iterator[Diagnosis]:
+def _gvt(host: Host) -> Iterator[HostCheck]:
     """Look for what kvmgt needs: i915's consent, a KVM for whatever opens a vGPU, and a build that can migrate."""
     offers = [name for name in host.names("sys/class/mdev_bus") if _offers_gvt(host, name)]
     if not offers:
         if host.names("sys/module/kvmgt"):
             text = "kvmgt is loaded and offers no type of vGPU: load i915 with enable_gvt=1, on a GPU that has GVT-g"
-            yield Diagnosis("gvt", NOTE, text)
+            yield HostCheck("gvt", NOTE, text)
         return
     if os.path.exists(host.path("sys/module/kvmgt/parameters/migration")):
-        yield Diagnosis("gvt", OK, f"kvmgt on {', '.join(offers)}")
+        yield HostCheck("gvt", OK, f"kvmgt on {', '.join(offers)}")
     else:
         text = "only an open vGPU tells whether it can be migrated: with the distributions' kvmgt none can"
-        yield Diagnosis("gvt", NOTE, f"{text}, scripts/kvmgt builds one that can")
+        yield HostCheck("gvt", NOTE, f"{text}, scripts/kvmgt builds one that can")
     if os.access(host.path("dev/kvm"), os.R_OK | os.W_OK):
-        yield Diagnosis("kvm", OK, "/dev/kvm")
+        yield HostCheck("kvm", OK, "/dev/kvm")
     else:
         is_there = os.path.lexists(host.path("dev/kvm"))
         what = "may not be opened by this user" if is_there else "is not there; load kvm_intel or kvm_amd"
-        yield Diagnosis("kvm", PROBLEM, f"kvmgt opens a vGPU only for a process with a KVM VM, and /dev/kvm {what}")
+        yield HostCheck("kvm", PROBLEM, f"kvmgt opens a vGPU only for a process with a KVM VM, and /dev/kvm {what}")
 
 
 def _offers_gvt(host: Host, parent: str) -> bool:
@@ -164,74 +164,74 @@ def _capabilities(host: Host) -> int:
     return int(found[1], 16) if found else 0
 
 
-def _borrowing(host: Host) -> Iterator[Diagnosis]:
+def _borrowing(host: Host) -> Iterator[HostCheck]:
     scope = host.read("proc/sys/kernel/yama/ptrace_scope")
     if scope == "3":
         text = "Yama's ptrace_scope is 3: nothing can be borrowed from another process, until a reboot without it"
-        yield Diagnosis("borrowing", PROBLEM, text)
+        yield HostCheck("borrowing", PROBLEM, text)
     elif _capabilities(host) >> _CAP_SYS_PTRACE & 1:
-        yield Diagnosis("borrowing", OK, "CAP_SYS_PTRACE is there")
+        yield HostCheck("borrowing", OK, "CAP_SYS_PTRACE is there")
     else:
         text = "without CAP_SYS_PTRACE only this user's own processes can be borrowed from"
-        yield Diagnosis("borrowing", NOTE, f"{text}; ptrace_scope is {scope or 'not there'} (docs/privileges.md)")
+        yield HostCheck("borrowing", NOTE, f"{text}; ptrace_scope is {scope or 'not there'} (docs/privileges.md)")
 
 
-def _seeing() -> Iterator[Diagnosis]:
+def _seeing() -> Iterator[HostCheck]:
     from vfio_mig import proc
     from vfio_mig.host.holders import blind_spot
 
     unseen = blind_spot(proc.standing())
     if unseen is None:
-        yield Diagnosis("holders", OK, "every process can be seen")
+        yield HostCheck("holders", OK, "every process can be seen")
     else:
-        yield Diagnosis("holders", NOTE, f"who has a device open is not always known: {unseen.reason}; {unseen.hint}")
+        yield HostCheck("holders", NOTE, f"who has a device open is not always known: {unseen.reason}; {unseen.hint}")
 
 
-def _limits(host: Host) -> Iterator[Diagnosis]:
+def _limits(host: Host) -> Iterator[HostCheck]:
     import resource
 
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     enough = files == resource.RLIM_INFINITY or files >= _FILES_MIN
     text = f"{files} open files" if enough else f"only {files} open files: a data fd may be lost; ulimit -n 64"
-    yield Diagnosis("files", OK if enough else PROBLEM, text)
+    yield HostCheck("files", OK if enough else PROBLEM, text)
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if locked == resource.RLIM_INFINITY or _capabilities(host) >> _CAP_IPC_LOCK & 1:
-        yield Diagnosis("memlock", OK, "guest memory of any size can be mapped for a device")
+        yield HostCheck("memlock", OK, "guest memory of any size can be mapped for a device")
     else:
-        yield Diagnosis("memlock", NOTE, f"'hold --memory' can map {locked} bytes; 'ulimit -l' raises that")
+        yield HostCheck("memlock", NOTE, f"'hold --memory' can map {locked} bytes; 'ulimit -l' raises that")
 
 
-def _locks() -> Iterator[Diagnosis]:
+def _locks() -> Iterator[HostCheck]:
     from vfio_mig.host.lock import HINT, directory_problem, lock_directory
 
     directory = lock_directory()
     if problem := directory_problem():
-        yield Diagnosis("locks", PROBLEM, problem)
+        yield HostCheck("locks", PROBLEM, problem)
         return
     nearest = directory if os.path.isdir(directory) else os.path.dirname(directory)
     if os.access(nearest, os.W_OK | os.X_OK):
-        yield Diagnosis("locks", OK, directory)
+        yield HostCheck("locks", OK, directory)
     else:
-        yield Diagnosis("locks", PROBLEM, f"{directory} cannot be written; {HINT}")
+        yield HostCheck("locks", PROBLEM, f"{directory} cannot be written; {HINT}")
 
 
-def _numbers(settings: Settings | None) -> Iterator[Diagnosis]:
-    from vfio_mig.jobs.session import Settings, load_numbers
+def _numbers(settings: Settings | None) -> Iterator[HostCheck]:
+    from vfio_mig.jobs.engine.session import Settings, load_numbers
 
     settings = settings or Settings()
     try:
         profile = load_numbers(settings)
     except (UsageError, VfioMigError) as error:
-        yield Diagnosis("numbers", PROBLEM, str(error))
+        yield HostCheck("numbers", PROBLEM, str(error))
         return
     text = f"of the 2017 RFC: {profile.source}"
     if settings.uapi_header is None:
-        yield Diagnosis("numbers", NOTE, f"{text}; --uapi-header takes those of a patched kernel")
+        yield HostCheck("numbers", NOTE, f"{text}; --uapi-header takes those of a patched kernel")
     else:
-        yield Diagnosis("numbers", OK, text)
+        yield HostCheck("numbers", OK, text)
 
 
-def _modules() -> Iterator[Diagnosis]:
+def _modules() -> Iterator[HostCheck]:
     from importlib.util import find_spec
 
     for name, result, use in (
@@ -239,4 +239,4 @@ def _modules() -> Iterator[Diagnosis]:
         ("matplotlib", NOTE, "--plot draws nothing; pip install 'vfio_mig[plot]', or Debian's python3-matplotlib"),
     ):
         there = find_spec(name) is not None
-        yield Diagnosis(name, OK if there else result, "installed" if there else f"not installed: {use}")
+        yield HostCheck(name, OK if there else result, "installed" if there else f"not installed: {use}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np  # noqa: F401 -- before the address space is bounded
 
-from tools.fuzz import corpus, saved
+from tools.fuzz import builders, corpus
 from tools.fuzz.corpus import Choices
 from tools.fuzz.limits import INPUT_FACTOR, bounded, require, require_line, require_linear
 from tools.fuzz.printed import printed
@@ -35,7 +35,7 @@ _ROWS: Final = 100
 
 @cache
 def _fd() -> int:
-    return os.memfd_create("fuzz-looking")
+    return os.memfd_create("fuzz-inspection")
 
 
 def _path(content: bytes | bytearray) -> str:
@@ -128,13 +128,13 @@ def qemu_stream(data: bytes) -> None:
 
 def inspect_seeds() -> list[bytes]:
     """Return inputs for each way of the target `inspect`."""
-    mtty, records = saved.mtty(), corpus.record_seeds()
+    mtty, records = builders.mtty(), corpus.record_seeds()
     registers = (
         struct.pack("<IB", 0, 1) + struct.pack("<IB", 64, 1) + struct.pack("<IB", 0, 1) + struct.pack("<IB", 1, 1)
     )
     commands = struct.pack("<7I", 0x10400002, 4, 0, 0xABCD, 0x18800001, 0, 0)
     return [
-        *(b"\0" + one for one in saved.state_seeds()),
+        *(b"\0" + one for one in builders.state_seeds()),
         *(b"\1" + one for one in records),
         b"\2" + registers + b"\0" + commands,
         b"\2" + registers + b"\1" + b"\xff" * 40,

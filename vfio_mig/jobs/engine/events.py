@@ -15,49 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.image.places import open_file
 from vfio_mig.interrupts import waiting
-from vfio_mig.jobs.points import POINTS
+from vfio_mig.jobs.engine.steps import NAMES, OTHER_NAMES, STEPS, option_of, steps_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-ALIASES: Final = {
-    "pre-stop": "before-stop",
-    "post-stop": "after-stop",
-    "pre-start": "before-start",
-    "post-start": "after-start",
-}
-"""Other words for four steps, which `--hook` takes."""
-STEPS: Final = frozenset(ALIASES) | {name for names in POINTS.values() for name in names}
-STARTS: Final = frozenset({"before-start", "after-start"})
-_IF_SO_ASKED: Final[dict[tuple[str, str], str]] = {
-    **{(job, step): "--leave-running" for job in ("save", "sync") for step in STARTS},
-    **{("restore", step): "--start" for step in STARTS},
-    ("restore", "loaded"): "--await-word",
-}
-"""Steps that a job has only with an option."""
-
-
-def option_of(job: str, step: str) -> str | None:
-    """Return the option without which a job does not have a step; None if it has it in any case."""
-    return _IF_SO_ASKED.get((job, step))
-
-
-def steps_of(job: str, **asked: object) -> tuple[str, ...]:
-    """Return the steps that a job has, in order, as it was asked for.
-
-    :param asked: the options of the command, by their names.
-    """
-
-    def has(step: str) -> bool:
-        if job == "migrate" and step in STARTS:
-            return not asked.get("no_start")
-        if job == "save" and step in {"after-dirty", "after-pages"}:
-            return not asked.get("raw")
-        option = option_of(job, step)
-        waits = job == "restore" and bool(asked.get("await_word"))  # and may be told to start
-        return option is None or waits or bool(asked.get(option.removeprefix("--").replace("-", "_")))
-
-    return tuple(step for step in POINTS.get(job, ()) if has(step))
 
 
 class Events:
@@ -115,7 +76,7 @@ class Hooks:
     its environment, our stderr as its stdout, and nothing to read. The job waits for it: what it does between stop and
     start is downtime.
 
-    :param job: that is to be done, as POINTS names it; None for any.
+    :param job: that is to be done, as STEPS names it; None for any.
     :param asked: the options of its command, by their names.
     :raises UsageError: no such step, one that this job does not have, or no command.
     :raises HostError: there is no such program, or it may not be run.
@@ -132,10 +93,10 @@ class Hooks:
     @staticmethod
     def _require(step: str, job: str, asked: dict[str, object]) -> None:
         """Refuse a hook that would never run."""
-        wanted, steps = ALIASES.get(step, step), steps_of(job, **asked)
+        wanted, steps = OTHER_NAMES.get(step, step), steps_of(job, **asked)
         if wanted in steps:
             return
-        if job not in POINTS:
+        if job not in STEPS:
             raise UsageError(f"hook {step}: '{job}' has no steps", hint="leave out --hook")
         option = option_of(job, wanted)
         hint = f"a {job} has {', '.join(steps)}" if option is None else f"it has that with {option}"
@@ -150,8 +111,8 @@ class Hooks:
             words = shlex.split(command)
         except ValueError as error:
             raise UsageError(f"hook {text!r}: {error}") from None
-        if step not in STEPS or not words:
-            raise UsageError(f"hook {text!r} is not STEP=COMMAND", hint=f"steps are {', '.join(sorted(STEPS))}")
+        if step not in NAMES or not words:
+            raise UsageError(f"hook {text!r} is not STEP=COMMAND", hint=f"steps are {', '.join(sorted(NAMES))}")
         if shutil.which(words[0]) is None:  # told now, not while the device is stopped
             number = errno.EACCES if os.path.exists(words[0]) else errno.ENOENT
             raise HostError(f"hook {step}: cannot run {words[0]}: {errno_text(number)}")
@@ -163,7 +124,7 @@ class Hooks:
         :raises HostError: a command cannot be started, or ends with another status than 0; the job rolls back.
         """
         for wanted, words in self._hooks:
-            if step == ALIASES.get(wanted, wanted):
+            if step == OTHER_NAMES.get(wanted, wanted):
                 if wanted in self.idle:
                     self.idle.remove(wanted)
                 self._run(words, {"VFIO_MIG_JOB": job, "VFIO_MIG_STEP": wanted, "VFIO_MIG_DEVICE": device})

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vfio_mig.host.devices import HostDevice
     from vfio_mig.host.discover import Snapshot
     from vfio_mig.host.holders import View
-    from vfio_mig.host.lock import DeviceLock, Left
+    from vfio_mig.host.lock import DeviceLock, Leftover
     from vfio_mig.protocols.base import MigrationProtocol
     from vfio_mig.uapi.profile import RfcProfile
 
@@ -85,7 +85,7 @@ class Session:
         self.device = device
         self.protocol = protocol
         self._lock = lock
-        self.left: Left | None = None
+        self.leftover: Leftover | None = None
         """What an earlier job has left behind that did not come to its end, or moved its state away."""
         self._settings = settings or Settings()
 
@@ -119,12 +119,12 @@ class Session:
     @property
     def is_half_loaded(self) -> bool:
         """Whether it may hold a part of an image, from an earlier job."""
-        return self.left is not None and self.left.is_loading
+        return self.leftover is not None and self.leftover.is_loading
 
     @property
     def is_moved(self) -> bool:
         """Whether another device has its state now."""
-        return self.left is not None and self.left.is_moved
+        return self.leftover is not None and self.leftover.is_moved
 
     @property
     def protocol_name(self) -> str | None:
@@ -138,29 +138,24 @@ class Session:
 
         return self.protocol.why if isinstance(self.protocol, NoMigration) else None
 
-    def note(self, effect: str) -> None:
+    def journal(self, effect: str) -> None:
         """Write down what is about to be done to the device, in case this process does not live to undo it.
 
         That it is half-loaded, or its state has moved away, stays written down over a stop and its undo.
         """
         stays = (self.is_half_loaded or self.is_moved) and effect in PASSING
         if self._lock is not None and not stays:
-            self._lock.note(effect)
+            self._lock.journal(effect)
 
-    def clear_note(self) -> None:
+    def clear_journal(self) -> None:
         """Write down that all is well: its state is whole, and its own."""
-        self.left = None
-        self.note("")
+        self.leftover = None
+        self.journal("")
 
     def journal_step(self, name: str) -> None:
         """Write down how far the job has come."""
         if self._lock is not None:
             self._lock.step(name)
-
-    def step(self, job: str, name: str) -> None:
-        """Tell the listeners that a job has come to one of its steps."""
-        if self._settings.on_step is not None:
-            self._settings.on_step(job, name, self.device.name)
 
     def warn(self, text: str) -> None:
         """Tell the user what must be read."""
@@ -171,7 +166,7 @@ class Session:
         """Whether nobody but us, or a `vfio-mig hold`, has the device open."""
         return not self.device.borrowed or (self.device.holder is not None and self.device.holder.is_hold)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Undo a stop, or a live save; a device that must not run stays stopped.
 
         :raises DeviceError: the device did not follow; one of ours in the error state was reset.
@@ -179,7 +174,7 @@ class Session:
         if self.is_half_loaded or (self.is_moved and self._state_or_unknown() == UNKNOWN):
             return
         try:
-            self.protocol.undo_stop()
+            self.protocol.restore_run_state()
         except DeviceError as error:
             if self._state_or_unknown() != ERROR:
                 raise
@@ -187,11 +182,11 @@ class Session:
                 error.hint = f"only 'vfio-mig reset --force {self.device.name}' gets it out of there"
                 raise
             self.protocol.reset()
-            self.note("")
+            self.journal("")
             raise DeviceError(
                 "it was in the error state and has been reset: what it was doing is lost", device=self.device.name
             ) from error
-        self.note("")
+        self.journal("")
 
     def _state_or_unknown(self) -> str:
         try:
@@ -405,14 +400,14 @@ def _detect_any(found: HostDevice, device: Device, profile: RfcProfile, abi: str
 
 def _take_over(session: Session, lock: DeviceLock, job: str, *, force: bool) -> None:
     """Look at what an earlier job has left: a stop can be gone on from, a half-loaded or moved state cannot."""
-    left = session.left = lock.take_over(session.device.holder)
+    left = session.leftover = lock.take_over(session.device.holder)
     if left is None:
         if job not in FROM_ANY_STATE:
-            session.protocol.require_rest()
+            session.protocol.require_idle()
         return
     if job in GOES_ON and (session.is_half_loaded or (session.is_moved and not force)):
         name = session.device.name
         raise DeviceError(str(left), device=name, hint=left.repair(name))
     session.warn(str(left))
     if job not in FROM_ANY_STATE:
-        session.protocol.end_left(may_reset=job == "restore" and session.is_ours)
+        session.protocol.recover(may_reset=job == "restore" and session.is_ours)

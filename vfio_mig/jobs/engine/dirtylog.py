@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.memory import Memory
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.host.tracking import DmaTracker
-    from vfio_mig.jobs.session import Session
+    from vfio_mig.jobs.engine.session import Session
 
 PAGE = 4096
 

@@ -37,8 +37,8 @@ class Rollback:
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
 
-    def forget(self) -> None:
-        """Disarm it: nothing is undone any more; what was entered is still closed."""
+    def disarm(self) -> None:
+        """Have nothing undone any more; what was entered is still closed."""
         self._entries[:] = [entry for entry in self._entries if entry.undo is None]
 
     def push(self, undo: Callable[[], object]) -> None:
