@@ -6,7 +6,7 @@ from __future__ import annotations
 import tracemalloc
 
 from vfio_mig.dirty.changed import BLOCK, Fingerprints
-from vfio_mig.dirty.ranges import PAGE
+from vfio_mig.ranges import PAGE
 
 TIB = 1 << 40
 

@@ -15,16 +15,17 @@ from tests.unit.test_image_archive import PAGE
 from tests.unit.test_image_gvt import CFG, GTT, SREG, VREG
 from tools.fuzz import builders
 from vfio_mig.decode.differences import state_differences
-from vfio_mig.decode.pagemap import PageMap, intersect, merge, pages_in, runs, subtract
+from vfio_mig.decode.pagemap import PageMap
 from vfio_mig.errors import UsageError
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.bytesource import BufferSource
 from vfio_mig.image.writer import ArchiveWriter
+from vfio_mig.ranges import intersect, length, merge, runs, subtract
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vfio_mig.decode.pagemap import Range
+    from vfio_mig.ranges import Range
 
 
 def differences(first: Path, second: Path) -> list[tuple[str, str, int, Any, Any]]:
@@ -199,11 +200,11 @@ def pages_of(ranges: list[Range]) -> set[int]:
 def test_ranges_are_sets_of_pages(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
     first, second = (merge((start, start + size) for start, size in each if size) for each in (one, other))
     for found, expected in (
-        (intersect(first, second), pages_of(first) & pages_of(second)),
+        (list(intersect(first, second)), pages_of(first) & pages_of(second)),
         (subtract(first, second), pages_of(first) - pages_of(second)),
     ):
         assert pages_of(found) == expected
-        assert pages_in(found) == len(expected)
+        assert length(found) == len(expected)
     assert runs(sorted(pages_of(first))) == first
 
 

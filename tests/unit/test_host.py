@@ -28,10 +28,9 @@ from vfio_mig.errors import (
 )
 from vfio_mig.host import holders, kvm, mdev, opening
 from vfio_mig.host.discover import Host, HostDevice, Snapshot
-from vfio_mig.host.guest import address_of
 from vfio_mig.host.holders import Holder, Unseen, View, duplicate_container, duplicate_fd, find_holder, find_holders
 from vfio_mig.host.opening import open_device
-from vfio_mig.uapi import IoctlError, Request
+from vfio_mig.uapi import IoctlError, Request, address_of
 from vfio_mig.uapi import kvm as kvm_words
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = "vfio_mig"
-FLOOR: Final = frozenset({"errors", "interrupts", "proc", "threads", "version"})
+FLOOR: Final = frozenset({"errors", "interrupts", "proc", "ranges", "threads", "version"})
 # room: what it may import beside itself
 ROOMS: Final[dict[str, frozenset[str]]] = {
     "errors": frozenset(),
     "interrupts": frozenset(),
     "proc": frozenset(),
+    "ranges": frozenset(),
     "threads": frozenset(),
     "version": frozenset(),
     "uapi": FLOOR,

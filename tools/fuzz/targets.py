@@ -26,7 +26,7 @@ from vfio_mig.cli import inspect as _inspect  # noqa: F401 -- as above
 from vfio_mig.cli.main import cli
 from vfio_mig.decode import gvt_image as gvt
 from vfio_mig.dirty.memory import Memory, MemoryMap
-from vfio_mig.dirty.ranges import ADDRESS_END, PAGE, parse_number, parse_range
+from vfio_mig.dirty.ranges import parse_number, parse_range
 from vfio_mig.host import lock
 from vfio_mig.host.discover import Host
 from vfio_mig.host.holders import Holder
@@ -34,6 +34,7 @@ from vfio_mig.image.archive import read_archive
 from vfio_mig.image.layout import MEMBER_MAX
 from vfio_mig.jobs import check
 from vfio_mig.jobs.files import input as input_file  # noqa: F401 -- as above
+from vfio_mig.ranges import ADDRESS_END, PAGE
 from vfio_mig.uapi.profile import load_profile, parse_header
 
 if TYPE_CHECKING:

@@ -13,13 +13,14 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig.conform.kit.check import RFC, Checks
-from vfio_mig.conform.kit.rfc_device import PAGE, STATUS
+from vfio_mig.conform.kit.rfc_device import STATUS
 from vfio_mig.conform.kit.rig import first_difference
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, require
 from vfio_mig.conform.v2.feature import refusal
 from vfio_mig.decode import gvt_image as gvt
 from vfio_mig.device import MMAP, READ, WRITE
 from vfio_mig.errors import ImageError
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from vfio_mig.conform.kit.rfc_device import Rfc

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from vfio_mig.decode.gtt import PAGE
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.decode import gvt_image as gvt
 from vfio_mig.decode import pci, registers, streams
-from vfio_mig.decode.gtt import ADDRESS, PAGE, PRESENT, Table, changed_runs
+from vfio_mig.decode.gtt import ADDRESS, PRESENT, Table, changed_runs
 from vfio_mig.decode.section import LISTED_MAX, plain
 from vfio_mig.errors import ImageError
 from vfio_mig.image.bytesource import PartSource
+from vfio_mig.ranges import PAGE
 from vfio_mig.uapi.profile import IMAGE_LARGEST
 
 if TYPE_CHECKING:

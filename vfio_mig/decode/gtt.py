@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.decode.section import LISTED_MAX
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from vfio_mig.decode.gvt_image import GvtImage
 
-PAGE: Final = 4096
 PRESENT: Final = 1
 ADDRESS: Final = 0x3FFFFFFFF000
 """Bits 45:12 of an entry: the guest-physical page. GVT-g masks 46 bits."""

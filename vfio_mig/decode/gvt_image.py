@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from vfio_mig.errors import ImageError
+from vfio_mig.ranges import PAGE
 
 IMAGE_MAX: Final = 0x900000
 """Size of the RFC's state region, bytes; an image must be shorter. The header of a kernel may have another."""
@@ -31,7 +32,6 @@ _PVINFO_AT: Final = 0x78000
 _PVINFO_MAGIC: Final = 0x4776544776544776
 _REG_SIZE: Final = 0x200000
 _CFG_SIZES: Final = (256, 4096)
-_PAGE: Final = 4096
 _RINGS: Final = 5
 _ELSP_INDEX_MAX: Final = 3
 _PPGTT_LEVELS: Final = (3, 4)
@@ -247,11 +247,11 @@ def _check_windows(pvinfo: PvInfo, vreg_offset: int, gtt: Record) -> None:
     low = (pvinfo.low_base, pvinfo.low_base + pvinfo.low_size)
     high = (pvinfo.high_base, pvinfo.high_base + pvinfo.high_size)
     for start, end in (low, high):
-        if start % _PAGE or end % _PAGE or end > _GM_END:
+        if start % PAGE or end % PAGE or end > _GM_END:
             raise ImageError(f"{where}: impossible graphics memory {start:#x} to {end:#x}")
     if low[0] < high[1] and high[0] < low[1]:
         raise ImageError(f"{where}: low and high graphics memory overlap")
-    entries = (pvinfo.low_size + pvinfo.high_size) // _PAGE
+    entries = (pvinfo.low_size + pvinfo.high_size) // PAGE
     if len(gtt.payload) != entries * 8:
         raise ImageError(f"GTT record at {gtt.offset:#x}: {len(gtt.payload)} bytes, but PVINFO has {entries} pages")
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vfio_mig.decode.differences import Difference, Found
-from vfio_mig.decode.pagemap import PAGE, PageMap, pages_in, runs
+from vfio_mig.decode.pagemap import PageMap
 from vfio_mig.decode.section import LISTED_MAX
+from vfio_mig.ranges import PAGE, length, runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vfio_mig.decode.pagemap import Range
     from vfio_mig.image.archive import Archive
     from vfio_mig.image.layout import DirtyBitmap
+    from vfio_mig.ranges import Range
 
 
 def dirty_differences(first: Archive, second: Archive) -> Iterator[Found]:
@@ -73,7 +74,7 @@ def page_differences(first: Archive, second: Archive) -> Iterator[Found]:
         *(_range(place, None, "there") for place in difference.only_second[:LISTED_MAX]),
         *(_range(place, "content", "other content") for place in difference.changed[:LISTED_MAX]),
     ]
-    count = pages_in([*difference.only_first, *difference.only_second, *difference.changed])
+    count = length([*difference.only_first, *difference.only_second, *difference.changed])
     if count:
         yield Found("pages", count, found[:LISTED_MAX])
 

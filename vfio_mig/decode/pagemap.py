@@ -7,16 +7,13 @@ import hashlib
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from vfio_mig.ranges import PAGE, intersect, length, merge, runs, subtract
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     from vfio_mig.image.archive import Archive
+    from vfio_mig.ranges import Range
 
-PAGE: Final = 4096
 _DIGEST: Final = 16
-
-Range = tuple[int, int]
-"""First page and the one behind the last, by number."""
 
 
 class PageDifference(NamedTuple):
@@ -67,7 +64,7 @@ class PageMap:
     def _drop(self, ranges: list[Range]) -> None:
         """Forget the content of pages that are zero from now on."""
         merged = merge(ranges)
-        if sum(end - start for start, end in merged) <= len(self._content):
+        if length(merged) <= len(self._content):
             for start, end in merged:
                 for page in range(start, end):
                     self._content.pop(page, None)
@@ -91,67 +88,3 @@ class PageMap:
         was_zero = intersect(self.zero, other.written)
         changed = merge([*runs(sorted(both)), *became_zero, *was_zero])
         return PageDifference(subtract(mine, its), subtract(its, mine), changed)
-
-
-def runs(pages: Iterable[int]) -> list[Range]:
-    """Turn rising page numbers into ranges."""
-    found: list[Range] = []
-    for page in pages:
-        if found and found[-1][1] == page:
-            found[-1] = (found[-1][0], page + 1)
-        else:
-            found.append((page, page + 1))
-    return found
-
-
-def merge(ranges: Iterable[Range]) -> list[Range]:
-    """Sort ranges and join those that touch."""
-    found: list[Range] = []
-    for start, end in sorted(ranges):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
-        else:
-            found.append((start, end))
-    return found
-
-
-def intersect(one: list[Range], other: list[Range]) -> list[Range]:
-    """Return what is in both; each is sorted and without overlaps."""
-    return list(_intersect(one, other))
-
-
-def _intersect(one: list[Range], other: list[Range]) -> Iterator[Range]:
-    first = second = 0
-    while first < len(one) and second < len(other):
-        start = max(one[first][0], other[second][0])
-        end = min(one[first][1], other[second][1])
-        if start < end:
-            yield start, end
-        if one[first][1] < other[second][1]:
-            first += 1
-        else:
-            second += 1
-
-
-def subtract(one: list[Range], other: list[Range]) -> list[Range]:
-    """Return what is in *one* and not in *other*; each is sorted and without overlaps."""
-    found: list[Range] = []
-    at = 0
-    for begin, end in one:
-        start = begin
-        while at < len(other) and other[at][1] <= start:
-            at += 1
-        number = at
-        while number < len(other) and other[number][0] < end:
-            if other[number][0] > start:
-                found.append((start, other[number][0]))
-            start = max(start, other[number][1])
-            number += 1
-        if start < end:
-            found.append((start, end))
-    return found
-
-
-def pages_in(ranges: Iterable[Range]) -> int:
-    """Count pages."""
-    return sum(end - start for start, end in ranges)

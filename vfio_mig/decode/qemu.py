@@ -23,8 +23,9 @@ from vfio_mig.decode.cursor import Cursor, CutError
 from vfio_mig.decode.qemu_description import PADDING_MAX, Comparison, find_description
 from vfio_mig.decode.qemu_disk import pass_bitmaps, pass_block
 from vfio_mig.decode.qemu_parts import QemuStream, SectionKind, VfioDevice, is_vfio
-from vfio_mig.decode.qemu_ram import KNOWN_CAPABILITIES, MAPPED_RAM, PAGE, VERSION, Ram
+from vfio_mig.decode.qemu_ram import KNOWN_CAPABILITIES, MAPPED_RAM, VERSION, Ram
 from vfio_mig.errors import ImageError, excerpt
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig.decode.cursor import CutError
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from vfio_mig.decode.cursor import Cursor
@@ -21,11 +22,10 @@ IGNORE_SHARED: Final = "x-ignore-shared"
 MAPPED_RAM: Final = "mapped-ram"
 KNOWN_CAPABILITIES: Final = frozenset({IGNORE_SHARED, MAPPED_RAM})
 """What changes this layout and is named in a stream's configuration: QEMU's ``should_validate_capability()``."""
-PAGE: Final = 4096
 
-_ZERO, _SIZE, _PAGE, _EOS, _CONTINUE, _XBZRLE = 0x02, 0x04, 0x08, 0x10, 0x20, 0x40
+_ZERO, _SIZE, _WHOLE, _EOS, _CONTINUE, _XBZRLE = 0x02, 0x04, 0x08, 0x10, 0x20, 0x40
 _HOOK, _COMPRESSED, _FLUSH = 0x80, 0x100, 0x200
-_CONTENT: Final = frozenset({_ZERO, _PAGE, _XBZRLE, _COMPRESSED})
+_CONTENT: Final = frozenset({_ZERO, _WHOLE, _XBZRLE, _COMPRESSED})
 _BLOCKS_MAX: Final = 1 << 14
 _MAPPED_VERSION: Final = 1
 _MAPPED_HEAD: Final = 4 + 3 * 8
@@ -79,7 +79,7 @@ class Ram:
             raise CutError(f"a page of the memory block {self._block!r}, which is not listed")
         if at >= self.blocks[self._block]:
             raise CutError(f"a page at {at:#x} of the memory block {self._block!r}, which is smaller")
-        if what == _PAGE:
+        if what == _WHOLE:
             cursor.skip(self.page_size)
         elif what == _ZERO:
             cursor.skip(1)

@@ -6,12 +6,13 @@ from __future__ import annotations
 import struct
 from typing import Any, Final
 
+from vfio_mig.ranges import PAGE
+
 PVINFO_AT: Final = 0x78000
 PVINFO_SIZE: Final = 0x1000
 FENCES_AT: Final = 0x100000
 FENCES_MAX: Final = 32
 """Fences of gen 6 and later."""
-PAGE: Final = 4096
 
 PVINFO_FIELDS: Final = {  # offset in the page: name, bytes (struct vgt_if)
     0x000: ("magic", 8),

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Final
 
-from vfio_mig.dirty.ranges import PAGE
+from vfio_mig.ranges import PAGE
 
 DIGEST: Final = 16
 """Bytes kept per page of guest memory."""

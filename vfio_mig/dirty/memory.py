@@ -11,8 +11,9 @@ from itertools import pairwise
 from typing import Final, Self
 
 from vfio_mig.dirty.lent import open_memory
-from vfio_mig.dirty.ranges import ADDRESS_END, PAGE, PageRange, merge, parse_number
+from vfio_mig.dirty.ranges import PageRange, merge, parse_number
 from vfio_mig.errors import HostError, UsageError, errno_text
+from vfio_mig.ranges import ADDRESS_END, PAGE
 
 CHUNK: Final = 4 << 20
 """Bytes that are read from a file at a time."""

@@ -4,10 +4,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
+from vfio_mig import ranges as spans
 from vfio_mig.errors import UsageError
+from vfio_mig.ranges import ADDRESS_END, PAGE
 
-PAGE: Final = 4096
-ADDRESS_END: Final = 1 << 64
 _UNITS: Final = {"k": 10, "m": 20, "g": 30, "t": 40}
 
 
@@ -66,30 +66,17 @@ def parse_range(text: str) -> PageRange:
 
 def merge(ranges: Iterable[PageRange]) -> list[PageRange]:
     """Return the same pages as few ranges, in order, without overlap; empty ranges are gone."""
-    merged: list[PageRange] = []
-    for range_ in sorted(ranges):
-        if range_.nr_pages <= 0:
-            continue
-        if merged and range_.start <= merged[-1].end:
-            last = merged.pop()
-            range_ = PageRange(last.start, max(last.end, range_.end) - last.start)  # noqa: PLW2901 -- grown
-        merged.append(range_)
-    return merged
+    return _pages(spans.merge((one.start, one.end) for one in ranges if one.nr_pages > 0))
 
 
 def complement(ranges: Iterable[PageRange], end: int) -> list[PageRange]:
     """Return the pages below page number *end* that are in none of the ranges."""
-    gaps: list[PageRange] = []
-    at = 0
-    for range_ in merge(ranges):
-        if range_.start >= end:
-            break
-        if at < range_.start:
-            gaps.append(PageRange(at, range_.start - at))
-        at = range_.end
-    if at < end:
-        gaps.append(PageRange(at, end - at))
-    return gaps
+    taken = [(one.start, one.end) for one in merge(ranges)]
+    return _pages(spans.subtract([(0, end)], taken) if end > 0 else [])
+
+
+def _pages(ranges: Iterable[spans.Range]) -> list[PageRange]:
+    return [PageRange(start, end - start) for start, end in ranges]
 
 
 def total(ranges: Sequence[PageRange]) -> int:

@@ -12,8 +12,9 @@ from vfio_mig import interrupts
 from vfio_mig.dirty.bitmap import Dirty
 from vfio_mig.dirty.changed import Fingerprints
 from vfio_mig.dirty.memory import Memory, data_extents, has_write
-from vfio_mig.dirty.ranges import PAGE, PageRange
+from vfio_mig.dirty.ranges import PageRange
 from vfio_mig.errors import HostError, UsageError, errno_text
+from vfio_mig.ranges import PAGE
 
 ROUNDS: Final = 3
 """Rounds before the device is stopped, at most, unless the caller says otherwise."""

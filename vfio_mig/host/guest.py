@@ -22,14 +22,3 @@ class GuestMemory(Protocol):
 
     def map(self) -> mmap.mmap | memoryview:
         """Return the memory, mapped shared and writable; stays the owner's."""
-
-
-def address_of(mapping: mmap.mmap | memoryview) -> int:
-    """Return where a mapping, or a part of one, is.
-
-    It must stay mapped as long as a kernel that is told the address uses it.
-    """
-    import ctypes
-
-    # A view would keep the mapping from being closed: it lives only as long as its address is asked for
-    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))

@@ -11,7 +11,6 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
-from vfio_mig.host.guest import address_of
 from vfio_mig.uapi import ffi, iommufd
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class Iommufd:
                 "size": ffi.sizeof("struct iommu_ioas_map"),
                 "flags": _MAP_FLAGS,
                 "ioas_id": ioas,
-                "user_va": address_of(piece.map()),
+                "user_va": uapi.address_of(piece.map()),
                 "length": piece.size,
                 "iova": piece.gpa,
             },

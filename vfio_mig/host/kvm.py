@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
 from vfio_mig.errors import OpenError, errno_text, right_hint
-from vfio_mig.host.guest import address_of
 from vfio_mig.uapi import IoctlError, ffi, kvm
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def _add_memory(vm: int, slot: int, piece: GuestMemory) -> None:
             "slot": slot,
             "guest_phys_addr": piece.gpa,
             "memory_size": piece.size,
-            "userspace_addr": address_of(piece.map()),
+            "userspace_addr": uapi.address_of(piece.map()),
         },
     )
     uapi.call(vm, kvm.SET_USER_MEMORY_REGION, request)

@@ -19,7 +19,6 @@ from vfio_mig.errors import (
     right_hint,
 )
 from vfio_mig.host.dma import ContainerDma
-from vfio_mig.host.guest import address_of
 from vfio_mig.host.holders import duplicate_fd, look, mark_borrower, may_look_into, to_see_more
 from vfio_mig.host.kvm import NO_KVM_HINT, NoKvmError, attach, open_with_kvm, reset_for_vm
 from vfio_mig.uapi import IoctlError, ffi
@@ -334,7 +333,7 @@ def _map(device: HostDevice, container: int, piece: GuestMemory) -> None:
         {
             "argsz": ffi.sizeof("struct vfio_iommu_type1_dma_map"),
             "flags": _READ_WRITE,
-            "vaddr": address_of(piece.map()),
+            "vaddr": uapi.address_of(piece.map()),
             "iova": piece.gpa,
             "size": piece.size,
         },

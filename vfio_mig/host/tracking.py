@@ -17,6 +17,7 @@ from vfio_mig import uapi
 from vfio_mig.errors import DeviceError, UnsupportedError
 from vfio_mig.host.dma import ContainerDma, IommufdDma
 from vfio_mig.host.holders import duplicate_container
+from vfio_mig.ranges import PAGE
 from vfio_mig.uapi import IoctlError, ffi
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from vfio_mig.device import Device
 
-PAGE: Final = 4096
 _BYTE: Final = 8
 _REACH: Final = (1 << 32, 1 << 43)
 """Bytes of a holder's container, from 0 on, that are asked for first and at most (DIRTY_BITMAP_SIZE_MAX of type1)."""

@@ -23,7 +23,6 @@ from vfio_mig.image.layout import (
     KINDS,
     MANIFEST_MAX,
     MEMBER_MAX,
-    PAGE,
     PAIR,
     VERSION,
     DirtyBitmap,
@@ -32,6 +31,7 @@ from vfio_mig.image.layout import (
     dirty_problem,
 )
 from vfio_mig.interrupts import waiting
+from vfio_mig.ranges import PAGE
 
 _SPOOL_IN_MEMORY: Final = 8 << 20
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
+from vfio_mig.ranges import PAGE
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from vfio_mig.image.archive import Archive
     from vfio_mig.image.layout import Member
 
-PAGE: Final = 4096
 _LOADED_MAX: Final = 256
 """Pages that are kept in memory."""
 _COUNT: Final = struct.Struct("<Q")

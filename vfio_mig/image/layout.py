@@ -31,6 +31,8 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+from vfio_mig.ranges import PAGE
+
 Buffer = bytes | bytearray | memoryview
 
 FORMAT: Final = "vfio-mig"
@@ -44,7 +46,6 @@ MANIFEST_MAX: Final = 1 << 20
 ENTRY_MAX: Final = 256
 """What the reader takes for a manifest is MANIFEST_MAX and this for each member it lists: parsed JSON is up to 40 times
 as large, and so nobody makes us fill the memory with a small file."""
-PAGE: Final = 4096
 ADDRESS_END: Final = 1 << 64
 COUNT: Final = struct.Struct("<Q")
 PAIR: Final = struct.Struct("<QQ")

@@ -8,55 +8,23 @@ image says, and is planned before any device is stopped.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfio_mig import interrupts
 from vfio_mig.errors import ImageError, MismatchError, excerpt
+from vfio_mig.ranges import PAGE, Covered, intersect, length, of_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from vfio_mig.image.archive import Archive
     from vfio_mig.image.layout import Member
+    from vfio_mig.ranges import Range
 
-PAGE: Final = 4096
 PIECE: Final = 16 << 20
 """Bytes that are written at most before a signal is looked at."""
 _LOOK: Final = 1024
-
-Range = tuple[int, int]
-"""First byte and the one behind the last, guest-physical."""
-
-
-class Covered:
-    """A set of addresses, as ranges that neither touch nor overlap."""
-
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-
-    def take(self, start: int, end: int) -> list[Range]:
-        """Add a range; returns the parts of it that were not there."""
-        first = bisect_left(self._ends, start)
-        last = bisect_right(self._starts, end)
-        free: list[Range] = []
-        at = start
-        for low, high in zip(self._starts[first:last], self._ends[first:last], strict=True):
-            if at < low:
-                free.append((at, min(low, end)))
-            at = max(at, high)
-        if at < end:
-            free.append((at, end))
-        if first < last:
-            start, end = min(start, self._starts[first]), max(end, self._ends[last - 1])
-        self._starts[first:last] = [start]
-        self._ends[first:last] = [end]
-        return free
-
-    def ranges(self) -> list[Range]:
-        """Return what is in it, in order."""
-        return list(zip(self._starts, self._ends, strict=True))
 
 
 class MemoryImage(NamedTuple):
@@ -103,7 +71,7 @@ class MemoryPlan:
                 free += self._covered.take(gpa, gpa + size)
                 own.take(gpa, gpa + size)
             if free:
-                is_whole = sum(end - start for start, end in free) == sum(size for _, size in ranges)
+                is_whole = length(free) == sum(size for _, size in ranges)
                 self._pieces.append((archive, member, None if is_whole else sorted(free)))
         return own.ranges()
 
@@ -115,13 +83,13 @@ class MemoryPlan:
     @property
     def pages(self) -> int:
         """Pages of 4096 bytes that are written."""
-        return sum(end - start for start, end in self.ranges) // PAGE
+        return length(self.ranges) // PAGE
 
     def content_ranges(self) -> Iterator[Range]:
         """Yield the addresses that get content, and not zeros."""
         for archive, member, allowed in self._pieces:
             if member.kind == "pages":
-                yield from allowed or ((gpa, gpa + size) for gpa, size in archive.index(member))
+                yield from allowed or of_sizes(archive.index(member))
 
     def pieces(self) -> Iterator[tuple[int, int, memoryview | None]]:
         """Yield what is to be written: (guest-physical address, bytes, content, or None for zeros).
@@ -158,24 +126,12 @@ def _refuse_doubt(images: Sequence[MemoryImage], spans: Sequence[list[Range]]) -
         for other, its in zip(images[number + 1 :], spans[number + 1 :], strict=True):
             if one.time is not None and other.time is not None and one.time != other.time:
                 continue
-            shared = next(_overlaps(mine, its), None)
+            shared = next(intersect(mine, its), None)
             if shared is not None:
                 raise MismatchError(
-                    f"{one.name} and {other.name} both have memory at {shared:#x}, and nothing tells which is newer",
+                    f"{one.name} and {other.name} both have memory at {shared[0]:#x}, and nothing tells which is newer",
                     hint="write the pages with 'vfio-mig pages', the older image first, then restore with --no-memory",
                 )
-
-
-def _overlaps(one: list[Range], other: list[Range]) -> Iterator[int]:
-    first = second = 0
-    while first < len(one) and second < len(other):
-        start = max(one[first][0], other[second][0])
-        if start < min(one[first][1], other[second][1]):
-            yield start
-        if one[first][1] < other[second][1]:
-            first += 1
-        else:
-            second += 1
 
 
 class MemoryNote(NamedTuple):

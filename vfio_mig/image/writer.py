@@ -15,7 +15,6 @@ from vfio_mig.image.layout import (
     CHUNK,
     FORMAT,
     KINDS,
-    PAGE,
     VERSION,
     ZERO_RANGES,
     Buffer,
@@ -24,6 +23,7 @@ from vfio_mig.image.layout import (
     dirty_problem,
     index,
 )
+from vfio_mig.ranges import PAGE, merge, of_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -194,12 +194,7 @@ class ArchiveWriter:
             if gpa % PAGE or size % PAGE or size <= 0 or not 0 <= gpa <= ADDRESS_END - size:
                 raise ValueError(f"no whole pages: {size} bytes at {gpa:#x}")
             given.append((gpa, size))
-        merged: list[list[int]] = []
-        for gpa, size in sorted(given):
-            if merged and sum(merged[-1]) >= gpa:
-                merged[-1][1] = max(merged[-1][1], gpa + size - merged[-1][0])
-            else:
-                merged.append([gpa, size])
+        merged = [[start, end - start] for start, end in merge(of_sizes(given))]
         for first in range(0, len(merged), ZERO_RANGES):
             self._add("zero", [index(merged[first : first + ZERO_RANGES])])
         return sum(size for _, size in merged)

@@ -197,8 +197,8 @@ def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> 
     :param verify_state: False for a state of a layout that is not known here.
     :raises ImageError: anything is wrong; the message names member or offset.
     """
-    from vfio_mig.image.layout import PAGE
     from vfio_mig.jobs.files.input import open_input, read_image
+    from vfio_mig.ranges import PAGE
     from vfio_mig.uapi.profile import DEFAULT_PROFILE, IMAGE_LARGEST
 
     limit = DEFAULT_PROFILE.image_max if raw else IMAGE_LARGEST

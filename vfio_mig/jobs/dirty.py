@@ -17,6 +17,7 @@ from vfio_mig.jobs.engine.live import ROUNDS_LIVE, Live, copy_live
 from vfio_mig.jobs.engine.memory import Content, MemoryCopy, Wanted, default_ranges, memory_header, new_job_id
 from vfio_mig.jobs.engine.pause import Pause, announce_start, stop_all
 from vfio_mig.jobs.save import STDOUT, describe_device
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from vfio_mig.image.files import NewFile
     from vfio_mig.jobs.engine.session import Session, Settings
 
-PAGE = 4096
 SYNC = "sync"
 LOG_TIME = 1.0
 """Seconds for which a device logs its writes, unless the caller says otherwise."""

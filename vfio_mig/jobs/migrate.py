@@ -27,7 +27,6 @@ from vfio_mig.jobs.check import parse_state
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.live import Live, copy_live, falls_short, with_rounds
 from vfio_mig.jobs.engine.memory import (
-    PAGE,
     Content,
     ImageSink,
     MemoryCopy,
@@ -41,6 +40,7 @@ from vfio_mig.jobs.engine.session import RUNNING
 from vfio_mig.jobs.engine.state import StateReader
 from vfio_mig.jobs.peer import Peer, number, seconds
 from vfio_mig.jobs.save import describe_device
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

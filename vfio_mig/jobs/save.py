@@ -14,7 +14,6 @@ from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.live import Live, copy_live, falls_short, with_rounds
 from vfio_mig.jobs.engine.memory import (
     NONE,
-    PAGE,
     Content,
     ImageSink,
     MemoryCopy,
@@ -25,6 +24,7 @@ from vfio_mig.jobs.engine.memory import (
 )
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
 from vfio_mig.jobs.engine.state import StateReader
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

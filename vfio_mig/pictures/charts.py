@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.errors import HostError, UsageError
 from vfio_mig.pictures.terminal import cells, joined, size_text
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.sync import Round
 
-PAGE: Final = 4096
 FORMATS: Final = ("png", "svg")
 _CELLS: Final = 128 * 64
 _COLUMNS: Final = 128

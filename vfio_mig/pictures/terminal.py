@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from vfio_mig.ranges import PAGE
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from vfio_mig.dirty.bitmap import Dirty
 
-PAGE: Final = 4096
 BLOCKS: Final = "▁▂▃▄▅▆▇█"
 ASCII: Final = ".:-=+*#@"
 COLUMNS: Final = 64

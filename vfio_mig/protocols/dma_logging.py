@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
 from vfio_mig.errors import DeviceError, UnsupportedError
+from vfio_mig.ranges import PAGE, merge, of_sizes
 from vfio_mig.uapi import ffi
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from vfio_mig.device import Device
 
-PAGE: Final = 4096
 RANGES_MAX: Final = 256
 """Ranges of one log: vfio takes a page of them (drivers/vfio/vfio_main.c, LOG_MAX_RANGES)."""
 PAGE_SIZE_MAX: Final = 1 << 30
@@ -40,19 +40,14 @@ _RANGE: Final = struct.Struct("=QQ")  # vfio_device_feature_dma_logging_range
 
 def merge_closest(ranges: Sequence[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
     """Return at most *limit* ranges (IOVA, bytes) that cover all given, closing the smallest gaps first."""
-    merged: list[list[int]] = []
-    for iova, length in sorted(ranges):
-        if merged and iova <= sum(merged[-1]):
-            merged[-1][1] = max(merged[-1][1], iova + length - merged[-1][0])
-        else:
-            merged.append([iova, length])
+    merged = merge(of_sizes(ranges))
     surplus = len(merged) - limit
     if surplus > 0:
-        gaps = sorted(range(1, len(merged)), key=lambda at: merged[at][0] - sum(merged[at - 1]))
+        gaps = sorted(range(1, len(merged)), key=lambda at: merged[at][0] - merged[at - 1][1])
         for at in sorted(gaps[:surplus], reverse=True):
-            iova, length = merged.pop(at)
-            merged[at - 1][1] = iova + length - merged[at - 1][0]
-    return [(iova, length) for iova, length in merged]
+            _, end = merged.pop(at)
+            merged[at - 1] = (merged[at - 1][0], end)
+    return [(start, end - start) for start, end in merged]
 
 
 def _spread(pages: int, unit: int, units: int) -> int:

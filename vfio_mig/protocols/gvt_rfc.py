@@ -12,6 +12,7 @@ from vfio_mig.errors import DeviceError, UsageError
 from vfio_mig.protocols.base import MigrationProtocol
 from vfio_mig.protocols.family import Compared, Condition, Family
 from vfio_mig.protocols.flags import STOP_COPY, mainline_flags
+from vfio_mig.ranges import PAGE
 from vfio_mig.uapi import ffi
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ _HEAD_TYPE: Final = ffi.integer_const("GVT_MIGRATION_HEAD")
 _HEAD_PAYLOAD: Final = ffi.sizeof("struct gvt_image_header")
 _HEAD_BYTES: Final = ffi.sizeof("struct gvt_region") + _HEAD_PAYLOAD
 _DIRTY_HEAD: Final = ffi.sizeof("struct vfio_pci_get_dirty_bitmap")
-_PAGE: Final = 4096
 DIRTY_PAGES_MAX: Final = 1 << 20
 """Pages of one request; the RFC's kernel allocates unchecked and counts in a signed 32-bit number."""
 
@@ -134,7 +134,7 @@ class GvtRfc(MigrationProtocol):
         # The kernel copies back one u64 more than the bitmap needs
         tail = ((nr_pages + 63) // 64 + 1) * 8
         request = bytearray(_DIRTY_HEAD + tail)
-        struct.pack_into("=QQ", request, 0, start_page * _PAGE, nr_pages)
+        struct.pack_into("=QQ", request, 0, start_page * PAGE, nr_pages)
         result = self.device.call(self.profile.get_dirty, request)
         if result != 0:
             # GET_GFX_DMABUF, upstream's meaning of the number, returns a new fd

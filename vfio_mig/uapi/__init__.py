@@ -18,6 +18,8 @@ from vfio_mig.interrupts import check_cut
 from vfio_mig.uapi._generated import ffi
 
 if TYPE_CHECKING:
+    import mmap
+
     from vfio_mig.uapi._generated import CData
 
 __all__ = [
@@ -87,10 +89,11 @@ DEVICE_ATTACH_IOMMUFD_PT: Final = vfio_request("VFIO_DEVICE_ATTACH_IOMMUFD_PT", 
 MIG_GET_PRECOPY_INFO: Final = vfio_request("VFIO_MIG_GET_PRECOPY_INFO", 21)
 
 
-def address_of(buffer: bytearray) -> int:
-    """Return where a buffer's bytes are, for a request that points there; true until the buffer is resized or gone."""
+def address_of(buffer: bytearray | memoryview | mmap.mmap) -> int:
+    """Return where bytes are, for a request that points there; true until they are resized, unmapped or gone."""
     import ctypes
 
+    # A view would keep a mapping from being closed: this one lives only as long as its address is asked for
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 

@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfio_mig.errors import HostError, UnsupportedError, errno_text, excerpt
+from vfio_mig.ranges import PAGE
 from vfio_mig.vm.qmp import LIST_MAX, entries_of, flag_of, text_of, unknown_answer
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ HINT: Final = (
     "start QEMU with -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram; "
     "--memory none saves without the guest's pages"
 )
-PAGE: Final = 4096
 _MTREE: Final = "info mtree -f"
 _MAPS_MAX: Final = 256 << 20
 """Bytes of /proc/PID/maps: the most mappings that vm.max_map_count allows by default have 10 MB."""

@@ -13,13 +13,13 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig.conform.kit.verdict import NotApplicable
+from vfio_mig.ranges import PAGE
 from vfio_mig.uapi import ffi
 
 if TYPE_CHECKING:
     from vfio_mig.conform.kit.v2_device import Kernel
     from vfio_mig.device import Region
 
-PAGE: Final = 4096
 GPA: Final = 0x100000
 """Where the guest's memory begins."""
 RESULT_GPA: Final = GPA + 2 * PAGE

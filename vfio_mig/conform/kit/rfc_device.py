@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 STATUS: Final = struct.Struct("=II")  # struct vfio_pci_status_set
 DIRTY: Final = struct.Struct("=QQ")  # struct vfio_pci_get_dirty_bitmap
-PAGE: Final = 4096
 
 
 class Rfc:

@@ -108,7 +108,7 @@ class Kernel:
 
         memory = mmap.mmap(-1, mmap.PAGESIZE)
         memory[: len(arg)] = arg
-        address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+        address = ctypes.c_void_p(uapi.address_of(memory))
         _libc("mprotect", address, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ)
         return _libc("ioctl", fd, ctypes.c_ulong(request.number), address)
 

@@ -29,6 +29,7 @@ from vfio_mig.conform.kit.v2_device import (
 )
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness, require
 from vfio_mig.conform.v2.feature import refusal
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from vfio_mig.conform.kit.v2_device import V2Device
 
 CHECKS: Final = Checks("v2.dirty", LOGGING)
-PAGE: Final = 4096
 BASE: Final = 1 << 32
 """IOVA of the range that is logged."""
 SIZE: Final = 16 << 20

@@ -13,6 +13,7 @@ from vfio_mig.conform.kit.check import FSM, LEAVING, STATE, Checks
 from vfio_mig.conform.kit.rig import first_difference
 from vfio_mig.conform.kit.v2_device import RESUMING, RUNNING, STOP, errno_name, state_name
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness, require
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 CHECKS: Final = Checks("v2.stream", LEAVING)
 HEAD: Final = 64
 """Bytes at the beginning of a stream that are likely to be a header."""
-PAGE: Final = 4096
 FLIPS: Final = 16
 NO_INTEGRITY: Final = (
     "the header asks a driver for consistency checks, not for a checksum; whoever keeps a stream has to keep one"

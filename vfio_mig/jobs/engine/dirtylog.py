@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.host.tracking import DmaTracker
     from vfio_mig.jobs.engine.session import Session
-
-PAGE = 4096
 
 
 class DirtyLog:

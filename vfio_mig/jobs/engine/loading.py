@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from vfio_mig import interrupts
 from vfio_mig.errors import HostError, ImageError, MismatchError, VfioMigError
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.memory import Memory
     from vfio_mig.image.memoryplan import MemoryImage
 
-PAGE: Final = 4096
 PARTLY_NEW: Final = "guest memory is partly new: write it again before its guest runs"
 WHOLLY_NEW: Final = "guest memory has the image's pages already"
 _RESERVE: Final = 256 << 20

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.errors import UnsupportedError
 from vfio_mig.jobs.engine.dirtylog import DirtyLog
+from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.engine.pause import Pause
     from vfio_mig.jobs.engine.session import Session
 
-PAGE: Final = 4096
 NONE, DIRTY, ALL = "none", "dirty", "all"
 SINCE_NOW: Final = (
     "it tells only what it writes from now on, so the copy has no page that it wrote before; --all-memory copies all"
