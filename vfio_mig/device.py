@@ -8,13 +8,13 @@ import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfio_mig import uapi
+from vfio_mig.closing import Closing
 from vfio_mig.errors import DeviceError, errno_text
 from vfio_mig.uapi import IoctlError, ffi
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
-    from typing import Protocol, Self
+    from typing import Protocol
 
     from vfio_mig.uapi import Request
     from vfio_mig.uapi._generated import CData
@@ -119,7 +119,7 @@ class Region(NamedTuple):
         )
 
 
-class Device:
+class Device(Closing):
     """An open VFIO device; owns its fd. Not thread-safe: one thread per instance.
 
     Closing the last fd of a device ends what it was made to do: a vfio-pci function is reset, a GVT-g vGPU drops its
@@ -156,14 +156,6 @@ class Device:
         self._fd = fd
         self._pidfd = pidfd
         self._owned: list[int | Closeable] = [*owned, -1 if pidfd is None else pidfd]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def borrowed(self) -> bool:

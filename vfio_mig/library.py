@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
+from vfio_mig.closing import Closing
 from vfio_mig.errors import UsageError
 from vfio_mig.jobs.engine.session import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
-    from typing import Self, Unpack
+    from typing import Unpack
 
     from vfio_mig.conform.runner import ConformReport
     from vfio_mig.dirty.memory import MemoryMap
@@ -101,7 +101,7 @@ class RestoreOptions(TypedDict, total=False):
     progress: Callable[[int], object]
 
 
-class Device:
+class Device(Closing):
     """An open device of a host, from :meth:`Host.open`; it stays open, and keeps its state, until the block ends.
 
     Every method raises a :class:`vfio_mig.VfioMigError` where the function that it stands for does, and returns that
@@ -113,14 +113,6 @@ class Device:
         self._settings = settings
         self.name = session.device.name
         """As ``vfio-mig list`` has it: an mdev's UUID, a PCI address."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give the device back; if nobody else has it open it is reset, or restarts. A second call does nothing."""

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = "vfio_mig"
-FLOOR: Final = frozenset({"errors", "interrupts", "proc", "ranges", "threads", "version"})
+FLOOR: Final = frozenset({"closing", "errors", "interrupts", "proc", "ranges", "threads", "version"})
 # room: what it may import beside itself
 ROOMS: Final[dict[str, frozenset[str]]] = {
+    "closing": frozenset(),
     "errors": frozenset(),
     "interrupts": frozenset(),
     "proc": frozenset(),

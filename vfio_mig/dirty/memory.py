@@ -10,6 +10,7 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Final, Self
 
+from vfio_mig.closing import Closing
 from vfio_mig.dirty.lent import open_memory
 from vfio_mig.dirty.ranges import PageRange, merge, parse_number
 from vfio_mig.errors import HostError, UsageError, errno_text
@@ -84,7 +85,7 @@ def map_file(fd: int, offset: int, size: int, protection: int) -> tuple[mmap.mma
         alignment <<= 1
 
 
-class MemoryMap:
+class MemoryMap(Closing):
     """A piece of guest memory: *size* bytes of a file from *offset* on are the guest's from address *gpa* on.
 
     Before :meth:`open` the size may be 0: the rest of the file. Owns its fd and mapping.
@@ -126,12 +127,6 @@ class MemoryMap:
 
     def __str__(self) -> str:
         return f"{self.path}@{self.gpa:#x}:{self.size:#x}" + (f"+{self.offset:#x}" if self.offset else "")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def pages(self) -> PageRange:
@@ -358,7 +353,7 @@ def _is_dax(status: os.stat_result) -> bool:
     return os.path.basename(os.path.realpath(f"/sys/dev/char/{number}/subsystem")) == "dax"
 
 
-class Memory:
+class Memory(Closing):
     """All of a guest's memory that we were told of, in order of address; a context manager that owns its maps."""
 
     def __init__(self, maps: Sequence[MemoryMap], *, writable: bool = False) -> None:
@@ -375,12 +370,6 @@ class Memory:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close all maps."""

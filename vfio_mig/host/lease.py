@@ -10,11 +10,9 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
+from vfio_mig.closing import Closing
 
 _LOCAL: Final = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "ramfs", "tmpfs", "xfs"})
 
@@ -31,7 +29,7 @@ def _file_system(fd: int) -> str:
     return ""
 
 
-class Lease:
+class Lease(Closing):
     """Taken at once where the kernel gives it; it ends with :meth:`close`, or with this process.
 
     A lease belongs to an open file, and standard input is one of the shell's, too, where it would outlive us: so the
@@ -51,14 +49,6 @@ class Lease:
             fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         except OSError:  # somebody has it open for writing, or it is not ours
             self.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def holds(self) -> bool:
         """Tell whether the file is still what it was: nobody has tried to open it for writing.

@@ -20,12 +20,10 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from vfio_mig.closing import Closing
 from vfio_mig.errors import DeviceBusyError, HostError, errno_text
 
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
     from vfio_mig.device import Holder
     from vfio_mig.host.devices import HostDevice
 
@@ -164,7 +162,7 @@ def _started(pid: int) -> int:
         return 0
 
 
-class DeviceLock:
+class DeviceLock(Closing):
     """The right to work on a device; a context manager.
 
     :param job: name of the command, for those that wait.
@@ -203,14 +201,6 @@ class DeviceLock:
         self._step = ""
         self._is_taken = False
         self._length = min(os.fstat(self._fd).st_size, _NOTE_MAX)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def take_over(self, holder: Holder | None) -> Leftover | None:
         """Write down whose job this is, and tell what an earlier one has left; nothing if it was closed since.

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import accumulate
 from threading import Lock
-from typing import Any, BinaryIO, Final, Self, cast
+from typing import Any, BinaryIO, Final, cast
 
+from vfio_mig.closing import Closing
 from vfio_mig.errors import ImageError, excerpt
 from vfio_mig.image import tar
 from vfio_mig.image.files import host_error
@@ -36,7 +37,7 @@ from vfio_mig.ranges import PAGE
 _SPOOL_IN_MEMORY: Final = 8 << 20
 
 
-class Archive:
+class Archive(Closing):
     """A whole archive: every member was there and matched its SHA-256 when :func:`read_archive` returned.
 
     Contents are read again from the file and, unless it is known to be the same, checked again (ImageError if it
@@ -62,12 +63,6 @@ class Archive:
         """Whether nobody can have changed the file since the reader began; the reader sets it."""
         self.mtime = 0
         """The time in every member's tar header, seconds since 1970; the reader sets it."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Remove the copy of a pipe; a second call does nothing. The file stays open."""

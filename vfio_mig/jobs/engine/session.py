@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from vfio_mig.closing import Closing
 from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError, UsageError, warn
 from vfio_mig.protocols.registry import AUTO, MODULES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
-    from typing import Self
 
     from vfio_mig.device import Device, Holder
     from vfio_mig.dirty.memory import MemoryMap
@@ -70,7 +69,7 @@ class Settings(NamedTuple):
         (self.warn or warn)(text)
 
 
-class Session:
+class Session(Closing):
     """An open device, its protocol, and the lock if it is a job's; closes all at the end of the block."""
 
     def __init__(
@@ -88,14 +87,6 @@ class Session:
         self.leftover: Leftover | None = None
         """What an earlier job has left behind that did not come to its end, or moved its state away."""
         self._settings = settings or Settings()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the device and give it free; a second call does nothing."""
