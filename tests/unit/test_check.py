@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -256,7 +257,7 @@ def test_whatever_a_header_says_is_compared_or_refused(changes: dict[str, Any], 
     file = tmp_path / "gpu.vfm"
     file.write_bytes(image_of(head))
     report = verify_image(str(file), verify_state=False)
-    json.dumps(report._asdict())
+    json.dumps(report.as_dict())
     assert type(report.time) in {int, type(None)}
 
 
@@ -407,7 +408,7 @@ def test_a_whole_image_is_described(tmp_path: Path) -> None:
     file = tmp_path / "gpu.vfm"
     file.write_bytes(image_of(state=GOOD_STATE, pages=3))
     report = verify_image(str(file))
-    assert report._asdict() == {
+    assert report.as_dict() == {
         "file": str(file),
         "protocol": "gvt-rfc",
         "type": "i915-GVTg_V4_8",
@@ -423,7 +424,7 @@ def test_a_raw_state_is_described(tmp_path: Path) -> None:
     file = tmp_path / "state"
     file.write_bytes(gvt_state(levels=(7,)))
     report = verify_image(str(file), raw=True)
-    assert report[:7] == (str(file), None, None, None, 0, file.stat().st_size, 0)
+    assert astuple(report)[:7] == (str(file), None, None, None, 0, file.stat().st_size, 0)
     assert len(report.warnings) == 1
 
 
@@ -483,7 +484,7 @@ def test_the_command_says_in_one_line_that_an_image_is_good(tmp_path: Path) -> N
         "2 pages of memory\n"
     )
     done = verify("--json", "verify", "-", stdin=file.read_bytes())
-    assert json.loads(done.stdout) == {**verify_image(str(file))._asdict(), "file": "-"}
+    assert json.loads(done.stdout) == {**verify_image(str(file)).as_dict(), "file": "-"}
 
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:

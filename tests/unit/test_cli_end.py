@@ -85,10 +85,10 @@ class Done(NamedTuple):
 
 def report_of(kind: type[Any], **values: object) -> Any:
     """Make a report of a job that was never done."""
-    filled: dict[str, Any] = dict.fromkeys(kind._fields, 0)
+    filled: dict[str, Any] = dict.fromkeys(kind.__dataclass_fields__, 0)
     filled |= {"device": "x", "file": "f", "state": "stop"}
     filled |= {name: [] for name in ("rounds", "state_rounds", "warnings")} | values
-    return kind(**{name: value for name, value in filled.items() if name in kind._fields})
+    return kind(**{name: value for name, value in filled.items() if name in kind.__dataclass_fields__})
 
 
 @pytest.fixture(scope="module")

@@ -324,7 +324,15 @@ def a_report() -> ConformReport:
         for outcome, note in zip(OUTCOMES, ("", "", "why # it is none", ""), strict=True)
     ]
     return ConformReport(
-        "dev", "type-1", "driver", "6.12", "mainline-v2 (stop-copy)", "running", "closed", 1.0, results
+        device="dev",
+        type="type-1",
+        driver="driver",
+        kernel="6.12",
+        protocol="mainline-v2 (stop-copy)",
+        found="running",
+        state="closed",
+        seconds=1.0,
+        checks=results,
     )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = "vfio_mig"
-FLOOR: Final = frozenset({"closing", "errors", "interrupts", "proc", "ranges", "threads", "version"})
+FLOOR: Final = frozenset({"closing", "errors", "interrupts", "proc", "ranges", "report", "threads", "version"})
 # room: what it may import beside itself
 ROOMS: Final[dict[str, frozenset[str]]] = {
     "closing": frozenset(),
@@ -22,6 +22,7 @@ ROOMS: Final[dict[str, frozenset[str]]] = {
     "interrupts": frozenset(),
     "proc": frozenset(),
     "ranges": frozenset(),
+    "report": frozenset(),
     "threads": frozenset(),
     "version": frozenset(),
     "uapi": FLOOR,

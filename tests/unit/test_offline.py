@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -277,11 +278,35 @@ def test_a_function_without_a_vfio_driver_is_told_its_variant(tree: Tree) -> Non
 
 
 def test_a_column_of_list_has_no_spaces() -> None:
-    full = DeviceRow("name", "pci", "1:2", "", "vfio-pci", "/dev/vfio/1", 42, "a b\tc", False, "running", "/dev/cdev")
+    full = DeviceRow(
+        device="name",
+        kind="pci",
+        type="1:2",
+        parent="",
+        driver="vfio-pci",
+        node="/dev/vfio/1",
+        holder_pid=42,
+        holder="a b\tc",
+        migratable=False,
+        state="running",
+        cdev="/dev/cdev",
+    )
     assert _line(full) == "name pci 1:2 vfio-pci /dev/vfio/1 42:a_b_c no running /dev/cdev"
-    empty = DeviceRow("name", "mdev", "", "", "", None, None, None, None, None, None)
+    empty = DeviceRow(
+        device="name",
+        kind="mdev",
+        type="",
+        parent="",
+        driver="",
+        node=None,
+        holder_pid=None,
+        holder=None,
+        migratable=None,
+        state=None,
+        cdev=None,
+    )
     assert _line(empty) == "name mdev - - - - ? - -"
-    unseen = empty._replace(holder="?", migratable=True, state="?")
+    unseen = replace(empty, holder="?", migratable=True, state="?")
     assert _line(unseen) == "name mdev - - - ? yes ? -"
 
 

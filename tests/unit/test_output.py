@@ -190,7 +190,7 @@ def test_what_an_image_holds_is_escaped_keys_and_names_of_files_included(tmp_pat
 
 
 def test_a_process_cannot_forge_a_line_of_the_list_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    values: dict[str, Any] = dict.fromkeys(DeviceRow._fields)
+    values: dict[str, Any] = dict.fromkeys(DeviceRow.__dataclass_fields__)
     values.update(device="one", kind="mdev", type=BAD, driver=BAD, node=BAD, holder=f"qemu{BAD} x", holder_pid=7)
     one = DeviceRow(**{**values, "migratable": None, "state": "?", "cdev": None})
     monkeypatch.setattr("vfio_mig.jobs.queries.devices.list_devices", lambda: [one])

@@ -4,13 +4,27 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from vfio_mig.cli.control import _job
 from vfio_mig.jobs.control import StatusReport
 
-IDLE = StatusReport("name", "mdev", "x", 1, "vfio-mig", None, "unknown", None, None, None, None)
+IDLE = StatusReport(
+    device="name",
+    kind="mdev",
+    type="x",
+    holder_pid=1,
+    holder="vfio-mig",
+    protocol=None,
+    state="unknown",
+    left=None,
+    repair=None,
+    migratable=None,
+    driver_state=None,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,5 +38,5 @@ IDLE = StatusReport("name", "mdev", "x", 1, "vfio-mig", None, "unknown", None, N
         ),
     ],
 )
-def test_a_job_is_named_with_its_start_and_step(changes: dict[str, object], expected: str) -> None:
-    assert re.fullmatch(expected, _job(StatusReport(**{**IDLE._asdict(), **changes})))
+def test_a_job_is_named_with_its_start_and_step(changes: dict[str, Any], expected: str) -> None:
+    assert re.fullmatch(expected, _job(replace(IDLE, **changes)))

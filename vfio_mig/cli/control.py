@@ -21,7 +21,7 @@ PAST = {"stop": "stopped", "start": "started", "reset": "reset"}
 def _report(options: Options, reports: list[ActionReport]) -> None:
     options.done()
     if options.as_json:
-        print_json(reports[0]._asdict() if len(reports) == 1 else [done._asdict() for done in reports])
+        print_json(reports[0].as_dict() if len(reports) == 1 else [done.as_dict() for done in reports])
     elif not options.quiet:
         for done in reports:
             put(f"{done.device}: {PAST[done.action]} in {done.seconds * 1e3:.1f} ms")
@@ -110,7 +110,7 @@ def status_command(options: Options, device: str) -> None:
 
     status = device_status(device, settings_of(options))
     if options.as_json:
-        print_json(status._asdict())
+        print_json(status.as_dict())
         return
     nobody = "nobody" if status.unseen is None else f"no process that can be seen: {status.unseen}"
     holder = nobody if status.holder_pid is None else f"PID {status.holder_pid} ({status.holder})"
@@ -149,6 +149,6 @@ def state_command(options: Options, device: str, new: str | None) -> None:
     if new is not None:
         options.done()
     if options.as_json:
-        print_json(state._asdict())
+        print_json(state.as_dict())
     else:
         put(state.state)

@@ -46,7 +46,7 @@ def list_command(options: Options) -> None:
 
     found = list_devices()
     if options.as_json:
-        print_json([one._asdict() for one in found])
+        print_json([one.as_dict() for one in found])
         return
     for one in found:
         put(_line(one))

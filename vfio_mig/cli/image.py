@@ -45,7 +45,7 @@ def verify_command(options: Options, file: str, *, raw: bool, no_verify_state: b
 
     report = verify_image(file, raw=raw, verify_state=not no_verify_state)
     if options.as_json:
-        print_json(report._asdict())
+        print_json(report.as_dict())
         return
     what = "bare state" if raw else f"{report.protocol} image of a {report.type}, {report.members} members"
     if not options.quiet:
@@ -105,6 +105,6 @@ def pages_command(options: Options, file: str, memory: tuple[str, ...]) -> None:
         report = load_pages(file, memory=parse_memory(memory), progress=meter)
     options.done()
     if options.as_json:
-        print_json(report._asdict())
+        print_json(report.as_dict())
     else:
         say(options, f"{file}: {report.pages_written} pages written")

@@ -133,7 +133,7 @@ def extract_command(options: Options, file: str, directory: str) -> None:
     if report.complete:
         options.done()
     if options.as_json:
-        print_json(report._asdict())
+        print_json(report.as_dict())
     else:
         say(options, f"{directory}: {len(report.files)} files, {report.kind}")
     for problem in report.problems:
@@ -164,7 +164,7 @@ def pack_command(options: Options, directory: str, file: str, *, force: bool) ->
     report = pack_image(directory, file, force=force)
     options.done()
     if options.as_json:
-        print_json(report._asdict())
+        print_json(report.as_dict())
     else:
         say(options, f"{file}: {report.members} members, {report.size} bytes")
 

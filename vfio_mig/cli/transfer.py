@@ -282,7 +282,7 @@ def restore_command(
         for warning in report.warnings:
             warn(f"{report.device}: {warning}")
     if options.as_json:
-        print_reports(targets, [report._asdict() for report in reports])
+        print_reports(targets, [report.as_dict() for report in reports])
         return
     for report in reports:
         say(
@@ -347,7 +347,7 @@ def dirty_command(
     )
     plot_dirty(plot, report.device, chunks)
     if options.as_json:
-        print_json(report._asdict())
+        print_json(report.as_dict())
         return
     for address, size in report.ranges:
         put(f"{address:#x} {size}")
@@ -424,7 +424,7 @@ def sync_command(
     )
     options.done()
     if options.as_json and file != "-":
-        print_json({**report._asdict(), "rounds": [one.as_dict() for one in report.rounds]})
+        print_json(report.as_dict())
     else:
         say(
             options,

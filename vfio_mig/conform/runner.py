@@ -7,7 +7,8 @@ import os
 import threading
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from vfio_mig import interrupts
 from vfio_mig.conform.kit.check import FAIL, OUTCOMES, PASS, RFC, SKIP, V2, WARN, Result
@@ -23,6 +24,7 @@ from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.session import Settings, open_session, survey
 from vfio_mig.protocols.gvt_rfc import GvtRfc
 from vfio_mig.protocols.mainline_v2 import MainlineV2
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +43,8 @@ UNDEFINED: Final = "undefined"
 NOT_ASKED: Final = "only with --dangerous: "
 
 
-class ConformReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class ConformReport(Report):
     """What came of all checks.
 
     :param protocol: with its flags, as `vfio-mig info` says it.
@@ -67,8 +70,7 @@ class ConformReport(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
-        counts = {outcome: self.count(outcome) for outcome in OUTCOMES}
-        return {**self._asdict(), "counts": counts, "checks": [result._asdict() for result in self.checks]}
+        return {**super().as_dict(), "counts": {outcome: self.count(outcome) for outcome in OUTCOMES}}
 
 
 class Watchdog:

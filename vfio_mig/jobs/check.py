@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 from vfio_mig.errors import ImageError, MismatchError, excerpt
 from vfio_mig.jobs.engine.session import Settings, open_session
 from vfio_mig.protocols.registry import family
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +41,8 @@ class FitCheck(NamedTuple):
     forcible: bool = False
 
 
-class CheckReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class CheckReport(Report):
     """What a check found.
 
     :param fits: no mismatch.
@@ -50,12 +53,9 @@ class CheckReport(NamedTuple):
     fits: bool
     checks: list[FitCheck]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
-        return {**self._asdict(), "checks": [finding._asdict() for finding in self.checks]}
 
-
-class VerifyReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport(Report):
     """What a whole image holds. Sizes in bytes, pages of 4096 bytes.
 
     :param protocol: None for a raw state, as are *type* and *time*.
@@ -187,7 +187,7 @@ def _check_stream(name: str, file: str, stream: BinaryIO, settings: Settings | N
         with read_image(stream, limit, raw=raw) as image:
             found = fit_checks(session, image.state, image.archive)
         device = session.device.name
-    return CheckReport(device, file, all(one.result != MISMATCH for one in found), found)
+    return CheckReport(device=device, file=file, fits=all(one.result != MISMATCH for one in found), checks=found)
 
 
 def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> VerifyReport:
@@ -209,12 +209,12 @@ def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> 
         parsed = parse_state(RAW if archive is None else str(protocol), image.state) if verify_state else None
         device = header.get("device")
         return VerifyReport(
-            file,
-            None if archive is None else str(protocol),
-            str(device.get("type")) if isinstance(device, dict) else None,
-            header["time"] if type(header.get("time")) is int else None,
-            0 if archive is None else len(archive.members),
-            image.state_size,
-            0 if archive is None else sum(size // PAGE for _, size, _ in archive.memory()),
-            [] if parsed is None else list(parsed.warnings),
+            file=file,
+            protocol=None if archive is None else str(protocol),
+            type=str(device.get("type")) if isinstance(device, dict) else None,
+            time=header["time"] if type(header.get("time")) is int else None,
+            members=0 if archive is None else len(archive.members),
+            state_bytes=image.state_size,
+            pages=0 if archive is None else sum(size // PAGE for _, size, _ in archive.memory()),
+            warnings=[] if parsed is None else list(parsed.warnings),
         )

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vfio_mig.errors import UnsupportedError, UsageError, VfioMigError
 from vfio_mig.host.lock import STOPPED, at_work, left_behind
@@ -13,6 +14,7 @@ from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
 from vfio_mig.jobs.engine.session import CLOSED, STOP, Settings, open_session, require_holder, survey
 from vfio_mig.protocols.mainline_v2 import MainlineV2
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 UNKNOWN = "unknown"
 
 
-class ActionReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class ActionReport(Report):
     """One thing done to one device.
 
     :param action: ``stop``, ``start`` or ``reset``.
@@ -34,7 +37,8 @@ class ActionReport(NamedTuple):
     seconds: float
 
 
-class StatusReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class StatusReport(Report):
     """What can be said of a device.
 
     :param holder_pid: process that has it open, None when nobody has.
@@ -105,7 +109,10 @@ def stop_devices(
             *[session.require_holder_alive for session in sessions],
             *[lambda session=session: session.journal("") for session in sessions],
         )
-        return [ActionReport(pause.session.device.name, "stop", pause.times["stop_time"]) for pause in pauses]
+        return [
+            ActionReport(device=pause.session.device.name, action="stop", seconds=pause.times["stop_time"])
+            for pause in pauses
+        ]
 
 
 def start_device(name: str, settings: Settings | None = None, *, force: bool = False) -> ActionReport:
@@ -185,7 +192,7 @@ def _now(session: Session, action: str) -> ActionReport:
     """Start or reset one device."""
     began = time.perf_counter()
     _do_at_once(session, action)
-    return ActionReport(session.device.name, action, time.perf_counter() - began)
+    return ActionReport(device=session.device.name, action=action, seconds=time.perf_counter() - began)
 
 
 @protected
@@ -225,7 +232,8 @@ def reset_device(name: str, settings: Settings | None = None, *, force: bool = F
         return done
 
 
-class StateReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class StateReport(Report):
     """The state of a device, by QEMU's name."""
 
     device: str
@@ -249,7 +257,7 @@ def device_state(name: str, settings: Settings | None = None, *, new: str | None
             )
         if new is not None:
             protocol.go_to(new)
-        return StateReport(session.device.name, protocol.state())
+        return StateReport(device=session.device.name, state=protocol.state())
 
 
 def device_status(name: str, settings: Settings | None = None) -> StatusReport:
@@ -272,20 +280,20 @@ def device_status(name: str, settings: Settings | None = None) -> StatusReport:
         with open_session(found.name, settings, seen=seen, any_device=True) as session:
             protocol, state, migratable = session.protocol_name, session.protocol.state(), session.refusal is None
     return StatusReport(
-        found.name,
-        found.kind,
-        found.type,
-        None if holder is None else holder.pid,
-        None if holder is None else holder.command,
-        protocol,
-        state,
-        None if left is None else str(left),
-        None if left is None else left.repair(found.name),
-        migratable,
-        known.state,
-        None if unseen is None else unseen.reason,
-        None if work is None else work.job,
-        None if work is None else work.pid,
-        None if work is None else work.since,
-        None if work is None else work.step,
+        device=found.name,
+        kind=found.kind,
+        type=found.type,
+        holder_pid=None if holder is None else holder.pid,
+        holder=None if holder is None else holder.command,
+        protocol=protocol,
+        state=state,
+        left=None if left is None else str(left),
+        repair=None if left is None else left.repair(found.name),
+        migratable=migratable,
+        driver_state=known.state,
+        unseen=None if unseen is None else unseen.reason,
+        job=None if work is None else work.job,
+        job_pid=None if work is None else work.pid,
+        job_since=None if work is None else work.since,
+        job_step=None if work is None else work.step,
     )

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import stat
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.image.places import open_file
@@ -18,6 +19,7 @@ from vfio_mig.jobs.engine.memory import Content, MemoryCopy, Wanted, default_ran
 from vfio_mig.jobs.engine.pause import Pause, announce_start, stop_all
 from vfio_mig.jobs.save import STDOUT, describe_device
 from vfio_mig.ranges import PAGE
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,7 +38,8 @@ LOG_TIME = 1.0
 """Seconds for which a device logs its writes, unless the caller says otherwise."""
 
 
-class DirtyReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class DirtyReport(Report):
     """A dirty bitmap. Pages of 4096 bytes, times in seconds.
 
     :param ranges: (guest-physical address, bytes) of each run of dirty pages; empty unless asked for.
@@ -49,7 +52,8 @@ class DirtyReport(NamedTuple):
     ranges: list[tuple[int, int]]
 
 
-class SyncReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class SyncReport(Report):
     """What a sync did; the last round ran with the device stopped.
 
     :param stop_time: from the STOP request to its answer, seconds.
@@ -119,11 +123,11 @@ def fetch_dirty(
         device = session.device.name  # nothing to commit: the report is all that this job makes
     look(chunks)
     return DirtyReport(
-        device,
-        sum(chunk.nr_pages for chunk in chunks),
-        sum(chunk.total() for chunk in chunks),
-        seconds,
-        _runs(chunks) if list_ranges else [],
+        device=device,
+        pages=sum(chunk.nr_pages for chunk in chunks),
+        pages_dirty=sum(chunk.total() for chunk in chunks),
+        bitmap_time=seconds,
+        ranges=_runs(chunks) if list_ranges else [],
     )
 
 
@@ -311,17 +315,17 @@ def sync_dirty(
             pause.resume()
         destination.finish()
         report = SyncReport(
-            session.device.name,
-            file,
-            session.state_after(started=leave_running),
-            pause.times["stop_time"],
-            stopped,
-            last.pages_dirty,
-            sum(one.pages_written for one in done),
-            sum(one.bytes_written for one in done),
-            done,
-            copy.content.content,
-            guest_paused,
+            device=session.device.name,
+            file=file,
+            state=session.state_after(started=leave_running),
+            stop_time=pause.times["stop_time"],
+            stopped_time=stopped,
+            pages_dirty=last.pages_dirty,
+            pages_written=sum(one.pages_written for one in done),
+            bytes_written=sum(one.bytes_written for one in done),
+            rounds=done,
+            memory=copy.content.content,
+            guest_paused=guest_paused,
         )
         job.commit(destination.commit, lambda: session.journal(""))
     return report

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from vfio_mig.errors import (
     DeviceError,
@@ -25,7 +26,7 @@ from vfio_mig.host.lock import MOVED
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.check import parse_state
 from vfio_mig.jobs.engine.job import Job
-from vfio_mig.jobs.engine.live import Live, copy_live, falls_short, with_rounds
+from vfio_mig.jobs.engine.live import Live, copy_live, falls_short
 from vfio_mig.jobs.engine.memory import (
     Content,
     ImageSink,
@@ -41,6 +42,7 @@ from vfio_mig.jobs.engine.state import StateReader
 from vfio_mig.jobs.peer import Peer, number, seconds
 from vfio_mig.jobs.save import describe_device
 from vfio_mig.ranges import PAGE
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +61,8 @@ NEVER: Final = (
 )
 
 
-class MigrateReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class MigrateReport(Report):
     """What a migration did. Times in seconds, sizes in bytes, pages of 4096 bytes.
 
     :param stop_time: from the STOP request to the source's answer.
@@ -96,10 +99,6 @@ class MigrateReport(NamedTuple):
     state_rounds: list[StateRound]
     memory: str
     guest_paused: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
-        return with_rounds(self._asdict())
 
 
 def _require_target(session: Session, peer: Peer) -> None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 from vfio_mig.errors import DeviceError, MismatchError, UsageError
 from vfio_mig.host.lock import LOADING
@@ -13,6 +14,7 @@ from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.loading import MemoryLoad
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
 from vfio_mig.jobs.files.input import STDIN, open_input, read_image
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +35,8 @@ OLD_PAGES: Final = (
 )
 
 
-class RestoreReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class RestoreReport(Report):
     """What a restore did. Times in seconds, sizes in bytes, pages of 4096 bytes.
 
     :param state_write_time: the one write of the state region.
@@ -314,7 +317,7 @@ def restore_all(
                     target.pause.start()
             reports = [target.report(started=start) for target in targets]
             if load is not None:
-                reports[0] = reports[0]._replace(pages_written=load.pages)
+                reports[0] = replace(reports[0], pages_written=load.pages)
             job.commit(*_settle(targets))
         except BaseException as error:
             if load is not None:

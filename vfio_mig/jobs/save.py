@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from vfio_mig.errors import HostError, UsageError
 from vfio_mig.jobs.check import parse_state
 from vfio_mig.jobs.engine.job import Job
-from vfio_mig.jobs.engine.live import Live, copy_live, falls_short, with_rounds
+from vfio_mig.jobs.engine.live import Live, copy_live, falls_short
 from vfio_mig.jobs.engine.memory import (
     NONE,
     Content,
@@ -25,6 +26,7 @@ from vfio_mig.jobs.engine.memory import (
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
 from vfio_mig.jobs.engine.state import StateReader
 from vfio_mig.ranges import PAGE
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +45,8 @@ JOB = "save"
 STDOUT = "-"
 
 
-class SaveReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class SaveReport(Report):
     """What a save did. Times in seconds, sizes in bytes, pages of 4096 bytes.
 
     :param stop_time: from the STOP request to its answer.
@@ -78,10 +81,6 @@ class SaveReport(NamedTuple):
     state_rounds: list[StateRound]
     memory: str = NONE
     guest_paused: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
-        return with_rounds(self._asdict())
 
     def statistics(self) -> dict[str, Any]:
         """Return the part that the manifest keeps."""

@@ -278,7 +278,7 @@ def restore_vgpu(
 @interrupts.protected  # as for a save
 def _restore(qmp: Qmp, vm: _Vm, file: str, *, cont: bool) -> dict[str, Any]:
     report = restore(vm.device, file, vm.settings, memory=vm.maps, start=cont, force=True, no_memory=not vm.maps)
-    return vm.summary(report._asdict(), _finish(qmp, cont=cont, done="what was restored ends with QEMU"))
+    return vm.summary(report.as_dict(), _finish(qmp, cont=cont, done="what was restored ends with QEMU"))
 
 
 def _finish(qmp: Qmp, *, cont: bool, done: str) -> str:

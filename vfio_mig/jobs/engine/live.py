@@ -48,11 +48,6 @@ class StateRound(NamedTuple):
         return {**self._asdict(), "estimated_downtime": self.estimated_downtime}
 
 
-def with_rounds(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a report's fields as JSON has them: its ``rounds`` and ``state_rounds`` are reports of their own."""
-    return fields | {key: [one.as_dict() for one in fields[key]] for key in ("rounds", "state_rounds")}
-
-
 class Live:
     """How much is copied while the device runs.
 

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vfio_mig.errors import UsageError
 from vfio_mig.jobs.files.input import STDIN
 from vfio_mig.jobs.files.open_file import QEMU, open_saved
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from vfio_mig.decode.differences import Difference
 
 
-class DiffReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class DiffReport(Report):
     """How two saved devices differ. Sizes in bytes, addresses as integers.
 
     :param equal: nothing differs: state, dirty bitmaps, guest memory, and what the headers say of the device. When
@@ -28,10 +31,6 @@ class DiffReport(NamedTuple):
     equal: bool
     counts: dict[str, int]
     differences: list[Difference]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
-        return {**self._asdict(), "differences": [one._asdict() for one in self.differences]}
 
 
 def diff_images(first: str, second: str) -> DiffReport:
@@ -55,9 +54,9 @@ def diff_images(first: str, second: str) -> DiffReport:
         if old.archive is not None and new.archive is not None:
             found += [*dirty_differences(old.archive, new.archive), *page_differences(old.archive, new.archive)]
     return DiffReport(
-        first,
-        second,
-        not found,
-        {one.section: one.total for one in found},
-        [difference for one in found for difference in one.listed],
+        first=first,
+        second=second,
+        equal=not found,
+        counts={one.section: one.total for one in found},
+        differences=[difference for one in found for difference in one.listed],
     )

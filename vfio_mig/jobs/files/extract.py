@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Final, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from vfio_mig.errors import ImageError, UsageError
 from vfio_mig.jobs.files.inspect import problems_of
 from vfio_mig.jobs.files.open_file import open_saved
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +27,8 @@ INCOMPLETE: Final = ".incomplete"
 """What the name of a state that is not whole ends with."""
 
 
-class ExtractReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class ExtractReport(Report):
     """What was written.
 
     :param kind: of *file*: ``image`` or ``qemu-stream``.
@@ -42,7 +45,8 @@ class ExtractReport(NamedTuple):
     problems: list[str]
 
 
-class PackReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class PackReport(Report):
     """An image that was made; *size* in bytes, without the manifest *members* members."""
 
     directory: str
@@ -76,7 +80,9 @@ def extract_image(file: str, directory: str) -> ExtractReport:
                 problems = problems_of(saved)
                 names = _extract_stream(saved, saved.stream, problems, into)
     whole = saved.stream is None or (saved.stream.complete and not any(one.problem for one in saved.stream.devices))
-    return ExtractReport(file, directory, saved.kind, names, whole, problems)
+    return ExtractReport(
+        file=file, directory=directory, kind=saved.kind, files=names, complete=whole, problems=problems
+    )
 
 
 def _extract_stream(saved: Saved, stream: QemuStream, problems: list[str], into: NewDirectory) -> list[str]:
@@ -149,4 +155,4 @@ def pack_image(directory: str, file: str, *, force: bool = False) -> PackReport:
             size = again.seek(0, os.SEEK_END)
             again.seek(0)
             read_archive(again).close()
-    return PackReport(directory, file, members, size)
+    return PackReport(directory=directory, file=file, members=members, size=size)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.errors import UsageError, printable
 from vfio_mig.jobs.files.open_file import open_saved
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +23,8 @@ _NAMES_MAX: Final = 40
 """Names of sections that a message lists."""
 
 
-class InspectReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class InspectReport(Report):
     """What is in a file. Sizes in bytes, addresses as integers.
 
     :param kind: ``image``, ``state`` (bare) or ``qemu-stream``.
@@ -46,10 +49,6 @@ class InspectReport(NamedTuple):
     sections: list[Section]
     problems: list[str]
     wrapping: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
-        return {**self._asdict(), "sections": [section.as_dict() for section in self.sections]}
 
 
 class SectionBytes(NamedTuple):
@@ -148,17 +147,17 @@ def inspect_image(file: str) -> InspectReport:
         content = _look(saved)
         archive = saved.archive
         return InspectReport(
-            file,
-            saved.kind,
-            saved.size,
-            content.state_bytes,
-            None if archive is None else plain(archive.header),
-            None if archive is None else _members(archive),
-            None if archive is None else plain(archive.statistics),
-            content.decoded.layout,
-            content.decoded.sections,
-            [printable(problem) for problem in content.decoded.problems],
-            saved.wrapping,
+            file=file,
+            kind=saved.kind,
+            size=saved.size,
+            state_bytes=content.state_bytes,
+            header=None if archive is None else plain(archive.header),
+            members=None if archive is None else _members(archive),
+            statistics=None if archive is None else plain(archive.statistics),
+            layout=content.decoded.layout,
+            sections=content.decoded.sections,
+            problems=[printable(problem) for problem in content.decoded.problems],
+            wrapping=saved.wrapping,
         )
 
 

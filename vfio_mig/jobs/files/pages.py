@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vfio_mig.errors import UsageError
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.loading import MemoryLoad
 from vfio_mig.jobs.files.input import open_input
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.engine.session import Settings
 
 
-class PagesReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class PagesReport(Report):
     """What was written, pages of 4096 bytes; each counted once, in whatever round it was sent."""
 
     file: str
@@ -54,4 +57,4 @@ def load_pages(
             load.explain(error)
             raise
         job.commit()
-    return PagesReport(file, load.pages)
+    return PagesReport(file=file, pages_written=load.pages)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from vfio_mig.errors import UnsupportedError
 from vfio_mig.jobs.engine.session import CLOSED, Settings, load_numbers, survey
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from vfio_mig.device import Region
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
     from vfio_mig.uapi.profile import RfcProfile
 
 
-class DeviceRow(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class DeviceRow(Report):
     """A device of this host; nothing was opened to find it.
 
     :param node: of its group; its own where it has no group.
@@ -39,7 +42,8 @@ class DeviceRow(NamedTuple):
     cdev: str | None
 
 
-class DeviceInfo(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class DeviceInfo(Report):
     """What is known of a device; what only an open device says is empty or None when it was not opened.
 
     :param how: how it was reached: ``borrowed``, ``inherited``, ``cdev``, ``group``, or ``closed``: it was not.
@@ -75,14 +79,6 @@ class DeviceInfo(NamedTuple):
     better_driver: str | None
     unseen: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
-        return {
-            **self._asdict(),
-            "regions": [region._asdict() for region in self.regions],
-            "checks": [check._asdict() for check in self.checks],
-        }
-
 
 def list_devices() -> list[DeviceRow]:
     """Return all VFIO devices of this host with who has them open."""
@@ -95,17 +91,17 @@ def list_devices() -> list[DeviceRow]:
         holder = seen.holder_of(found)
         listed.append(
             DeviceRow(
-                found.name,
-                found.kind,
-                found.type,
-                found.parent,
-                found.driver,
-                found.node or found.cdev,
-                None if holder is None else holder.pid,
-                unseen if holder is None else holder.command,
-                known.migratable,
-                known.state,
-                found.cdev,
+                device=found.name,
+                kind=found.kind,
+                type=found.type,
+                parent=found.parent,
+                driver=found.driver,
+                node=found.node or found.cdev,
+                holder_pid=None if holder is None else holder.pid,
+                holder=unseen if holder is None else holder.command,
+                migratable=known.migratable,
+                state=known.state,
+                cdev=found.cdev,
             )
         )
     return listed
@@ -168,7 +164,8 @@ def _ask(closed: DeviceInfo, seen: Snapshot, settings: Settings, profile: RfcPro
             protocol, state, described = speaks.name, speaks.state(), speaks.describe()
         except UnsupportedError:
             pass
-        return closed._replace(
+        return replace(
+            closed,
             how=device.how,
             flags=device.info().flags,
             regions=device.regions(),

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfio_mig.errors import UsageError, VfioMigError
 from vfio_mig.jobs.engine.session import GVT_TYPES
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +41,8 @@ class HostCheck(NamedTuple):
     text: str
 
 
-class DoctorReport(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class DoctorReport(Report):
     """What was found.
 
     :param problems: how many checks found one.
@@ -47,10 +50,6 @@ class DoctorReport(NamedTuple):
 
     problems: int
     checks: list[HostCheck]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
-        return {**self._asdict(), "checks": [one._asdict() for one in self.checks]}
 
 
 def examine_host(settings: Settings | None = None, *, root: str = "/") -> DoctorReport:
@@ -74,7 +73,7 @@ def examine_host(settings: Settings | None = None, *, root: str = "/") -> Doctor
         *_numbers(settings),
         *_modules(),
     ]
-    return DoctorReport(sum(one.result == PROBLEM for one in checks), checks)
+    return DoctorReport(problems=sum(one.result == PROBLEM for one in checks), checks=checks)
 
 
 def _kernel() -> Iterator[HostCheck]:
