@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from vfio_mig.protocols.abilities import LogsWrites
+
 A, B = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
 PAGE: Final = 4096
 PAGES: Final = 16
@@ -79,7 +81,9 @@ class Knowing(FakeProtocol):
 class Logging(Knowing):
     """Logs its writes once it is told to, as v2 devices do."""
 
-    logs: ClassVar[bool] = True
+    @property
+    def dirty_log(self) -> LogsWrites:
+        return self
 
     def start_log(self, ranges: Sequence[tuple[int, int]]) -> None:
         self.gpu.calls.append(f"log {len(ranges)}")

@@ -16,10 +16,13 @@ from vfio_mig.host.holders import Holder
 from vfio_mig.jobs.engine.dirtylog import DirtyLog
 from vfio_mig.jobs.engine.live import Live, StateCopy, copy_live, falls_short
 from vfio_mig.jobs.engine.session import Session, Settings
-from vfio_mig.protocols.base import MigrationProtocol, Pending
+from vfio_mig.protocols.abilities import Pending
+from vfio_mig.protocols.base import MigrationProtocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from vfio_mig.protocols.abilities import LogsWrites
 
 FOUND = HostDevice("fake", "/nowhere", "pci", "8086:4941", "", "qat_vfio_pci", 1)
 
@@ -28,7 +31,6 @@ class Played(MigrationProtocol):
     """Tells what is pending from a list, its last entry for ever."""
 
     name: ClassVar[str] = "mainline-v2"
-    logs: ClassVar[bool] = True
 
     def __init__(self, *pending: Pending, holder: Holder | None = None) -> None:
         super().__init__(Device("fake", -1, how="borrowed" if holder else "group", holder=holder))
@@ -59,11 +61,18 @@ class Played(MigrationProtocol):
         self.log.append((start_page, nr_pages))
         return memoryview(bytes((nr_pages + 7) // 8))
 
+    @property
+    def dirty_log(self) -> LogsWrites:
+        return self
+
     def start_log(self, ranges: Sequence[tuple[int, int]]) -> None:
         self.log.append(list(ranges))
 
     def stop_log(self) -> None:
         self.log.append("stop")
+
+    def begin_live(self) -> bool:
+        raise NotImplementedError
 
     def read_live(self, limit: int) -> Iterator[bytes]:
         self.limits.append(limit)

@@ -233,8 +233,7 @@ def test_p2p_states_are_passed_through_in_both_directions_and_a_stopped_device_i
         step()
     assert device.walked == [v2.RUNNING_P2P, v2.STOP, v2.RUNNING_P2P, v2.RUNNING]
     bare = MainlineV2(V2Device(state=v2.RUNNING), 1)
-    assert not bare.has_p2p
-    bare.quiet()
+    assert bare.p2p is None
     assert bare.state() == "running"
 
 

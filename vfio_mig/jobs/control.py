@@ -13,7 +13,6 @@ from vfio_mig.interrupts import protected
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
 from vfio_mig.jobs.engine.session import CLOSED, STOP, Settings, open_session, require_holder, survey
-from vfio_mig.protocols.mainline_v2 import MainlineV2
 from vfio_mig.report import Report
 
 if TYPE_CHECKING:
@@ -173,7 +172,8 @@ def _wake(job: Job, sessions: Sequence[Session]) -> None:
     """Let the devices answer each other; one that does not get to run goes back to where it was."""
     if len(sessions) > 1:
         for session in sessions:
-            job.undo_with(session.protocol.undo_wake)
+            if session.protocol.p2p is not None:
+                job.undo_with(session.protocol.p2p.undo_wake)
     wake(sessions)
 
 
@@ -250,14 +250,14 @@ def device_state(name: str, settings: Settings | None = None, *, new: str | None
     (found,) = seen.devices
     require_holder(found, "change of state" if new else "look at its state", seen)
     with open_session(name, settings, job=None if new is None else "state", seen=seen) as session:
-        protocol = session.protocol
-        if not isinstance(protocol, MainlineV2):
+        states = session.protocol.states
+        if states is None:
             raise UnsupportedError(
-                f"a {protocol.name} device cannot be asked for its state", device=session.device.name
+                f"a {session.protocol.name} device cannot be asked for its state", device=session.device.name
             )
         if new is not None:
-            protocol.go_to(new)
-        return StateReport(device=session.device.name, state=protocol.state())
+            states.go_to(new)
+        return StateReport(device=session.device.name, state=states.state())
 
 
 def device_status(name: str, settings: Settings | None = None) -> StatusReport:

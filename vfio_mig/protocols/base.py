@@ -4,27 +4,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from vfio_mig.device import Device
-
-
-class Pending(NamedTuple):
-    """What is still to be read of a state that is being saved while the device runs; bytes.
-
-    :param initial_bytes: of what is to be read before a stop, so that that takes no longer than it must.
-    :param dirty_bytes: of what has changed since it was read.
-    :param rest_bytes: the device's own estimate of what a stop now would leave to be read.
-    :param is_anew: what was read as initial has become useless, and there is new initial data (REINIT).
-    """
-
-    initial_bytes: int
-    dirty_bytes: int
-    rest_bytes: int
-    is_anew: bool = False
+    from vfio_mig.errors import UnsupportedError
+    from vfio_mig.protocols.abilities import HasP2p, HasStates, LogsWrites, SavesLive
 
 
 class MigrationProtocol(ABC):
@@ -37,25 +24,39 @@ class MigrationProtocol(ABC):
     """As the user, the image's header and ``--abi`` spell it."""
     streams: ClassVar[bool] = False
     """Whether the state is a stream of any size, to be moved in chunks."""
-    logs: ClassVar[bool] = False
-    """Whether dirty pages count from :meth:`start_log` on and a page is told once; else the device always knows all."""
+    reaches_others: ClassVar[bool] = False
+    """Whether it may access other devices' memory, so that several stop as one only if each has :attr:`p2p`."""
+    refusal: UnsupportedError | None = None
+    """Why the device cannot be migrated at all, None if it can."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
 
+    # What only some can do: the object that does it, or None
+
+    @property
+    def live(self) -> SavesLive | None:
+        """Reads the state of the running device."""
+        return None
+
+    @property
+    def dirty_log(self) -> LogsWrites | None:
+        """Logs writes; without it the device always knows all of its dirty pages."""
+        return None
+
+    @property
+    def p2p(self) -> HasP2p | None:
+        """Keeps it from accessing other devices."""
+        return None
+
+    @property
+    def states(self) -> HasStates | None:
+        """Tells its state, and changes it by hand."""
+        return None
+
     @property
     def has_dirty(self) -> bool:
         """Whether the device can be asked for its dirty pages."""
-        return True
-
-    @property
-    def has_precopy(self) -> bool:
-        """Whether its state can be read while it runs."""
-        return False
-
-    @property
-    def has_p2p(self) -> bool:
-        """Whether it can be kept from accessing other devices while it answers them; True if it never does so."""
         return True
 
     @property
@@ -76,25 +77,6 @@ class MigrationProtocol(ABC):
 
         :raises DeviceError: the kernel refused; the device is still stopped.
         """
-
-    def quiet(self) -> None:  # noqa: B027 -- as a rule there is nothing to do
-        """Keep a running device from accessing others; it still answers them. A stopped one is left alone.
-
-        Several devices all do this before the first is stopped.
-
-        :raises DeviceError: the kernel refused.
-        """
-
-    def wake(self) -> None:  # noqa: B027 -- as a rule there is nothing to do
-        """Let a stopped device answer others, without accessing them.
-
-        Several devices all do this before the first runs again.
-
-        :raises DeviceError: the kernel refused.
-        """
-
-    def undo_wake(self) -> None:  # noqa: B027 -- as a rule there is nothing to do
-        """Bring a device back that :meth:`wake` has woken and nobody has started; one that runs is left alone."""
 
     def restore_run_state(self) -> None:
         """Bring a stopped device back to where it was found, or to run where that is not known."""
@@ -121,43 +103,6 @@ class MigrationProtocol(ABC):
 
     def prepare(self) -> None:  # noqa: B027 -- as a rule there is nothing to do
         """Do what reading or loading the state needs and what need not wait for the stop; the device runs."""
-
-    def begin_live(self) -> bool:
-        """Begin to save the state of the running device; False when it does not run, and there is nothing to begin.
-
-        :raises DeviceError: the kernel refused; the device still runs.
-        """
-        return False
-
-    def read_live(self, limit: int) -> Iterator[bytes | memoryview]:
-        """Yield what there is of the state for now, up to *limit* bytes: it may grow as fast as it is read.
-
-        A chunk may be overwritten by the next one.
-
-        :raises DeviceError: what was read so far is worthless.
-        """
-        raise NotImplementedError
-
-    def pending(self) -> Pending:
-        """Tell what is still to be read; the device runs.
-
-        :raises DeviceError: the kernel refused.
-        """
-        raise NotImplementedError
-
-    def start_log(self, ranges: Sequence[tuple[int, int]]) -> None:  # noqa: B027 -- the device may always know
-        """Have dirty pages counted from now on, where the protocol :attr:`logs`.
-
-        :param ranges: (IOVA, bytes), multiples of 4096.
-        :raises UnsupportedError: it cannot.
-        :raises DeviceError: refused.
-        """
-
-    def stop_log(self) -> None:  # noqa: B027 -- the device may always know
-        """End what :meth:`start_log` has begun.
-
-        :raises DeviceError: refused.
-        """
 
     def read_chunks(self) -> Iterator[bytes | memoryview]:
         """Yield the state of the stopped device, chunk by chunk; see :meth:`read_state`.

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from vfio_mig import uapi
 from vfio_mig.errors import DeviceError, UnsupportedError, UsageError, errno_text
-from vfio_mig.protocols.base import MigrationProtocol, Pending
+from vfio_mig.protocols.abilities import Pending
+from vfio_mig.protocols.base import MigrationProtocol
 from vfio_mig.protocols.dma_logging import DmaLog
 from vfio_mig.protocols.family import Condition, Family
 from vfio_mig.protocols.flags import P2P, mainline_flags
@@ -80,7 +81,7 @@ class MainlineV2(MigrationProtocol):
 
     name: ClassVar[str] = "mainline-v2"
     streams: ClassVar[bool] = True
-    logs: ClassVar[bool] = True
+    reaches_others: ClassVar[bool] = True
 
     def __init__(self, device: Device, flags: int) -> None:
         super().__init__(device)
@@ -97,14 +98,24 @@ class MainlineV2(MigrationProtocol):
         return self._log.exists
 
     @property
-    def has_precopy(self) -> bool:
-        """Whether it has the PRE_COPY states."""
-        return bool(self.flags & HAS_PRE_COPY)
+    def live(self) -> MainlineV2 | None:
+        """Itself, if it has the PRE_COPY states."""
+        return self if self.flags & HAS_PRE_COPY else None
 
     @property
-    def has_p2p(self) -> bool:
-        """Whether it has the P2P states."""
-        return bool(self.flags & P2P)
+    def dirty_log(self) -> MainlineV2:
+        """Itself; a device that has no log says so when it is started."""
+        return self
+
+    @property
+    def p2p(self) -> MainlineV2 | None:
+        """Itself, if it has the P2P states."""
+        return self if self.flags & P2P else None
+
+    @property
+    def states(self) -> MainlineV2:
+        """Itself."""
+        return self
 
     @property
     def state_size_max(self) -> int:
@@ -177,13 +188,13 @@ class MainlineV2(MigrationProtocol):
                 raise DeviceError(f"{NAMES[state]} came with a data fd of its own", device=self.device.name)
 
     def quiet(self) -> None:
-        """Go from RUNNING to RUNNING_P2P, or with a live save from PRE_COPY to PRE_COPY_P2P, where it has them."""
-        if self.has_p2p and (now := self._get()) in _QUIET:
+        """Go from RUNNING to RUNNING_P2P, or with a live save from PRE_COPY to PRE_COPY_P2P."""
+        if (now := self._get()) in _QUIET:
             self._rest(_QUIET[now])
 
     def wake(self) -> None:
-        """Go from STOP to RUNNING_P2P, where it has that."""
-        if self.has_p2p and self._get() == STOP:
+        """Go from STOP to RUNNING_P2P."""
+        if self._get() == STOP:
             self._rest(RUNNING_P2P)
 
     def undo_wake(self) -> None:
@@ -227,7 +238,7 @@ class MainlineV2(MigrationProtocol):
 
     def begin_live(self) -> bool:
         """Go to PRE_COPY; a device that was found stopped would begin to run there."""
-        if not self.has_precopy or self._found != RUNNING:
+        if self._found != RUNNING:
             return False
         try:
             self.device.call(uapi.DEVICE_FEATURE, bytearray(_HEAD.pack(_HEAD.size, _SET_INFO2)))

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 class NoMigration(MigrationProtocol):
     """In the place of a protocol, for jobs that take any device.
 
-    :param why: raised by everything that takes a protocol.
+    :param refusal: raised by everything that takes a protocol.
     """
 
     name: ClassVar[str] = "none"
 
-    def __init__(self, device: Device, why: UnsupportedError) -> None:
+    def __init__(self, device: Device, refusal: UnsupportedError) -> None:
         super().__init__(device)
-        self.why = why
+        self.refusal: UnsupportedError = refusal
 
     @property
     def has_dirty(self) -> bool:
@@ -35,7 +35,7 @@ class NoMigration(MigrationProtocol):
         return 0
 
     def _refuse(self) -> NoReturn:
-        raise self.why
+        raise self.refusal
 
     def stop(self) -> None:
         """Refuse."""

@@ -42,7 +42,7 @@ class DirtyLog:
     @property
     def is_log(self) -> bool:
         """Whether it tells what was written since it began, and each page once."""
-        return self._session.protocol.logs or self._tracker is not None
+        return self._session.protocol.dirty_log is not None or self._tracker is not None
 
     @property
     def is_holders(self) -> bool:
@@ -81,8 +81,7 @@ class DirtyLog:
         :raises DeviceBusyError: its owner is migrating it, and what we read would be missing there.
         :raises DeviceError: refused.
         """
-        protocol = self._session.protocol
-        if not protocol.logs and self._tracker is None:
+        if not self.is_log:
             return
         holder = self._session.device.holder
         if holder is not None and not holder.is_hold:
@@ -99,9 +98,10 @@ class DirtyLog:
 
     def _start(self, ranges: list[tuple[int, int]]) -> None:
         """Start the device's own log; where it, or the kernel, has none, have the IOMMU or the container track."""
-        if self._tracker is None:
+        log = self._session.protocol.dirty_log
+        if self._tracker is None and log is not None:
             try:
-                self._session.protocol.start_log(ranges)
+                log.start_log(ranges)
             except UnsupportedError as error:
                 from vfio_mig.host.tracking import find_tracker
 
@@ -111,6 +111,7 @@ class DirtyLog:
                     raise error from None
             else:
                 return
+        assert self._tracker is not None  # noqa: S101 -- is_log
         self._tracker.start(ranges)
         if self._tracker.caution:
             self._session.warn(self._tracker.caution)
@@ -162,9 +163,9 @@ class DirtyLog:
             return
         self._is_begun = False
         try:
-            if self._tracker is None:
-                self._session.protocol.stop_log()
-            else:
+            if self._tracker is not None:
                 self._tracker.stop()
+            elif self._session.protocol.dirty_log is not None:
+                self._session.protocol.dirty_log.stop_log()
         except DeviceError as error:
             self._session.warn(f"{error}; the device goes on logging its writes until it is closed")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from vfio_mig.dirty.sync import Round
-    from vfio_mig.protocols.base import MigrationProtocol, Pending
+    from vfio_mig.protocols.abilities import Pending, SavesLive
 
 ROUNDS_LIVE: Final = 30
 """Rounds before the stop, at most, where a downtime is asked for and they may take their time."""
@@ -89,8 +89,8 @@ class StateCopy:
     :param write: takes the chunks, and returns how many bytes they had.
     """
 
-    def __init__(self, protocol: MigrationProtocol, write: Callable[[Iterable[bytes | memoryview]], int]) -> None:
-        self._protocol = protocol
+    def __init__(self, device: SavesLive, write: Callable[[Iterable[bytes | memoryview]], int]) -> None:
+        self._device = device
         self._write = write
         self._seconds = 0.0
         self._pending: Pending | None = None
@@ -99,11 +99,11 @@ class StateCopy:
 
     def round(self) -> StateRound:
         """Read what there was when the round began, and ask what is left: more may come as fast as it is read."""
-        before = self._pending or self._protocol.pending()
+        before = self._pending or self._device.pending()
         began = time.monotonic()
-        size = self._write(self._protocol.read_live(before.initial_bytes + before.dirty_bytes))
+        size = self._write(self._device.read_live(before.initial_bytes + before.dirty_bytes))
         seconds = time.monotonic() - began
-        self._pending = pending = self._protocol.pending()
+        self._pending = pending = self._device.pending()
         self._seconds += seconds
         self.bytes_read += size
         rate = self.bytes_read / self._seconds if self._seconds else 0.0

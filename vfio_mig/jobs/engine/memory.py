@@ -48,7 +48,7 @@ class Content(NamedTuple):
         """Say what a copy will be worth, before it is made, unless a device loses its log."""
         if not has_memory:
             return cls(NONE, guest_paused=False)
-        logs = any(session.protocol.logs for session in sessions)
+        logs = any(session.protocol.dirty_log is not None for session in sessions)
         is_all = wanted.all_memory or (wanted.guest_paused and logs)
         return cls(ALL if is_all else DIRTY, wanted.guest_paused)
 

@@ -58,8 +58,10 @@ class Pause:
 
     def quiet(self) -> None:
         """Keep the device from accessing others, before the first of several is stopped."""
-        self.change(STOPPED)
-        self.session.protocol.quiet()
+        p2p = self.session.protocol.p2p
+        if p2p is not None:
+            self.change(STOPPED)
+            p2p.quiet()
 
     def stop(self) -> None:
         """Stop the device; time counts from here."""
@@ -100,7 +102,7 @@ def require_p2p(sessions: Sequence[Session], *, waived: bool) -> None:
     if len(sessions) < 2 or waived:  # noqa: PLR2004 -- several
         return
     for session in sessions:
-        if not session.protocol.has_p2p:
+        if session.protocol.reaches_others and session.protocol.p2p is None:
             raise UnsupportedError(
                 "it has no P2P states, and could write to another device that is stopped already",
                 device=session.device.name,
@@ -132,4 +134,5 @@ def wake(sessions: Sequence[Session]) -> None:
     """
     if len(sessions) > 1:
         for session in sessions:
-            session.protocol.wake()
+            if session.protocol.p2p is not None:
+                session.protocol.p2p.wake()

@@ -125,9 +125,7 @@ class Session(Closing):
     @property
     def refusal(self) -> UnsupportedError | None:
         """Why it cannot be migrated, None if it can."""
-        from vfio_mig.protocols.none import NoMigration
-
-        return self.protocol.why if isinstance(self.protocol, NoMigration) else None
+        return self.protocol.refusal
 
     def journal(self, effect: str) -> None:
         """Write down what is about to be done to the device, in case this process does not live to undo it.

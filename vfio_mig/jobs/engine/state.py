@@ -41,7 +41,8 @@ class StateReader:
         self._protocol = pause.session.protocol
         self._writer = writer
         self._raw = raw
-        self.live = StateCopy(self._protocol, self._pass_on) if precopy and self._protocol.has_precopy else None
+        self._live = self._protocol.live if precopy else None
+        self.live = None if self._live is None else StateCopy(self._live, self._pass_on)
         self.state = memoryview(b"")
         self.state_bytes = 0
         if precopy and self.live is None and not has_memory:
@@ -63,10 +64,10 @@ class StateReader:
 
     def begin_live(self) -> None:
         """Begin to read the state of the running device."""
-        if self.live is None:
+        if self._live is None:
             return
         self._pause.change(LIVE)
-        if not self._protocol.begin_live():
+        if not self._live.begin_live():
             self._pause.session.warn("it does not run, so its state is read as usual")
             self.live = None
 
