@@ -11,8 +11,9 @@ import re
 import sys
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from vfio_mig import words as vocabulary
 from vfio_mig.conform.kit.check import Check as ConformCheck
 from vfio_mig.conform.kit.check import Result
 from vfio_mig.conform.runner import ConformReport
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).parents[1]
 DIRECTORY: Final = ROOT / "docs" / "schemas"
 Schema = dict[str, Any]
-_KNOWN: Final = {
+_KNOWN: Final[dict[str, Any]] = {
     one.__name__: one
     for one in (Condition, HostCheck, Difference, FitCheck, Region, Result, Round, Section, StateRound)
 }
@@ -123,7 +124,7 @@ def _object(report: Any) -> Schema:
     elif report is ConformCheck:  # of which `conform --list` shows a part
         fields = dict.fromkeys(("id", "rule", "source", "expected", "family"), str) | {"danger": str}
     else:
-        fields = report if isinstance(report, dict) else get_type_hints(report, localns=_KNOWN)
+        fields = report if isinstance(report, dict) else get_type_hints(report, localns=_KNOWN | {"words": vocabulary})
     properties: dict[str, Schema] = {}
     for name, hint in fields.items():
         properties[name] = shape(hint)
@@ -148,6 +149,8 @@ def _tuple(parts: tuple[Any, ...]) -> Schema:
 def shape(hint: Any) -> Schema:
     """Return the schema of an annotation."""
     origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return {"type": "string", "enum": list(parts)}
     if hint is Any:
         return {}
     if isinstance(hint, type) and hint in _SIMPLE:

@@ -18,8 +18,8 @@ Rooms, from the top down; each imports from those below it only, and its own doc
 of a driver), ``jobs`` (whole jobs with rollback), ``protocols`` (how a family of devices is stopped, read and loaded),
 ``host`` (finding and opening devices), ``device`` (an open one), ``pictures``, ``decode`` (what is in a saved state),
 ``image`` and ``dirty`` (bytes and files alone, no device), ``uapi`` (the kernel's words). Everywhere: ``errors``,
-``interrupts`` (signals), ``closing``, ``ranges``, ``report``, ``threads``, ``version``, ``proc`` (what /proc says of
-other processes). docs/concepts.md says what the words mean.
+``interrupts`` (signals), ``closing``, ``ranges``, ``report``, ``threads``, ``version``, ``words``,
+``proc`` (what /proc says of other processes). docs/concepts.md says what the words mean.
 """
 
 from typing import TYPE_CHECKING, Any

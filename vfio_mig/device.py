@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from vfio_mig.uapi import Request
     from vfio_mig.uapi._generated import CData
+    from vfio_mig.words import How
 
     class Closeable(Protocol):
         """An open file that is not a bare fd."""
@@ -141,7 +142,7 @@ class Device(Closing):
         name: str,
         fd: int,
         *,
-        how: str = "group",
+        how: How = "group",
         node: str | None = None,
         holder: Holder | None = None,
         pidfd: int | None = None,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = "vfio_mig"
-FLOOR: Final = frozenset({"closing", "errors", "interrupts", "proc", "ranges", "report", "threads", "version"})
+FLOOR: Final = frozenset({"closing", "errors", "interrupts", "proc", "ranges", "report", "threads", "version", "words"})
 # room: what it may import beside itself
 ROOMS: Final[dict[str, frozenset[str]]] = {
     "closing": frozenset(),
@@ -25,6 +25,7 @@ ROOMS: Final[dict[str, frozenset[str]]] = {
     "report": frozenset(),
     "threads": frozenset(),
     "version": frozenset(),
+    "words": frozenset(),
     "uapi": FLOOR,
     "device": FLOOR | {"uapi"},
     "host": FLOOR | {"uapi", "device"},

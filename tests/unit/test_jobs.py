@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from vfio_mig.words import Effect, How
+
 NAME: Final = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 FOUND: Final = HostDevice(NAME, "", "mdev", "i915-GVTg_V4_8", "0000:00:02.0", "vfio_mdev", 7)
 PAGE: Final = 4096
@@ -168,7 +170,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         found: HostDevice, settings: Settings, _profile: object, _memory: object, lock: DeviceLock | None,
         _view: object, *, any_device: bool,
     ) -> Session:  # fmt: skip
-        how = "group" if made.holder is None else "borrowed"
+        how: How = "group" if made.holder is None else "borrowed"
         device = Device(found.name, -1, how=how, holder=made.holder)
         if made.refusal is None:
             return Session(found, device, made.protocol(device, made), lock, settings)
@@ -624,7 +626,7 @@ def test_a_signal_between_the_steps_of_a_commit_comes_too_late(
 ) -> None:
     real = DeviceLock.journal
 
-    def note(self: DeviceLock, effect: str) -> None:
+    def note(self: DeviceLock, effect: Effect) -> None:
         if not effect:
             signal.raise_signal(signal.SIGTERM)
         real(self, effect)

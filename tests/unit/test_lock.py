@@ -38,6 +38,8 @@ from vfio_mig.host.lock import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vfio_mig.words import Effect
+
 ROOT: Final = Path(__file__).parents[2]
 NAME: Final = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 FOUND: Final = HostDevice(NAME, "", "mdev", "i915-GVTg_V4_8", "0000:00:02.0", "vfio_mdev", 7)
@@ -161,7 +163,7 @@ def test_a_refused_process_leaves_the_lock_and_no_open_file() -> None:
         ),
     ],
 )
-def test_the_next_one_is_told_what_a_killed_one_had_done(effect: str, what: str, repair: str) -> None:
+def test_the_next_one_is_told_what_a_killed_one_had_done(effect: Effect, what: str, repair: str) -> None:
     pid = killed("restore", effect)
     left = left_behind(FOUND, ME)
     assert left == Leftover("restore", pid, effect)

@@ -11,12 +11,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import pytest
 
 from tools.lab.faults.injection import LISTENERS, VARIABLE, install
-from vfio_mig import interrupts
+from vfio_mig import interrupts, words
 from vfio_mig.errors import DeviceError, HostError, UsageError, VfioMigError
 from vfio_mig.interrupts import ENDING
 from vfio_mig.jobs.engine.job import Job
@@ -44,7 +44,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def reach(name: str, step: str) -> None:
+def reach(name: Any, step: Any) -> None:
     """Come to a step of a job."""
     interrupts.install()
     with Job(name) as job:
@@ -225,3 +225,8 @@ def test_the_table_names_the_steps_that_the_jobs_have_and_no_other() -> None:
     named = {name for path in paths for name in literal_steps(ast.parse(path.read_text()))}
     assert named == {name for names in STEPS.values() for name in names}
     assert [len(set(names)) for names in STEPS.values()] == [len(names) for names in STEPS.values()]
+
+
+def test_the_words_of_jobs_and_steps_are_those_of_the_table() -> None:
+    assert {name for names in STEPS.values() for name in names} == set(get_args(words.Step))
+    assert STEPS.keys() < set(get_args(words.Job))

@@ -18,6 +18,7 @@ from vfio_mig.cli.output import print_json, put, put_lines, warn
 from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text
 from vfio_mig.protocols.registry import AUTO, MODULES
 from vfio_mig.version import __version__
+from vfio_mig.words import WAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,9 +53,6 @@ COMMANDS = {  # command: module below vfio_mig.cli
 }
 STDOUT_IS_DATA: Final = frozenset({"save", "sync"})
 """Commands whose FILE may be - for standard output; no other document is put there then."""
-
-
-WAYS = ("auto", "group", "cdev")
 
 
 def _set(ctx: click.Context, param: click.Parameter, value: Any) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vfio_mig.jobs.engine.events import Events, Hooks
+    from vfio_mig.words import Via
 
 
 class Options:
@@ -18,7 +19,7 @@ class Options:
         self.quiet = False
         self.abi = "auto"
         self.uapi_header: str | None = None
-        self.via = "auto"
+        self.via: Via = "auto"
         self.events_file: str | None = None
         self.status_fd: int | None = None
         self.hook_texts: tuple[str, ...] = ()

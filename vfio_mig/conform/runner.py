@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from vfio_mig.conform.kit.check import Check
+    from vfio_mig.conform.kit.check import Check, Outcome
     from vfio_mig.device import Device
     from vfio_mig.host.discover import Snapshot
     from vfio_mig.host.guest import GuestMemory
@@ -64,7 +64,7 @@ class ConformReport(Report):
     seconds: float
     checks: list[Result]
 
-    def count(self, outcome: str) -> int:
+    def count(self, outcome: Outcome) -> int:
         """Count the checks that ended so."""
         return sum(result.outcome == outcome for result in self.checks)
 
@@ -106,7 +106,8 @@ def _played(check: Check, rig: Rig) -> str:
 def run_check(check: Check, rig: Rig, *, dangerous: bool = False) -> Result:
     """Run one check; whatever it raises becomes its result."""
     began = time.perf_counter()
-    outcome, seen, note = PASS, "", ""
+    outcome: Outcome = PASS
+    seen = note = ""
     if check.danger and not dangerous:
         return _result(check, SKIP, NOT_ASKED + check.danger, "", 0.0)
     try:
@@ -127,7 +128,7 @@ def run_check(check: Check, rig: Rig, *, dangerous: bool = False) -> Result:
     return _result(check, outcome, seen, note, time.perf_counter() - began)
 
 
-def _result(check: Check, outcome: str, seen: str, note: str, seconds: float) -> Result:
+def _result(check: Check, outcome: Outcome, seen: str, note: str, seconds: float) -> Result:
     return Result(
         check.id, check.rule, check.source, check.expected, printable(seen), outcome, printable(note), seconds
     )

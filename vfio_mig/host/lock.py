@@ -26,6 +26,7 @@ from vfio_mig.errors import DeviceBusyError, HostError, errno_text
 if TYPE_CHECKING:
     from vfio_mig.device import Holder
     from vfio_mig.host.devices import HostDevice
+    from vfio_mig.words import Effect, Job, Step
 
 DIRECTORY: Final = "/run/vfio-mig"
 VARIABLE: Final = "VFIO_MIG_LOCK_DIR"
@@ -68,7 +69,7 @@ class Leftover(NamedTuple):
 
     job: str
     pid: int
-    effect: str
+    effect: Effect
 
     @property
     def is_loading(self) -> bool:
@@ -170,7 +171,7 @@ class DeviceLock(Closing):
     :raises HostError: there is no place for locks.
     """
 
-    def __init__(self, found: HostDevice, job: str) -> None:
+    def __init__(self, found: HostDevice, job: Job) -> None:
         self._job = job
         self._holder: Holder | None = None
         path = os.path.join(lock_directory(), f"{found.name}.lock")
@@ -214,13 +215,13 @@ class DeviceLock(Closing):
         self._write()
         return self._effect
 
-    def step(self, name: str) -> None:
+    def step(self, name: Step) -> None:
         """Write down how far the job has come, for commands that look at the device meanwhile."""
         self._step = name
         if self._is_taken:  # before, the file has what an earlier job has left
             self._write()
 
-    def journal(self, effect: str) -> None:
+    def journal(self, effect: Effect) -> None:
         """Write down what is about to be done to the device, by :class:`Leftover`'s words; empty: all is well again."""
         kept = effect and self._holder is not None
         self._effect = Leftover(self._job, os.getpid(), effect) if kept else None

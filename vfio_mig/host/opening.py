@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vfio_mig.host.devices import HostDevice
     from vfio_mig.host.guest import GuestMemory
     from vfio_mig.host.holders import Unseen, View
+    from vfio_mig.words import Via
 
 AUTO: Final = "auto"
 GROUP: Final = "group"
@@ -60,7 +61,7 @@ def open_device(
     memory: Sequence[GuestMemory] = (),
     pid: int | None = None,
     fd: int | None = None,
-    via: str = AUTO,
+    via: Via = AUTO,
     kvm: bool = False,
     view: View | None = None,
 ) -> Device:
@@ -120,7 +121,7 @@ def _why_busy(unseen: Unseen | None) -> str:
     return "no process shows it, so its fd is on its way in a socket, or only io_uring has it; end who opened it"
 
 
-def _open(device: HostDevice, memory: Sequence[GuestMemory], via: str, *, kvm: bool) -> Device:
+def _open(device: HostDevice, memory: Sequence[GuestMemory], via: Via, *, kvm: bool) -> Device:
     """Open a device that nobody has, by its node or by its group."""
     path = None if via == GROUP else device.cdev
     if path is not None:

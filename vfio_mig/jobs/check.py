@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, NamedTuple
 
 from vfio_mig.errors import ImageError, MismatchError, excerpt
 from vfio_mig.jobs.engine.session import Settings, open_session
@@ -36,7 +36,7 @@ class FitCheck(NamedTuple):
     """
 
     name: str
-    result: str
+    result: Literal["ok", "note", "mismatch"]
     text: str
     forcible: bool = False
 

@@ -12,15 +12,14 @@ from vfio_mig.host.lock import STOPPED, at_work, left_behind
 from vfio_mig.interrupts import protected
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
-from vfio_mig.jobs.engine.session import CLOSED, STOP, Settings, open_session, require_holder, survey
+from vfio_mig.jobs.engine.session import Settings, open_session, require_holder, survey
 from vfio_mig.report import Report
+from vfio_mig.words import CLOSED, STOP, UNKNOWN, Action
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vfio_mig.jobs.engine.session import Session
-
-UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class ActionReport(Report):
     """
 
     device: str
-    action: str
+    action: Action
     seconds: float
 
 
@@ -188,7 +187,7 @@ def _say_which(error: BaseException, sessions: Sequence[Session], done: Sequence
         error.add_note(text)
 
 
-def _now(session: Session, action: str) -> ActionReport:
+def _now(session: Session, action: Action) -> ActionReport:
     """Start or reset one device."""
     began = time.perf_counter()
     _do_at_once(session, action)
@@ -196,7 +195,7 @@ def _now(session: Session, action: str) -> ActionReport:
 
 
 @protected
-def _do_at_once(session: Session, action: str) -> None:
+def _do_at_once(session: Session, action: Action) -> None:
     """Start or reset: what cannot be undone is not to be interrupted either."""
     was_left = session.leftover is not None
     if action == "reset":

@@ -7,7 +7,7 @@ import os
 import stat
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.image.places import open_file
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from vfio_mig import words
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from vfio_mig.image.files import NewFile
     from vfio_mig.jobs.engine.session import Session, Settings
 
-SYNC = "sync"
+SYNC: Final = "sync"
 LOG_TIME = 1.0
 """Seconds for which a device logs its writes, unless the caller says otherwise."""
 
@@ -73,7 +74,7 @@ class SyncReport(Report):
     pages_written: int
     bytes_written: int
     rounds: list[Round]
-    memory: str
+    memory: words.Content
     guest_paused: bool
 
 

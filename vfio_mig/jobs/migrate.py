@@ -37,16 +37,17 @@ from vfio_mig.jobs.engine.memory import (
     new_job_id,
 )
 from vfio_mig.jobs.engine.pause import Pause, announce_start
-from vfio_mig.jobs.engine.session import RUNNING
 from vfio_mig.jobs.engine.state import StateReader
 from vfio_mig.jobs.peer import Peer, number, seconds
 from vfio_mig.jobs.save import describe_device
 from vfio_mig.ranges import PAGE
 from vfio_mig.report import Report
+from vfio_mig.words import CLOSED, RUNNING, STOP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vfio_mig import words
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.dirty.sync import Round
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.engine.session import Session, Settings
     from vfio_mig.jobs.peer import Run
 
-JOB = "migrate"
+JOB: Final = "migrate"
 CONNECTION: Final = "the connection"
 NEVER: Final = (
     "the source stays stopped; look at the target and start it, or else the source with --force, but never both"
@@ -97,7 +98,7 @@ class MigrateReport(Report):
     rounds: list[Round]
     precopy_bytes: int
     state_rounds: list[StateRound]
-    memory: str
+    memory: words.Content
     guest_paused: bool
 
 
@@ -109,7 +110,7 @@ def _require_target(session: Session, peer: Peer) -> None:
     :raises MismatchError: it is of another type, or speaks another protocol.
     """
     status = peer.status()
-    if status.state == "closed":
+    if status.state == CLOSED:
         raise OpenError(
             f"{peer.target}: nobody has it open, so what is restored would be lost at once",
             hint=f"keep it open there with 'vfio-mig hold {peer.name}' first",
@@ -305,7 +306,7 @@ def _report(
         device=session.device.name,
         target=target,
         state=session.state_after(started=False),
-        target_state="running" if start else "stop",
+        target_state=RUNNING if start else STOP,
         **times,
         transfer_time=held - read,
         state_write_time=seconds(restored.get("state_write_time")),

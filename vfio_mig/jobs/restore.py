@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.jobs.engine.session import Session, Settings
 
-JOB = "restore"
+JOB: Final = "restore"
 START = "start"
 UNVERIFIED = "--no-verify-state: the device state was NOT checked; the kernel may believe whatever it says"
 NOT_HELD = (

@@ -7,7 +7,7 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vfio_mig.errors import HostError, UsageError
 from vfio_mig.jobs.check import parse_state
@@ -31,6 +31,7 @@ from vfio_mig.report import Report
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vfio_mig import words
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.engine.live import StateRound
     from vfio_mig.jobs.engine.session import Session, Settings
 
-JOB = "save"
+JOB: Final = "save"
 STDOUT = "-"
 
 
@@ -79,7 +80,7 @@ class SaveReport(Report):
     rounds: list[Round]
     precopy_bytes: int
     state_rounds: list[StateRound]
-    memory: str = NONE
+    memory: words.Content = NONE
     guest_paused: bool = False
 
     def statistics(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from vfio_mig.device import Device
     from vfio_mig.uapi.profile import RfcProfile
+    from vfio_mig.words import State
 
 ERROR: Final = ffi.integer_const("VFIO_DEVICE_STATE_ERROR")
 STOP: Final = ffi.integer_const("VFIO_DEVICE_STATE_STOP")
@@ -39,7 +40,7 @@ RESUMING: Final = ffi.integer_const("VFIO_DEVICE_STATE_RESUMING")
 RUNNING_P2P: Final = ffi.integer_const("VFIO_DEVICE_STATE_RUNNING_P2P")
 PRE_COPY: Final = ffi.integer_const("VFIO_DEVICE_STATE_PRE_COPY")
 PRE_COPY_P2P: Final = ffi.integer_const("VFIO_DEVICE_STATE_PRE_COPY_P2P")
-NAMES: Final = {
+NAMES: Final[dict[int, State]] = {
     ERROR: "error",
     STOP: "stop",
     RUNNING: "running",
@@ -50,7 +51,7 @@ NAMES: Final = {
     PRE_COPY_P2P: "pre-copy-p2p",
 }
 """States as QEMU spells them."""
-BY_HAND: Final = ("running", "running-p2p", "stop")
+BY_HAND: Final[tuple[State, ...]] = ("running", "running-p2p", "stop")
 """States without a data fd, which may be left behind."""
 CHUNK: Final = 1 << 20
 """Bytes of one read of the data fd."""

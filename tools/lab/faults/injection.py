@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vfio_mig.jobs.engine.session import Session
+    from vfio_mig.words import Step
 
 VARIABLE: Final = "VFIO_MIG_FAULT"
 SIGNALS: Final = {"sigint": signal.SIGINT, "sigterm": signal.SIGTERM, "sighup": signal.SIGHUP, "kill": signal.SIGKILL}
@@ -41,7 +42,7 @@ def install() -> None:
     Job.announce = _announce  # type: ignore[assignment, method-assign]
 
 
-def _announce(job: Job, name: str, session: Session | None) -> None:
+def _announce(job: Job, name: Step, session: Session | None) -> None:
     """Stand in front of what a job does at a step."""
     for listener in LISTENERS:
         listener(job.name, name)

@@ -8,7 +8,7 @@ words; it raises :class:`Deviation` where a rule is broken, :class:`Weakness` wh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,10 +19,12 @@ PASS: Final = "pass"  # noqa: S105 -- a result
 FAIL: Final = "fail"
 WARN: Final = "warn"
 SKIP: Final = "skip"
-OUTCOMES: Final = (PASS, FAIL, WARN, SKIP)
+Outcome = Literal["pass", "fail", "warn", "skip"]
+OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 
 V2: Final = "v2"
 RFC: Final = "rfc"
+Family = Literal["v2", "rfc"]
 
 FSM: Final = "linux/vfio.h, enum vfio_device_mig_state"
 STATE: Final = "linux/vfio.h, VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE"
@@ -59,7 +61,7 @@ class Check(NamedTuple):
     source: str
     expected: str
     run: Callable[[Rig], str]
-    family: str = V2
+    family: Family = V2
     danger: str = ""
 
 
@@ -76,7 +78,7 @@ class Result(NamedTuple):
     source: str
     expected: str
     seen: str
-    outcome: str
+    outcome: Outcome
     note: str
     seconds: float
 
@@ -87,7 +89,7 @@ class Checks(list[Check]):
     :param prefix: of every id.
     """
 
-    def __init__(self, prefix: str, source: str, family: str = V2) -> None:
+    def __init__(self, prefix: str, source: str, family: Family = V2) -> None:
         super().__init__()
         self._prefix = prefix
         self._source = source

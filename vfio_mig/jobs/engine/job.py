@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from vfio_mig import words
     from vfio_mig.dirty.memory import MemoryMap
     from vfio_mig.host.discover import Snapshot
     from vfio_mig.jobs.engine.session import Session
+    from vfio_mig.words import Step
 
 T = TypeVar("T")
 
@@ -34,7 +36,7 @@ class Job:
     :param name: of the command, as events, hooks and the lock's journal have it.
     """
 
-    def __init__(self, name: str, settings: Settings | None = None) -> None:
+    def __init__(self, name: words.Job, settings: Settings | None = None) -> None:
         self.name = name
         self.settings = settings or Settings()
         self.committed = False
@@ -91,7 +93,7 @@ class Job:
             open_session(device, self.settings, memory=memory, job=job, seen=seen, force=force, any_device=any_device)
         )
 
-    def step(self, name: str, session: Session | None = None) -> None:
+    def step(self, name: Step, session: Session | None = None) -> None:
         """Tell whoever listens, and the device's journal, that the job has come to one of its steps.
 
         :raises KeyboardInterrupt: a signal has come since the last step.
@@ -105,12 +107,12 @@ class Job:
         self.announce(name, session)
         interrupts.check()
 
-    def announce(self, name: str, session: Session | None) -> None:
+    def announce(self, name: Step, session: Session | None) -> None:
         """Tell who listens that a device has come to a step; an exception of theirs ends the job."""
         if session is not None and self.settings.on_step is not None:
             self.settings.on_step(self.name, name, session.device.name)
 
-    def _tell_late(self, name: str, session: Session | None) -> None:
+    def _tell_late(self, name: Step, session: Session | None) -> None:
         """Tell of a step behind the commit; a listener that fails is a warning, as nobody can undo what is done."""
         try:
             self.announce(name, session)

@@ -13,6 +13,7 @@ from vfio_mig.ranges import PAGE
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from vfio_mig import words
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.memory import Memory
     from vfio_mig.dirty.ranges import PageRange
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.engine.pause import Pause
     from vfio_mig.jobs.engine.session import Session
 
-NONE, DIRTY, ALL = "none", "dirty", "all"
+NONE: Final = "none"
+DIRTY: Final = "dirty"
+ALL: Final = "all"
 SINCE_NOW: Final = (
     "it tells only what it writes from now on, so the copy has no page that it wrote before; --all-memory copies all"
 )
@@ -40,7 +43,7 @@ class Content(NamedTuple):
     :param guest_paused: whether the caller knows that no CPU of the guest ran from the first page to the last.
     """
 
-    content: str
+    content: words.Content
     guest_paused: bool
 
     @classmethod

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from vfio_mig.jobs.engine.job import Job
     from vfio_mig.jobs.engine.session import Session
+    from vfio_mig.words import Effect
 
 
 class Pause:
@@ -42,7 +43,7 @@ class Pause:
             self.times[name] = time.perf_counter() - began
 
     @protected
-    def change(self, effect: str, undo: Callable[[], object] | None = None) -> None:
+    def change(self, effect: Effect, undo: Callable[[], object] | None = None) -> None:
         """Write down what is about to be done to the device, and have it undone if the job fails.
 
         :param undo: from now on instead of going on as it was found.

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from vfio_mig.closing import Closing
 from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError, UsageError, warn
 from vfio_mig.protocols.registry import AUTO, MODULES
+from vfio_mig.words import CLOSED, ERROR, RUNNING, STOP, UNKNOWN, WAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from vfio_mig import words
     from vfio_mig.device import Device, Holder
     from vfio_mig.dirty.memory import MemoryMap
     from vfio_mig.host.devices import HostDevice
@@ -21,18 +23,12 @@ if TYPE_CHECKING:
     from vfio_mig.protocols.base import MigrationProtocol
     from vfio_mig.uapi.profile import RfcProfile
 
-WAYS = ("auto", "group", "cdev")
 FROM_ANY_STATE = ("conform", "reset")
 """Jobs that may begin with a device in the middle of something."""
 GOES_ON = ("migrate", "save", "start", "state", "sync")
 """Jobs that go on with the state that a device has."""
 PASSING = ("", "stopped", "live")
 """Effects of a job, in the journal's words, that say nothing of whose state a device has."""
-RUNNING = "running"
-STOP = "stop"
-CLOSED = "closed"
-UNKNOWN = "unknown"
-ERROR = "error"
 GVT_TYPES = "i915-GVTg_"
 """Begin of the mdev types of Intel's kvmgt."""
 
@@ -57,7 +53,7 @@ class Settings(NamedTuple):
     uapi_header: str | None = None
     pid: int | None = None
     fd: int | None = None
-    via: str = "auto"
+    via: words.Via = "auto"
     tell: Callable[[str], object] | None = None
     warn: Callable[[str], object] | None = None
     on_step: Callable[[str, str, str], object] | None = None
@@ -127,7 +123,7 @@ class Session(Closing):
         """Why it cannot be migrated, None if it can."""
         return self.protocol.refusal
 
-    def journal(self, effect: str) -> None:
+    def journal(self, effect: words.Effect) -> None:
         """Write down what is about to be done to the device, in case this process does not live to undo it.
 
         That it is half-loaded, or its state has moved away, stays written down over a stop and its undo.
@@ -141,7 +137,7 @@ class Session(Closing):
         self.leftover = None
         self.journal("")
 
-    def journal_step(self, name: str) -> None:
+    def journal_step(self, name: words.Step) -> None:
         """Write down how far the job has come."""
         if self._lock is not None:
             self._lock.step(name)
@@ -275,7 +271,7 @@ def open_session(
     settings: Settings | None = None,
     *,
     memory: Sequence[MemoryMap] = (),
-    job: str | None = None,
+    job: words.Job | None = None,
     seen: Snapshot | None = None,
     force: bool = False,
     any_device: bool = False,
@@ -387,7 +383,7 @@ def _detect_any(found: HostDevice, device: Device, profile: RfcProfile, abi: str
         return NoMigration(device, error)
 
 
-def _take_over(session: Session, lock: DeviceLock, job: str, *, force: bool) -> None:
+def _take_over(session: Session, lock: DeviceLock, job: words.Job, *, force: bool) -> None:
     """Look at what an earlier job has left: a stop can be gone on from, a half-loaded or moved state cannot."""
     left = session.leftover = lock.take_over(session.device.holder)
     if left is None:

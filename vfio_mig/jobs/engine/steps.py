@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-STEPS: Final[dict[str, tuple[str, ...]]] = {
+if TYPE_CHECKING:
+    from vfio_mig.words import Step
+
+STEPS: Final[dict[str, tuple[Step, ...]]] = {
     "conform": ("opened", "checking"),
     "dirty": ("opened", "fetched"),
     "migrate": (
@@ -53,7 +56,7 @@ STEPS: Final[dict[str, tuple[str, ...]]] = {
 }
 """Each job's steps, in order."""
 
-OTHER_NAMES: Final = {
+OTHER_NAMES: Final[dict[str, Step]] = {
     "pre-stop": "before-stop",
     "post-stop": "after-stop",
     "pre-start": "before-start",

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vfio_mig.errors import UnsupportedError
-from vfio_mig.jobs.engine.session import CLOSED, Settings, load_numbers, survey
+from vfio_mig.jobs.engine.session import Settings, load_numbers, survey
 from vfio_mig.report import Report
+from vfio_mig.words import CLOSED
 
 if TYPE_CHECKING:
     from vfio_mig.device import Region

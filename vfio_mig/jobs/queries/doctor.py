@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from vfio_mig.errors import UsageError, VfioMigError
 from vfio_mig.jobs.engine.session import GVT_TYPES
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 OK: Final = "ok"
 NOTE: Final = "note"
 PROBLEM: Final = "problem"
+Verdict = Literal["ok", "note", "problem"]
 _CAP_SYS_PTRACE: Final = 19
 _CAP_IPC_LOCK: Final = 14
 _FILES_MIN: Final = 64
@@ -37,7 +38,7 @@ class HostCheck(NamedTuple):
     """
 
     name: str
-    result: str
+    result: Verdict
     text: str
 
 
@@ -233,9 +234,10 @@ def _numbers(settings: Settings | None) -> Iterator[HostCheck]:
 def _modules() -> Iterator[HostCheck]:
     from importlib.util import find_spec
 
-    for name, result, use in (
+    missing: tuple[tuple[str, Verdict, str], ...] = (
         ("numpy", PROBLEM, "dirty pages cannot be copied"),
         ("matplotlib", NOTE, "--plot draws nothing; pip install 'vfio_mig[plot]', or Debian's python3-matplotlib"),
-    ):
+    )
+    for name, result, use in missing:
         there = find_spec(name) is not None
         yield HostCheck(name, OK if there else result, "installed" if there else f"not installed: {use}")
