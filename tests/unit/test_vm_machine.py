@@ -104,7 +104,7 @@ def test_the_examples_in_docstrings_are_true(name: str) -> None:
 @pytest.mark.parametrize(
     ("line", "is_warning"),
     [
-        ("/w/tools/kmod/gtt.c:12:6: warning: no previous prototype for 'f' [-Wmissing-prototypes]", True),
+        ("/w/tools/kmod/hw/gtt.c:12:6: warning: no previous prototype for 'f' [-Wmissing-prototypes]", True),
         ("WARNING: modpost: missing MODULE_DESCRIPTION() in gvt_sample.o", True),
         ("ld: warning: x.o: missing .note.GNU-stack section", True),
         ("warning: the compiler differs from the one used to build the kernel", False),

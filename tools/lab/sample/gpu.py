@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a guest's GPU driver does: commands, contexts, rings, submission by ELSP (tools/kmod/gvt_cmd.h, submit.c)."""
+"""What a guest's GPU driver does: commands, contexts, rings, submission by ELSP (tools/kmod/hw/gvt_cmd.h, submit.c)."""
 
 from __future__ import annotations
 
