@@ -291,8 +291,4 @@ static inline unsigned long gvt_gm_entries(const struct vgpu *vgpu)
 	return (vgpu->low_gm + vgpu->high_gm) >> GVT_PAGE_SHIFT;
 }
 
-#include "hw/hw.h"
-#include "vfio/vfio.h"
-#include "lab/lab.h"
-
 #endif

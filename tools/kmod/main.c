@@ -10,7 +10,9 @@
 #include <linux/module.h>
 #include <linux/sizes.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
+#include "vfio/vfio.h"
+#include "lab/lab.h"
 
 uint gvt_device_id = 0x1612;
 module_param_named(device_id, gvt_device_id, uint, 0644);

@@ -7,7 +7,8 @@
 #include <linux/pci_regs.h>
 #include <linux/string.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
+#include "lab/lab.h"
 
 #define GVT_CFG_GMCH		0x50	/* i915: SNB_GMCH_CTRL */
 #define GVT_GMCH_GTT_8M		0xc0	/* and no stolen memory */

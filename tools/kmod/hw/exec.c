@@ -7,7 +7,8 @@
 #include <linux/ktime.h>
 #include <linux/sched.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
+#include "lab/lab.h"
 #include "gvt_cmd.h"
 
 #define GVT_TIMESTAMP_NS	80	/* 12.5 MHz */

@@ -10,7 +10,9 @@
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
+#include "vfio/vfio.h"
+#include "lab/lab.h"
 
 struct gvt_pin {
 	struct page	*page;

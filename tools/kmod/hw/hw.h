@@ -3,6 +3,8 @@
 #ifndef GVT_SAMPLE_HW_H
 #define GVT_SAMPLE_HW_H
 
+#include "gvt_sample.h"
+
 /* pool.c: Ha, Hh, fences, id out of the host's pool */
 int gvt_pool_init(void);
 void gvt_pool_fini(void);

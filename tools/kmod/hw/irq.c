@@ -10,7 +10,7 @@
 #include <linux/err.h>
 #include <linux/minmax.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
 
 #define GVT_IRQ_MASTER		0x44200	/* i915: GEN8_MASTER_IRQ */
 #define GVT_IRQ_MASTER_ENABLE	BIT(31)

@@ -6,7 +6,9 @@
 #include <linux/slab.h>
 #include <linux/vmalloc.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
+#include "vfio/vfio.h"
+#include "lab/lab.h"
 
 #define GVT_CSB_EMPTY		7	/* write pointer before the first entry */
 #define GVT_GDRST		0x941c	/* i915: GEN6_GDRST */

@@ -12,7 +12,7 @@
 #include <linux/sizes.h>
 #include <linux/vmalloc.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
 
 static uint gvt_aperture_mb = 1024;
 module_param_named(aperture_mb, gvt_aperture_mb, uint, 0444);

@@ -16,7 +16,8 @@
 #include <linux/sizes.h>
 #include <linux/slab.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
+#include "lab/lab.h"
 #include "gvt_cmd.h"
 
 #define GVT_SHADOW_DWS		(GVT_SHADOW_MAX / sizeof(u32))

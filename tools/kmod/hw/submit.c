@@ -10,7 +10,9 @@
 #include <linux/mm.h>
 #include <linux/slab.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
+#include "vfio/vfio.h"
+#include "lab/lab.h"
 
 /* Context descriptor, low word */
 #define GVT_DESC_VALID		BIT(0)

@@ -17,7 +17,9 @@
 #include <linux/slab.h>
 #include <linux/string.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
+#include "vfio/vfio.h"
+#include "lab/lab.h"
 
 static struct dentry *gvt_debugfs_root;
 

@@ -16,7 +16,7 @@
 #include <linux/slab.h>
 #include <linux/string.h>
 
-#include "gvt_sample.h"
+#include "lab/lab.h"
 
 #define GVT_DEFECT_TEXT_MAX	4096	/* bytes in one write() */
 

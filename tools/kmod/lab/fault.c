@@ -23,7 +23,7 @@
 #include <linux/string.h>
 #include <linux/uaccess.h>
 
-#include "gvt_sample.h"
+#include "lab/lab.h"
 
 #define GVT_FAULT_DELAY_MAX	10000	/* ms */
 #define GVT_FAULT_NTH_MAX	1000000

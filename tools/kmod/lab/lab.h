@@ -3,6 +3,8 @@
 #ifndef GVT_SAMPLE_LAB_H
 #define GVT_SAMPLE_LAB_H
 
+#include "gvt_sample.h"
+
 /* Keep the reason of a refusal for debugfs' last_error. Any context. */
 __printf(2, 3) void gvt_note(struct vgpu *vgpu, const char *fmt, ...);
 void gvt_note_read(struct vgpu *vgpu, char *text, size_t size);

@@ -5,7 +5,7 @@
 #include <linux/spinlock.h>
 #include <linux/string.h>
 
-#include "gvt_sample.h"
+#include "lab/lab.h"
 
 static DEFINE_SPINLOCK(gvt_note_lock);	/* every vGPU's last_error */
 

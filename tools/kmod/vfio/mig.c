@@ -10,6 +10,8 @@
 #include <linux/slab.h>
 
 #include "mig.h"
+#include "hw/hw.h"
+#include "lab/lab.h"
 
 /* <linux/vfio.h> of Linux 7.1 */
 #define GVT_FEATURE_PRECOPY_INFO2	12

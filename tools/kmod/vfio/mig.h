@@ -21,7 +21,7 @@
 #include <linux/version.h>
 #include <linux/vfio.h>
 
-#include "gvt_sample.h"
+#include "vfio/vfio.h"
 
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0)
 #define GVT_V2_FLAGS	(VFIO_MIGRATION_STOP_COPY | VFIO_MIGRATION_P2P | \

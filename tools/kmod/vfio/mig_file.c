@@ -11,6 +11,7 @@
 #include <linux/uaccess.h>
 
 #include "mig.h"
+#include "lab/lab.h"
 
 /* <linux/vfio.h> of Linux 7.1 */
 #define GVT_PRECOPY_INFO_REINIT		BIT(0)

@@ -16,6 +16,7 @@
 #endif
 
 #include "mig.h"
+#include "lab/lab.h"
 
 #define GVT_MIG_SPAN_MAX	(3600 * NSEC_PER_SEC)	/* keeps products small */
 

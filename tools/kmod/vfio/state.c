@@ -12,7 +12,9 @@
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
+#include "vfio/vfio.h"
+#include "lab/lab.h"
 
 #define GVT_IMAGE_HEAD_SIZE \
 	(sizeof(struct gvt_region) + sizeof(struct gvt_image_header))

@@ -3,6 +3,8 @@
 #ifndef GVT_SAMPLE_VFIO_H
 #define GVT_SAMPLE_VFIO_H
 
+#include "gvt_sample.h"
+
 /* vgpu.c */
 extern struct mdev_driver gvt_mdev_driver;
 

@@ -9,7 +9,9 @@
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
 
-#include "gvt_sample.h"
+#include "hw/hw.h"
+#include "vfio/vfio.h"
+#include "lab/lab.h"
 
 #define GVT_STATE_INDEX	VFIO_PCI_DEVICE_STATE_REGION_INDEX
 #define GVT_STATUS_SET	_IO(VFIO_TYPE, VFIO_BASE + VFIO_DEVICE_PCI_STATUS_SET_NR)
