@@ -25,7 +25,7 @@ from vfio_mig.errors import VfioMigError
 from vfio_mig.host.mdev import MdevType
 from vfio_mig.jobs.check import CheckReport, FitCheck, VerifyReport
 from vfio_mig.jobs.control import ActionReport, StateReport, StatusReport
-from vfio_mig.jobs.dirty import DirtyReport, SyncReport
+from vfio_mig.jobs.dirty import DirtyReport
 from vfio_mig.jobs.engine.live import StateRound
 from vfio_mig.jobs.engine.steps import STEPS
 from vfio_mig.jobs.files.diff import DiffReport
@@ -37,6 +37,7 @@ from vfio_mig.jobs.queries.devices import DeviceInfo, DeviceRow
 from vfio_mig.jobs.queries.doctor import DoctorReport, HostCheck
 from vfio_mig.jobs.restore import RestoreReport
 from vfio_mig.jobs.save import SaveReport
+from vfio_mig.jobs.sync import SyncReport
 from vfio_mig.protocols.family import Condition
 
 if TYPE_CHECKING:

@@ -59,9 +59,7 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.control import stop_device as stop_device
     from vfio_mig.jobs.control import stop_devices as stop_devices
     from vfio_mig.jobs.dirty import DirtyReport as DirtyReport
-    from vfio_mig.jobs.dirty import SyncReport as SyncReport
     from vfio_mig.jobs.dirty import fetch_dirty as fetch_dirty
-    from vfio_mig.jobs.dirty import sync_dirty as sync_dirty
     from vfio_mig.jobs.engine import session
     from vfio_mig.jobs.engine.live import Live as Live
     from vfio_mig.jobs.engine.session import Session as Session
@@ -91,6 +89,8 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.save import SaveReport as SaveReport
     from vfio_mig.jobs.save import save as save
     from vfio_mig.jobs.save import save_all as save_all
+    from vfio_mig.jobs.sync import SyncReport as SyncReport
+    from vfio_mig.jobs.sync import sync_dirty as sync_dirty
     from vfio_mig.library import Device as Device
     from vfio_mig.library import Event as Event
     from vfio_mig.library import Host as Host
@@ -133,7 +133,7 @@ _HOMES = {
         "stop_device",
         "stop_devices",
     ),
-    "jobs.dirty": ("DirtyReport", "SyncReport", "fetch_dirty", "sync_dirty"),
+    "jobs.dirty": ("DirtyReport", "fetch_dirty"),
     "jobs.engine.live": ("Live",),
     "jobs.engine.session": ("Session", "Settings", "open_device"),
     "jobs.files.diff": ("DiffReport", "diff_images"),
@@ -146,6 +146,7 @@ _HOMES = {
     "jobs.queries.doctor": ("DoctorReport", "examine_host"),
     "jobs.restore": ("RestoreReport", "restore", "restore_all"),
     "jobs.save": ("SaveReport", "save", "save_all"),
+    "jobs.sync": ("SyncReport", "sync_dirty"),
     "library": ("Device", "Event", "Host", "Image"),
 }
 """Where each public name is defined; a test compares it with what type checkers are told above."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vfio_mig.host.mdev import MdevType
     from vfio_mig.jobs.check import CheckReport, VerifyReport
     from vfio_mig.jobs.control import ActionReport, StateReport, StatusReport
-    from vfio_mig.jobs.dirty import DirtyReport, SyncReport
+    from vfio_mig.jobs.dirty import DirtyReport
     from vfio_mig.jobs.engine.live import Live
     from vfio_mig.jobs.engine.session import Session
     from vfio_mig.jobs.files.diff import DiffReport
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.queries.doctor import DoctorReport
     from vfio_mig.jobs.restore import RestoreReport
     from vfio_mig.jobs.save import SaveReport
+    from vfio_mig.jobs.sync import SyncReport
 
     OnEvent = Callable[["Event"], object]
     """Called at each step of a job; an exception ends the job, and what it has done is undone."""
@@ -193,7 +194,7 @@ class Device(Closing):
         self, file: str | os.PathLike[str], *, on_event: OnEvent | None = None, **options: Unpack[SyncOptions]
     ) -> SyncReport:
         """Copy the guest's dirty pages to a file, in rounds while the device runs, the last one while it is stopped."""
-        from vfio_mig.jobs.dirty import sync_dirty
+        from vfio_mig.jobs.sync import sync_dirty
 
         if not options.get("memory"):
             raise UsageError("there is no guest memory to copy", hint="name it with memory=[MemoryMap(…)]")

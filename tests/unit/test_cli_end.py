@@ -30,7 +30,7 @@ from vfio_mig.cli.main import COMMANDS, cli, main
 from vfio_mig.cli.output import print_json
 from vfio_mig.errors import DeviceError
 from vfio_mig.host import mdev
-from vfio_mig.jobs import control, dirty, migrate, restore, save
+from vfio_mig.jobs import control, migrate, restore, save, sync
 from vfio_mig.jobs.engine.events import Hooks
 from vfio_mig.jobs.files import pages
 from vfio_mig.jobs.files.extract import extract_image
@@ -126,7 +126,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(save, "save_all", [report_of(save.SaveReport)])
     fake(restore, "restore_all", [report_of(restore.RestoreReport, warnings=["w"])])
     fake(migrate, "migrate", report_of(migrate.MigrateReport, target="y", target_state="running"))
-    fake(dirty, "sync_dirty", report_of(dirty.SyncReport))
+    fake(sync, "sync_dirty", report_of(sync.SyncReport))
     fake(pages, "load_pages", report_of(pages.PagesReport))
     fake(mdev, "create", "the-uuid")
     fake(mdev, "remove", None)

@@ -45,7 +45,7 @@ from vfio_mig.interrupts import ENDING
 from vfio_mig.jobs import control, hold
 from vfio_mig.jobs.check import verify_image
 from vfio_mig.jobs.control import device_status, reset_device, start_device, stop_device
-from vfio_mig.jobs.dirty import fetch_dirty, sync_dirty
+from vfio_mig.jobs.dirty import fetch_dirty
 from vfio_mig.jobs.engine import session
 from vfio_mig.jobs.engine.events import Hooks
 from vfio_mig.jobs.engine.live import Live
@@ -56,6 +56,7 @@ from vfio_mig.jobs.files.inspect import InspectReport, inspect_image
 from vfio_mig.jobs.hold import hold_device
 from vfio_mig.jobs.restore import NOT_HELD, UNVERIFIED, RestoreReport, restore, restore_all
 from vfio_mig.jobs.save import SaveReport, describe_device, save
+from vfio_mig.jobs.sync import sync_dirty
 from vfio_mig.protocols.base import MigrationProtocol
 from vfio_mig.protocols.none import NoMigration
 

@@ -26,7 +26,6 @@ from vfio_mig.image.memoryplan import memory_note
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs import control
 from vfio_mig.jobs.control import device_status, start_device, start_devices, stop_device
-from vfio_mig.jobs.dirty import sync_dirty
 from vfio_mig.jobs.engine import session
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.live import Live
@@ -36,6 +35,7 @@ from vfio_mig.jobs.files.pages import load_pages
 from vfio_mig.jobs.migrate import _check_memory
 from vfio_mig.jobs.restore import OLD_PAGES, restore, restore_all
 from vfio_mig.jobs.save import describe_device, save, save_all
+from vfio_mig.jobs.sync import sync_dirty
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -404,7 +404,7 @@ def sync_command(
       vfio-mig sync $UUID copy.mem --memory /dev/shm/guest@0
       vfio-mig -v sync $UUID copy.mem --memory /proc/$PID/fd/12@0 --max-downtime 50
     """
-    from vfio_mig.jobs.dirty import sync_dirty
+    from vfio_mig.jobs.sync import sync_dirty
 
     device, file = device_first(device, file, "DEVICE FILE")
     prepare(plot)
