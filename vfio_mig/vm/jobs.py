@@ -165,7 +165,7 @@ class _Vm:
 
 
 @interrupts.protected
-def _go_on(qmp: Qmp) -> None:
+def _continue(qmp: Qmp) -> None:
     qmp.ignores_signals = True
     qmp.execute("cont")
 
@@ -209,7 +209,7 @@ def save_vgpu(
     with Rollback() as rollback:
         if state == RUNNING:
             # once the image is there, nothing is undone: the device is stopped, and the VM must not run without it
-            rollback.push(lambda: _go_on(qmp) if cont or not saved else None)
+            rollback.push(lambda: _continue(qmp) if cont or not saved else None)
             tell(f"pausing the VM of PID {vm.pid}")
             state = _pause(qmp)
         qmp.news.clear()
@@ -289,7 +289,7 @@ def _finish(qmp: Qmp, *, cont: bool, done: str) -> str:
     qmp.ignores_signals = True
     try:
         if cont:
-            _go_on(qmp)
+            _continue(qmp)
         return run_state(qmp)
     except HostError as error:
         error.hint = done
