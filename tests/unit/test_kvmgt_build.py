@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CODE = "int code(void)\n{\n\treturn 1;\n}\n"
+# Names of files that no option maps are for the test in such a section
+NAMED = """\
+__attribute__((section(".rodata"), used)) static const char name[] = "\\0" __FILE__;
+int code(void) { return 1; }
+"""
 PATCH = """\
 Subject: drm/i915/gvt: Return {after}
 
@@ -51,9 +56,11 @@ class Make:
         self.built: list[tuple[str, bool]] = []
         self.says: Callable[[str], str] = lambda _text: ""
         self.checked = 1
+        self.options = list[str]()
 
     def __call__(self, _kernel: Kernel, directory: Path, _what: str, *variables: str) -> str:
         text = (directory / "gvt" / "kvmgt.c").read_text()
+        self.options += [word for one in variables for word in one.removeprefix("KCFLAGS=").split()]
         self.built.append((text, "W=1" in variables))
         compiled(text, directory / "kvmgt.ko")
         said = "  CC [M]  /x/gvt/kvmgt.o\n" + "  CHECK   /x/gvt/kvmgt.c\n" * (self.checked if "C=1" in variables else 0)
@@ -128,6 +135,18 @@ def test_where_one_byte_differs_nothing_is_built(setting: build.Setting) -> None
 
 
 @pytest.mark.usefixtures("make")
+def test_the_gate_builds_under_the_name_that_the_stock_module_says(setting: build.Setting, make: Make) -> None:
+    """As UBSAN has it; the series and what is checked are built from the source as it is."""
+    [stock] = (setting.kernel.tree / "lib/modules").rglob("kvmgt.ko")
+    setting.source.joinpath(GVT, "kvmgt.c").write_text(NAMED)
+    (setting.kernel.tree / "usr/src/linux-headers-7-common").mkdir(parents=True)
+    compiled(f'#line 1 "/build/linux/{GVT}/kvmgt.c"\n{NAMED}', stock)
+    build.gate(setting)
+    assert make.built == [(f'#line 1 "/build/linux/{GVT}/kvmgt.c"\n{NAMED}', False), (NAMED, True)]
+    assert "-fmacro-prefix-map=/build/linux/=" in make.options
+    assert f"-fmacro-prefix-map={setting.kernel.tree}/usr/src/linux-headers-7-common/=" in make.options
+
+
 def test_a_kernel_without_the_driver_is_refused(setting: build.Setting) -> None:
     build.stock_module(setting.kernel).unlink()
     with pytest.raises(RunnerError, match="its packages were built without GVT-g"):

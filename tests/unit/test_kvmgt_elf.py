@@ -55,6 +55,39 @@ def test_a_call_of_another_function_is_named(tmp_path: Path) -> None:
     assert "elsewhere" in line
 
 
+TYPES = '__attribute__((section(".BTF_ids"), used)) const unsigned types[] = {%s};\n'
+TABLE = '__attribute__((section("__patchable_function_entries"), used)) void *table[] = {%s};\n'
+
+
+def of_source(directory: Path, name: str, more: str) -> Module:
+    return elf.read(compiled(directory, name, SOURCE + more))
+
+
+def test_numbers_of_types_may_be_missing_and_not_wrong(tmp_path: Path) -> None:
+    stock = of_source(tmp_path, "a", TYPES % "1, 2")
+    assert elf.differences(stock, of_source(tmp_path, "b", TYPES % "0, 0")) == []
+    assert elf.differences(stock, of_source(tmp_path, "c", TYPES % "1, 3")) == [
+        ".BTF_ids: 8 bytes in both, not the same from 0x4 on"
+    ]
+    assert elf.differences(stock, of_source(tmp_path, "d", TYPES % "0, 0, 0")) == [
+        ".BTF_ids: 8 bytes in the stock module, 12 in the one that was built"
+    ]
+
+
+def test_where_functions_begin_is_the_same_in_any_order(tmp_path: Path) -> None:
+    stock = of_source(tmp_path, "a", TABLE % "code, other")
+    assert elf.differences(stock, of_source(tmp_path, "b", TABLE % "other, code")) == []
+    [line] = elf.differences(stock, of_source(tmp_path, "c", TABLE % "code, code"))
+    assert line.startswith("__patchable_function_entries: a relocation is ")
+
+
+def test_a_module_may_say_below_what_it_was_compiled() -> None:
+    text = b"\0drivers/x/a.c\0/build/linux 7/drivers/x/a.c\0"
+    assert elf.built_below(Module({".rodata": text}, {}), "drivers/x/a.c") == "/build/linux 7/"
+    assert elf.built_below(Module({".rodata": text}, {}), "drivers/x/b.c") is None
+    assert elf.built_below(Module({}, {}), "drivers/x/a.c") is None
+
+
 def test_data_without_contents_count_by_their_size(tmp_path: Path) -> None:
     [line] = different(tmp_path, SOURCE.replace("room[4]", "room[5]"))
     assert line == ".bss: 16 bytes in the stock module, 20 in the one that was built"

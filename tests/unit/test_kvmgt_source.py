@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tools.kvmgt import source
+from tools.vm import newest
 from tools.vm.apt import Apt
 from tools.vm.errors import RunnerError
 from tools.vm.kernels import Kernel
@@ -108,6 +109,14 @@ def test_it_is_fetched_once(tmp_path: Path) -> None:
     nothing = FakeApt(b"")
     assert source.fetch(kernel, tmp_path / "cache", silent, nothing).is_dir()
     assert nothing.asked == []
+
+
+def test_a_kernel_of_a_newer_suite_has_its_source_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = make_kernel(tmp_path / "kernel")
+    apt = FakeApt(package(WANTED))
+    monkeypatch.setattr(newest, "suite_of", lambda one, _cache: apt if one == kernel else None)
+    assert source.fetch(kernel, tmp_path / "cache", silent).is_dir()
+    assert apt.asked == [PACKAGE]
 
 
 def test_old_lists_are_brought_up_to_date(tmp_path: Path) -> None:

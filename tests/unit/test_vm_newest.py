@@ -164,6 +164,8 @@ def test_it_is_fetched_once_with_its_compiler_and_remembered(
     assert not (kernel.tree / "packages").exists()
     monkeypatch.setattr(newest, "available", never)
     assert newest.fetch(tmp_path, never) == kernel
+    assert newest.find("newest", tmp_path, never) == kernel
+    assert newest.find(str(kernel.tree), tmp_path, never) == kernel
 
 
 def test_where_no_suite_has_one_every_reason_is_said(tmp_path: Path, offers: list[FakeSuite]) -> None:

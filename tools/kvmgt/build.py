@@ -27,16 +27,17 @@ from tools.vm.kernels import Kernel, Log
 NAME: Final = "kvmgt"
 _CHECKOUT: Final = Path(__file__).resolve().parents[2]
 _CDEFS: Final = _CHECKOUT / "cdefs"
-_RECIPE: Final = b"1"  # to be raised when something else is built, or compared, from the same sources
+_RECIPE: Final = b"2"  # to be raised when something else is built, or compared, from the same sources
 _CHECKED: Final = re.compile(r"^  CHECK   ", re.MULTILINE)
 _COMPILED: Final = re.compile(r"^  CC \[M\]  \S*/gvt/\w+\.o", re.MULTILINE)
 _PLACE: Final = re.compile(r":\d+(?::\d+)?: ")
 _SPARSE_ERROR: Final = re.compile(r":\d+:\d+: error: ")
 
 # Kbuild's own Makefile in the source builds all of i915. `-DI915` is what it sets there; the last but one directory is
-# where TRACE_INCLUDE_PATH of trace.h starts from.
+# where TRACE_INCLUDE_PATH of trace.h starts from. Whole paths, as newer kernels' $(src) is a dot, which names in the
+# module would then begin with.
 _MAKEFILE: Final = """\
-subdir-ccflags-y += -DI915 -I$(src) -I$(src)/../.. -I$(src)/../../../../cdefs
+subdir-ccflags-y += -DI915 -I{root}/{i915} -I{root}/{i915}/../.. -I{root}/cdefs
 obj-m := kvmgt.o
 include $(src)/gvt/Makefile
 """
@@ -106,7 +107,7 @@ class Tree:
         """Copy the unmodified source to *root*."""
         shutil.copytree(setting.source / "drivers", root / "drivers")
         shutil.copytree(_CDEFS, root / "cdefs")
-        (root / I915 / "Makefile").write_text(_MAKEFILE)
+        (root / I915 / "Makefile").write_text(_MAKEFILE.format(root=root, i915=I915))
         return cls(setting, root)
 
     def add_ours(self) -> None:
@@ -118,18 +119,40 @@ class Tree:
                 raise RunnerError(f"{path}: kvmgt of {self.setting.kernel.release} has a file of this name")
             shutil.copyfile(path, target)
 
-    def compile(self, what: str, *, checks: bool) -> str:
+    def name_below(self, directory: str) -> None:
+        """Have the compiler believe that the source is below *directory*, for names that no option of its maps.
+
+        UBSAN's are such names. Line numbers stay what they are.
+        """
+        for path in (self.root / GVT).glob("*.c"):
+            path.write_text(f'#line 1 "{directory}{GVT}/{path.name}"\n{path.read_text("utf-8")}', "utf-8")
+
+    def name_as_it_is(self) -> None:
+        """Undo :meth:`name_below`."""
+        for path in (self.root / GVT).glob("*.c"):
+            first, rest = path.read_text("utf-8").split("\n", 1)
+            path.write_text(rest if first.startswith("#line 1 ") else f"{first}\n{rest}", "utf-8")
+
+    def compile(self, what: str, *, checks: bool, below: str = "") -> str:
         """Build kvmgt.ko; return make's log.
 
         Without debugging information, which is 14 MB and no code. No path of this machine is in the module: what is
-        below *root* is named as it is in the kernel's source.
+        below *root*, and the kernel's headers, are named as they are in the kernel's source.
+
+        :param below: what was given to :meth:`name_below`.
 
         :param checks: with W=1 and sparse. That module is not to be used: some of W=1's options change the code.
         """
         options = ["W=1", "C=1", f"CHECK={self.setting.sparse}"] if checks else []
+        headers = (self.setting.kernel.tree / "usr/src").glob("linux-headers-*-common")
+        mapped = " ".join(
+            f"-fmacro-prefix-map={place}="
+            for place in (f"{self.root}/", *(f"{path}/" for path in headers), below)
+            if place
+        )
         log = module.make(
             self.setting.kernel, self.root / I915, what, *options,
-            "CONFIG_DEBUG_INFO=", "CONFIG_DRM_I915_GVT=y", f"KCFLAGS=-fmacro-prefix-map={self.root}/=",
+            "CONFIG_DEBUG_INFO=", "CONFIG_DRM_I915_GVT=y", f"KCFLAGS={mapped}",
         )  # fmt: skip
         log = log.replace(f"{self.root}/", "")
         checked, compiled = len(_CHECKED.findall(log)), len(_COMPILED.findall(log))
@@ -150,21 +173,21 @@ def _digest(*parts: bytes) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compiler() -> str:
-    done = subprocess.run(["gcc", "--version"], capture_output=True, text=True, errors="replace", check=False)
+def _compiler(kernel: Kernel) -> str:
+    gcc = "gcc" if kernel.tools is None else kernel.tools / "gcc"
+    done = subprocess.run([gcc, "--version"], capture_output=True, text=True, errors="replace", check=False)
     return done.stdout
 
 
-def _recipe() -> list[bytes]:
+def _recipe(kernel: Kernel) -> list[bytes]:
     """Return what decides how things are built, other than the sources."""
-    return [_RECIPE, _compiler().encode()]
+    return [_RECIPE, _compiler(kernel).encode()]
 
 
 def stock_key(setting: Setting) -> str:
     """Return a name that changes with all that the gate depends on."""
-    return _digest(
-        os.fsencode(setting.kernel.tree), setting.kernel.release.encode(), setting.source.name.encode(), *_recipe()
-    )
+    kernel = setting.kernel
+    return _digest(os.fsencode(kernel.tree), kernel.release.encode(), setting.source.name.encode(), *_recipe(kernel))
 
 
 def series_key(setting: Setting, checkout_files: Sequence[Path]) -> str:
@@ -197,8 +220,7 @@ def gate(setting: Setting) -> list[str]:
             what = f"the unmodified {NAME} for {release}"
             setting.log(f"building {what}")
             tree = Tree.make(setting, work / "tree")
-            tree.compile(what, checks=False)
-            verdict = _compare(setting, stock, tree.built)
+            verdict = _compare(setting, stock, tree, what)
             warnings = warnings_in(tree.compile(what, checks=True))
             write_whole(work / "warnings", "".join(f"{line}\n" for line in warnings))
             write_whole(work / "gate", f"{verdict}\n")
@@ -207,12 +229,18 @@ def gate(setting: Setting) -> list[str]:
     return (final / "warnings").read_text().splitlines()
 
 
-def _compare(setting: Setting, stock: Path, built: Path) -> str:
-    """Return how much was compared; RunnerError with what differs."""
-    ours = elf.read(built)
-    if different := elf.differences(elf.read(stock), ours):
+def _compare(setting: Setting, stock: Path, tree: Tree, what: str) -> str:
+    """Build *tree* as the distribution did, and return how much was compared; RunnerError with what differs."""
+    theirs = elf.read(stock)
+    below = elf.built_below(theirs, f"{GVT}/{NAME}.c") or ""
+    if below:
+        tree.name_below(below)
+    tree.compile(what, checks=False, below=below)
+    tree.name_as_it_is()
+    ours = elf.read(tree.built)
+    if different := elf.differences(theirs, ours):
         first = f"gate: {NAME} built from {setting.source.name} is not {stock}; nothing is built on it:"
-        compiler = f"built by {_compiler().splitlines()[0]}"
+        compiler = f"built by {_compiler(setting.kernel).splitlines()[0]}"
         raise RunnerError("\n  ".join([first, *different, compiler]))
     size = sum(len(part) for part in ours.sections.values() if isinstance(part, bytes))
     relocations = sum(map(len, ours.relocations.values()))

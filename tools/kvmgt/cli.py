@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Final, Never
 
 from tools.kvmgt import build, series, source
-from tools.vm import kernels
+from tools.vm import kernels, newest
 from tools.vm.cache import cache_root
 from tools.vm.errors import EXIT_RUNNER, Interrupted, RunnerError
 
@@ -44,11 +44,12 @@ def parser() -> argparse.ArgumentParser:
     building.add_argument("--build-all", action="store_true", help="build all mutations, too")
     building.add_argument("-o", "--output", type=Path, metavar="FILE", help="copy the module there")
     checking = commands.add_parser("check", help="build after each patch of the series, and check their style")
-    for one in (building, checking):
+    listing = commands.add_parser("series", help="print the patches for the kernel; fails where there are none")
+    for one in (building, checking, listing):
         one.add_argument(
             "--kernel",
             default=kernels.SERIES[0],
-            metavar="6.12|6.1|PATH",
+            metavar="6.12|6.1|newest|PATH",
             help="as for scripts/vm; default: %(default)s",
         )
     return result
@@ -60,7 +61,11 @@ def _on_signal(signum: int, _frame: FrameType | None) -> Never:
 
 def _run(options: argparse.Namespace) -> None:
     cache = cache_root(os.environ)
-    kernel = kernels.find(options.kernel, cache, say)
+    kernel = newest.find(options.kernel, cache, say)
+    if options.command == "series":
+        for patch in series.load(source.series_of(kernel.release)):
+            print(patch.path)
+        return
     setting = build.Setting(
         kernel, source.fetch(kernel, cache, say), cache, sparse=source.fetch_sparse(cache, say), log=say
     )

@@ -8,6 +8,8 @@ built first, and must be the distribution's own, byte by byte.
 
 import io
 import lzma
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +24,9 @@ from tools.vm.errors import RunnerError
 _BUILD_ID: Final = ".note.gnu.build-id"  # a checksum of the whole file, debugging information included
 _MODINFO: Final = ".modinfo"
 _OUT_OF_TREE: Final = b"intree="  # kbuild says it of modules that are built with the kernel
+_TYPES: Final = ".BTF_ids"  # numbers of types in the kernel's BTF; a build out of tree has no BTF and leaves zeros
+# Where functions begin. Nothing reads it on x86, and the linker's order of it is another one in the kernel's own build.
+_UNORDERED: Final = "__patchable_function_entries"
 _MAX_BYTES: Final = 256 << 20
 
 Relocation = tuple[int, int, str, int, int]
@@ -98,6 +103,13 @@ def read(path: Path) -> Module:
     return parse(content, str(path))
 
 
+def built_below(module: Module, name: str) -> str | None:
+    """Return the directory below which the file *name* was compiled, if the module says it: with a slash at its end."""
+    pattern = re.compile(rb"\0(/[^\0]*/)" + re.escape(name.encode()) + rb"\0")
+    found = pattern.search(content) if isinstance(content := module.sections.get(".rodata"), bytes) else None
+    return None if found is None else os.fsdecode(found[1])
+
+
 def _modinfo(content: bytes | int) -> list[bytes]:
     fields = content.split(b"\0") if isinstance(content, bytes) else []
     return [field for field in fields if field and not field.startswith(_OUT_OF_TREE)]
@@ -109,6 +121,8 @@ def _section_difference(name: str, stock: bytes | int | None, ours: bytes | int 
     if name == _MODINFO and stock is not None and ours is not None:
         stock, ours = b"\0".join(_modinfo(stock)), b"\0".join(_modinfo(ours))
     if stock == ours:
+        return None
+    if name == _TYPES and isinstance(stock, bytes) and ours == bytes(len(stock)):
         return None
     if stock is None or ours is None:
         return f"{name}: only in the {'stock module' if ours is None else 'module that was built'}"
@@ -124,7 +138,14 @@ def _named(one: Relocation) -> str:
     return f"{offset:#x}: type {kind}, {symbol}({value:#x}){addend:+#x}"
 
 
+def _in_order(found: list[Relocation]) -> list[Relocation]:
+    """Return the same pointers at the same places, in the order of what they point to."""
+    return [(place[0], *what) for place, what in zip(found, sorted(one[1:] for one in found), strict=True)]
+
+
 def _relocation_difference(name: str, stock: list[Relocation], ours: list[Relocation]) -> str | None:
+    if name == _UNORDERED:
+        stock, ours = _in_order(stock), _in_order(ours)
     if stock == ours:
         return None
     if len(stock) != len(ours):
@@ -136,7 +157,8 @@ def _relocation_difference(name: str, stock: list[Relocation], ours: list[Reloca
 def differences(stock: Module, ours: Module) -> list[str]:
     """Return what differs between two modules, a line each; nothing where they are the same code.
 
-    What must differ is left out: the build ID, and ``intree``, which only the kernel's own modules have.
+    What must differ is left out: the build ID, ``intree``, which only the kernel's own modules have, and numbers of
+    types in debugging information that is not there.
     """
     found = [
         _section_difference(name, stock.sections.get(name), ours.sections.get(name))

@@ -14,6 +14,7 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from tools.vm import newest
 from tools.vm.apt import Apt
 from tools.vm.cache import populated
 from tools.vm.errors import RunnerError
@@ -110,7 +111,7 @@ def _download(apt: Apt, package: str, directory: Path) -> Path:
 def fetch(kernel: Kernel, cache: Path, log: Log, apt: Apt | None = None) -> Path:
     """Return the directory with kvmgt's source as *kernel* has it, from the cache if it is there.
 
-    :param apt: the package sources; the system's own by default.
+    :param apt: the package sources; by default those that the kernel came from.
     :raises RunnerError: the kernel does not name its source, or no package source has that version any more.
     """
     name, version = package_of(kernel)
@@ -122,7 +123,7 @@ def fetch(kernel: Kernel, cache: Path, log: Log, apt: Apt | None = None) -> Path
             downloads = work / "download"
             downloads.mkdir()
             try:
-                found = _download(apt or Apt(cache / "apt"), package, downloads)
+                found = _download(apt or newest.suite_of(kernel, cache) or Apt(cache / "apt"), package, downloads)
             except RunnerError as error:
                 raise RunnerError(f"{error}\n(a kernel newer than the one in {cache} may still have it)") from None
             extract(found, work)

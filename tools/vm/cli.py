@@ -138,10 +138,8 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     log = say if options.verbose else _silent
     if options.kernel == custom.NAME:
         kernel = custom.fetch(_CHECKOUT, cache, say)  # told always: it takes minutes
-    elif options.kernel == newest.NAME:
-        kernel = newest.fetch(cache, log)
     else:
-        kernel = kernels.find(options.kernel, cache, log)
+        kernel = newest.find(options.kernel, cache, log)
     modules = None
     loaded = None
     if not options.no_module:

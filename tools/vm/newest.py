@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from tools.vm import kernels
 from tools.vm.apt import unpack
 from tools.vm.cache import populated, write_whole
 from tools.vm.errors import RunnerError
@@ -136,11 +137,11 @@ def _fill(suite: Newer, release: str, tree: Path) -> None:
     make_dependencies(kernel)
 
 
-def _from_suite(suite: Newer, kernels: Path, log: Log) -> Kernel:
+def _from_suite(suite: Newer, directory: Path, log: Log) -> Kernel:
     release = release_of(suite.query("depends", "--important", _META))
     if release is None:
         raise RunnerError(f"{suite.suite.name} has no {_META}")
-    kernel = Kernel(kernels / release, release)
+    kernel = Kernel(directory / release, release)
     with populated(kernel.tree) as tree:
         if tree is not None:
             log(f"fetching kernel {release} of {suite.suite.name} and its compiler, 200 MB")
@@ -150,23 +151,28 @@ def _from_suite(suite: Newer, kernels: Path, log: Log) -> Kernel:
 
 def fetch(cache: Path, log: Log) -> Kernel:
     """Return the newest kernel: the one in the cache if there is one, else that of the distribution's newer suites."""
-    kernels = cache / "kernels"
-    remembered = kernels / _REMEMBERED
+    directory = cache / "kernels"
+    remembered = directory / _REMEMBERED
     if remembered.exists():
-        kernel = Kernel(kernels / (release := remembered.read_text().strip()), release)
+        kernel = Kernel(directory / (release := remembered.read_text().strip()), release)
         if kernel.tree.is_dir():
             return kernel
-    kernels.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     failures: list[str] = []
     for suite in available(cache, failures):
         try:
-            kernel = _from_suite(suite, kernels, log)
+            kernel = _from_suite(suite, directory, log)
         except RunnerError as error:
             failures.append(str(error))
             continue
         write_whole(remembered, kernel.release + "\n")
         return kernel
     raise RunnerError(f"no kernel newer than this host's could be fetched: {'; '.join(failures)}")
+
+
+def find(wanted: str, cache: Path, log: Log) -> Kernel:
+    """Return the kernel that ``--kernel`` names: a series, ``newest`` or a directory."""
+    return fetch(cache, log) if wanted == NAME else kernels.find(wanted, cache, log)
 
 
 def suite_of(kernel: Kernel, cache: Path) -> Newer | None:

@@ -32,8 +32,10 @@ static bool is_enabled(struct intel_vgpu *vgpu, const struct intel_vgpu_image *i
 static int load_registers(struct intel_vgpu *vgpu, const struct intel_vgpu_image *image)
 {
 	const struct intel_gvt_device_info *info = &vgpu->gvt->device_info;
+	struct intel_runtime_pm *rpm = vgpu->gvt->gt->uncore->rpm;
 	struct intel_engine_cs *engine;
 	enum intel_engine_id id;
+	intel_wakeref_t wakeref;
 	int ret, i;
 
 	memcpy(vgpu->mmio.vreg, image->vreg, info->mmio_size);
@@ -62,10 +64,10 @@ static int load_registers(struct intel_vgpu *vgpu, const struct intel_vgpu_image
 	bitmap_fill(vgpu->submission.tlb_handle_pending, I915_NUM_ENGINES);
 	memset(vgpu->submission.last_ctx, 0, sizeof(vgpu->submission.last_ctx));
 
-	mmio_hw_access_pre(vgpu->gvt->gt);
+	wakeref = intel_runtime_pm_get(rpm);
 	for (i = 0; i < vgpu_fence_sz(vgpu); i++)
 		intel_vgpu_write_fence(vgpu, i, intel_vgpu_host_fence(vgpu, i));
-	mmio_hw_access_post(vgpu->gvt->gt);
+	intel_runtime_pm_put(rpm, wakeref);
 
 	return 0;
 }
