@@ -56,6 +56,7 @@ class _State:
     def __init__(self, size: int) -> None:
         self.summary = f"{size} made-up bytes"
         self.warnings = ("it is made up",)
+        self.relies_on = "made-up table"
 
     def compare(self, device: Device) -> Iterator[Compared]:
         yield Compared("made-up-name", "fake", device.name)

@@ -61,18 +61,21 @@ def record(kind: int, payload: bytes) -> bytes:
 
 
 def gvt_state(
+    *,
     low: int = LOW,
     high: int = HIGH,
     ids: tuple[int, int] = (0x8086, 0x1912),
     levels: tuple[int, ...] = (),
     crc: int = 0,
+    workloads: int = 0,
 ) -> bytes:
     vreg = bytearray(0x200000)
     struct.pack_into("<QHHII", vreg, PVINFO_AT, 0x4776544776544776, 1, 0, 2, 0x1C)
     struct.pack_into("<5I", vreg, PVINFO_AT + 0x40, 0, low, (1 << 32) - high, high, 4)
     body = record(2, struct.pack("<HH", *ids).ljust(4096, b"\0")) + record(4, bytes(0x200000)) + record(3, bytes(vreg))
     body += record(5, bytes((low + high) // 4096 * 8))
-    body += record(6, b"".join(struct.pack("<i4x4Q", level, 0x1000, 0, 0, 0) for level in levels)) + record(7, b"")
+    body += record(6, b"".join(struct.pack("<i4x4Q", level, 0x1000, 0, 0, 0) for level in levels))
+    body += record(7, struct.pack("<i4II", 0, 0, 0, 0, 0, 0) * workloads)
     return record(1, struct.pack("<iiQ512x", 0, 536 + len(body), crc)) + body
 
 
@@ -320,12 +323,53 @@ def test_memory_sizes_that_cannot_be_read_are_noted() -> None:
 def test_what_is_unusual_about_a_state_is_noted_and_told() -> None:
     unusual = gvt_state(low=LOW, high=HIGH + 4096, levels=(3, 7), crc=5)
     found = list(state_checks(session_with(FakeDevice((LOW, HIGH + 4096))), unusual))
-    notes = [one for one in found if one.result != OK]
+    notes = [one for one in found if one.result != OK and one.name != "guest-memory"]
     assert {(one.name, one.result) for one in notes} == {("state-content", NOTE)}
     told = require_fit(NAME, found)
-    assert told == [one.text for one in notes]
-    assert len(told) == 3
+    assert told[:-1] == [one.text for one in notes]
+    assert len(told) == 4
     assert "levels 7 are of another kernel" in told[1]
+
+
+RELIES: Final = gvt_state(levels=(4, 4), workloads=1)
+LACKS: Final = "it has the state's 2 page tables and 1 queued workload, and {}: the target must have the rest"
+
+
+@pytest.mark.parametrize(
+    ("content", "pages", "text"),
+    [
+        ("dirty", 1, LACKS.format("only the pages that the device may have written come along")),
+        ("dirty", 0, LACKS.format("only the pages that the device may have written come along")),
+        ("none", 0, LACKS.format("no page comes along")),
+        (..., 0, LACKS.format("no page comes along")),
+        (..., 1, LACKS.format("not all pages may come along")),
+    ],
+)
+def test_an_image_without_all_of_guest_memory_is_noted_where_the_state_relies_on_it(
+    content: object, pages: int, text: str
+) -> None:
+    """An image of earlier versions does not say what it has."""
+    memory = ... if content is ... else {"content": content}
+    archive = read_archive(io.BytesIO(image_of(header(memory=memory), RELIES, pages)))
+    found = fit_checks(session_with(), RELIES, archive)
+    assert FitCheck("guest-memory", NOTE, text) in found
+    assert require_fit(NAME, found) == [f"guest memory: {text}"]
+
+
+def test_an_image_with_all_of_it_and_a_state_that_needs_none_are_not() -> None:
+    whole = archive_of(header(memory={"content": "all"}), RELIES)
+    found = fit_checks(session_with(), RELIES, whole)
+    assert FitCheck(
+        "guest-memory", OK, "all pages come along, with the state's 2 page tables and 1 queued workload"
+    ) in (found)
+    assert require_fit(NAME, found) == []
+    none = fit_checks(session_with(), GOOD_STATE, archive_of(header(memory={"content": "none"}), GOOD_STATE))
+    assert "guest-memory" not in results(none)
+
+
+def test_a_bare_state_brings_no_memory() -> None:
+    found = fit_checks(session_with(), RELIES, None)
+    assert FitCheck("guest-memory", NOTE, LACKS.format("no page comes along")) in found
 
 
 def test_a_state_of_unknown_layout_is_noted() -> None:

@@ -646,6 +646,11 @@ def test_a_new_protocol_is_one_module_and_one_line_in_the_registry() -> None:
     assert good == [
         ("state", "ok", "16 made-up bytes"),
         ("made-up-name", "ok", "fake"),
+        (
+            "guest-memory",
+            "note",
+            "it has the state's made-up table, and no page comes along: the target must have the rest",
+        ),
         ("state-content", "note", "it is made up"),
     ]
     assert [finding.text for finding in check.state_checks(one, b"other")] == ["not made up at 0x0"]

@@ -26,6 +26,7 @@ from vfio_mig.cli.transfer import (
     max_downtime_option,
     no_memory_option,
     open_option,
+    pages_of_memory,
     rounds_option,
     strict_option,
 )
@@ -98,6 +99,9 @@ def migrate_command(
     the whole, verified state. Never do both run. The pages of --memory go to --target-memory. On another host the
     target is ssh://[USER@]HOST[:PORT]/DEVICE, an IPv6 address in brackets.
 
+    A vGPU's page tables and queued work are in guest memory that it only reads, and are not dirty: the target's has to
+    have them, or --all-memory moves all.
+
     \b
     Examples:
       vfio-mig migrate $A $B
@@ -128,7 +132,8 @@ def migrate_command(
         return
     say(
         options,
-        f"{report.device}: moved {report.state_bytes} bytes of state, {report.pages_written} pages of memory to "
+        f"{report.device}: moved {report.state_bytes} bytes of state, "
+        f"{pages_of_memory(report.pages_written, report.memory)} to "
         f"{report.target}, which is {'running' if report.target_state == 'running' else 'left stopped'}; "
         f"down for {report.downtime * 1e3:.1f} ms "
         f"(stop {report.stop_time * 1e3:.1f}, bitmap {report.bitmap_time * 1e3:.1f}, "

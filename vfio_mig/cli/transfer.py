@@ -123,6 +123,16 @@ def print_reports(targets: Sequence[str], reports: list[dict[str, Any]]) -> None
     print_json(reports if "=" in targets[0] else reports[0])
 
 
+def pages_of_memory(number: int, content: str) -> str:
+    """Say how many pages were copied, and where that is not all of the memory, which they are.
+
+    >>> pages_of_memory(8, "dirty"), pages_of_memory(0, "none")
+    ('8 pages of memory (that the device may have written, no others)', '0 pages of memory')
+    """
+    which = " (that the device may have written, no others)" if content == "dirty" else ""
+    return f"{number} pages of memory{which}"
+
+
 @click.command("save", short_help="Save DEVICE to a file.")
 @click.argument(
     "targets", nargs=-1, required=True, metavar="DEVICE FILE | DEVICE=FILE...", shell_complete=complete.target
@@ -170,7 +180,9 @@ def save_command(
 
     A v2 device tells only the pages that it writes from now on, so FILE has no others; --all-memory copies every page.
     A GVT-g vGPU of the 2017 RFC tells the pages that are mapped when it is asked: without --rounds a page that it wrote
-    and the guest unmapped before the stop cannot be known.
+    and the guest unmapped before the stop cannot be known. What such a vGPU only reads, page tables and batches, is not
+    among them either: a target that does not have the rest of the guest's memory needs --all-memory, and `check` says
+    so (docs/gvt-host.md).
 
     \b
     Examples:
@@ -206,9 +218,9 @@ def save_command(
         say(
             options,
             f"{report.device}: saved {report.state_bytes} bytes of state, {report.pages_dirty} dirty pages, "
-            f"{report.pages_written} pages of memory to {report.file}; stopped for {report.stopped_time * 1e3:.1f} ms "
-            f"(stop {report.stop_time * 1e3:.1f}, bitmap {report.bitmap_time * 1e3:.1f}, "
-            f"state {report.state_read_time * 1e3:.1f}); {NOW[report.state]}",
+            f"{pages_of_memory(report.pages_written, report.memory)} to {report.file}; "
+            f"stopped for {report.stopped_time * 1e3:.1f} ms (stop {report.stop_time * 1e3:.1f}, "
+            f"bitmap {report.bitmap_time * 1e3:.1f}, state {report.state_read_time * 1e3:.1f}); {NOW[report.state]}",
         )
 
 
@@ -398,6 +410,7 @@ def sync_command(
     A page at guest address A is put at offset A, and again only when its content has changed. Rounds repeat while
     they bring something, or until the rest fits into --max-downtime; then DEVICE is stopped for the last one and left
     stopped unless --leave-running. A new FILE appears only when it is whole; - is stdout, for `vfio-mig pages`.
+    FILE has no page that DEVICE only reads, as the page tables of a vGPU, unless --all-memory copies all.
 
     \b
     Examples:

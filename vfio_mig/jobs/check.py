@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 OK: Final = "ok"
 NOTE: Final = "note"
 MISMATCH: Final = "mismatch"
+MEMORY: Final = "guest-memory"
+"""Name of the finding on what the state relies on outside of it."""
 RAW: Final = "gvt-rfc"
 """The protocol of a bare state, of which nothing else is said."""
 
@@ -116,8 +118,11 @@ def parse_state(protocol: str, state: bytes | memoryview) -> KnownState | None:
     return None if known is None else known.parse_state(memoryview(state))
 
 
-def state_checks(session: Session, state: bytes) -> Iterator[FitCheck]:
-    """Parse a state and compare it with a device; reads its configuration space and PVINFO and changes nothing."""
+def state_checks(session: Session, state: bytes, archive: Archive | None = None) -> Iterator[FitCheck]:
+    """Parse a state and compare it with a device; reads its configuration space and PVINFO and changes nothing.
+
+    :param archive: the image that it is in; None for a bare state.
+    """
     if session.protocol.streams:
         yield FitCheck("state", OK, "a stream, for the device's driver to judge")
         return
@@ -135,15 +140,50 @@ def state_checks(session: Session, state: bytes) -> Iterator[FitCheck]:
             yield FitCheck(one.name, NOTE, "the device's own sizes cannot be read")
         else:
             yield _equal(one.name, one.saved, one.here)
+    yield from memory_checks(known, archive)
     for warning in known.warnings:
         yield FitCheck("state-content", NOTE, warning)
+
+
+def missing_memory(relies_on: str, content: str | None, *, has_pages: bool) -> str:
+    """Say what a target needs besides a state that comes without all of the guest's memory.
+
+    :param relies_on: what of the state is in guest memory.
+    :param content: which guest memory comes along, as an image's header says it; None where it does not say.
+    """
+    if not has_pages:
+        come = "no page comes along"
+    elif content is None:
+        come = "not all pages may come along"
+    else:
+        come = "only the pages that the device may have written come along"
+    return f"it has the state's {relies_on}, and {come}: the target must have the rest"
+
+
+def memory_checks(known: KnownState, archive: Archive | None) -> Iterator[FitCheck]:
+    """Say whether what a state relies on in guest memory comes along with it.
+
+    :param archive: None for a bare state, with which nothing comes.
+    """
+    from vfio_mig.image.memoryplan import memory_note
+
+    if not known.relies_on:
+        return
+    note = None if archive is None else memory_note(archive)
+    if note is not None and note.content == "all":
+        yield FitCheck(MEMORY, OK, f"all pages come along, with the state's {known.relies_on}")
+        return
+    # of the images of one job another one may have the pages
+    has_pages = archive is not None and note is not None and (archive.has_memory or note.content == "dirty")
+    content = None if note is None else note.content
+    yield FitCheck(MEMORY, NOTE, missing_memory(known.relies_on, content, has_pages=has_pages))
 
 
 def fit_checks(session: Session, state: bytes, archive: Archive | None, *, verify_state: bool = True) -> list[FitCheck]:
     """Make all checks of an image, or without *archive* of a raw state, against a device."""
     found = [] if archive is None else list(header_checks(session, archive))
     if verify_state:
-        found += state_checks(session, state)
+        found += state_checks(session, state, archive)
     return found
 
 
@@ -163,7 +203,9 @@ def require_fit(name: str, found: list[FitCheck], *, force: bool = False) -> lis
             hint="--force goes on all the same" if all(one.forcible for one in wrong) else "see 'vfio-mig check'",
         )
     forced = [f"forced over a mismatch: {one.name}: {one.text}" for one in found if one.result == MISMATCH]
-    return forced + [one.text for one in found if one.name == "state-content"]
+    told = [one.text for one in found if one.name == "state-content"]
+    memory = [f"guest memory: {one.text}" for one in found if one.name == MEMORY and one.result == NOTE]
+    return forced + told + memory
 
 
 def check_image(name: str, file: str, settings: Settings | None = None, *, raw: bool = False) -> CheckReport:

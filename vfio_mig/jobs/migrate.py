@@ -24,10 +24,11 @@ from vfio_mig.errors import (
 )
 from vfio_mig.host.lock import MOVED
 from vfio_mig.interrupts import protected
-from vfio_mig.jobs.check import parse_state
+from vfio_mig.jobs.check import missing_memory, parse_state
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.live import Live, copy_live, falls_short
 from vfio_mig.jobs.engine.memory import (
+    ALL,
     Content,
     ImageSink,
     MemoryCopy,
@@ -132,7 +133,9 @@ def _require_target(session: Session, peer: Peer) -> None:
 class _Sender:
     """Sends one device's image into a pipe."""
 
-    def __init__(self, job: Job, session: Session, run: Run, guest: Memory, *, wanted: Wanted, live: Live) -> None:
+    def __init__(
+        self, job: Job, session: Session, run: Run, guest: Memory, *, wanted: Wanted, live: Live, no_memory: bool
+    ) -> None:
         from vfio_mig.image.digests import Digests
         from vfio_mig.image.files import Stream
         from vfio_mig.image.writer import ArchiveWriter
@@ -140,6 +143,7 @@ class _Sender:
         self._job = job
         self._session = session
         self._live = live
+        self._no_memory = no_memory
         self._output = Stream(os.dup(run.stdin), CONNECTION)
         file = job.enter(self._output)
         digests = job.enter(Digests(None))
@@ -173,12 +177,16 @@ class _Sender:
             self._live.on_round(one)
         self.reader.read()
         self.pause.end()
-        parse_state(self._session.protocol.name, self.reader.state)
+        known = parse_state(self._session.protocol.name, self.reader.state)
         self.copy.end()
         self.reader.write_rest(self.copy.dirty[0])
         self._writer.finish({**self.pause.times, "pages_dirty": self.copy.pages_dirty(0)})
         self._output.close()
         self._job.step("sent", self._session)
+        content = self.copy.content.content
+        if known is not None and known.relies_on and content != ALL and not self._no_memory:
+            missing = missing_memory(known.relies_on, content, has_pages=self.sink is not None)
+            self._session.warn(f"guest memory: {missing}")
 
 
 @protected
@@ -263,7 +271,7 @@ def migrate(
         run.wait_for("waiting")
         try:
             wanted = Wanted(ranges, all_memory, guest_paused, strict)
-            sender = _Sender(job, session, run, guest, wanted=wanted, live=live or Live())
+            sender = _Sender(job, session, run, guest, wanted=wanted, live=live or Live(), no_memory=no_memory)
             job.step("opened", session)
             sender.copy_live()
             job.step("before-stop", session)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from vfio_mig.errors import DeviceError, MismatchError, UsageError
 from vfio_mig.host.lock import LOADING
 from vfio_mig.interrupts import waiting
-from vfio_mig.jobs.check import fit_checks, require_fit
+from vfio_mig.jobs.check import MEMORY, fit_checks, require_fit
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.loading import MemoryLoad
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
@@ -96,7 +96,9 @@ class _Target:
         self._force = force
         self.warnings: list[str] = []
 
-    def open(self, job: Job, guest: Memory, *, raw: bool, verify_state: bool, open_closed: bool) -> None:
+    def open(
+        self, job: Job, guest: Memory, *, raw: bool, verify_state: bool, open_closed: bool, no_memory: bool
+    ) -> None:
         """Open device and image and verify all of it; nothing is changed yet."""
         self._stream = job.enter(open_input(self.file))
         session = job.open(self.name, memory=guest.maps, held_for=None if open_closed else "restore")
@@ -109,6 +111,8 @@ class _Target:
         self.image = image = job.enter(read_image(self._stream, limit, raw=raw, alone=not self._await_verdict))
         job.step("opened", session)
         found = fit_checks(session, image.state, image.archive, verify_state=verify_state)
+        if no_memory:  # whoever says so knows that it is there
+            found = [one for one in found if one.name != MEMORY]
         self.warnings = require_fit(session.device.name, found, force=self._force)
         if not verify_state:
             self.warnings.insert(0, UNVERIFIED)
@@ -298,7 +302,7 @@ def restore_all(
     with Job(JOB, settings) as job:
         guest = job.enter(Memory(memory, writable=True))
         for target in targets:
-            target.open(job, guest, raw=raw, verify_state=verify_state, open_closed=open_closed)
+            target.open(job, guest, raw=raw, verify_state=verify_state, open_closed=open_closed, no_memory=no_memory)
         sessions = [target.session for target in targets]
         require_p2p(sessions, waived=without_p2p)
         load = _plan_memory(targets, guest, no_memory=no_memory)

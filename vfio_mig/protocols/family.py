@@ -41,6 +41,10 @@ class KnownState(Protocol):
     def warnings(self) -> Sequence[str]:
         """What is unusual about it and forbids nothing."""
 
+    @property
+    def relies_on(self) -> str:
+        """What of it is in guest memory, in a few words, and has to be in a target's too; empty for nothing."""
+
     def compare(self, device: Device) -> Iterator[Compared]:
         """Compare it with the device that it is to be loaded into; changes nothing there."""
 

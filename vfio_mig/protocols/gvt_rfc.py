@@ -174,6 +174,12 @@ class _GvtState:
         self._image = image
         self.summary: Final = f"{len(image.records)} records, numbered as in {image.dialect}"
         self.warnings: Final = tuple(image.warnings)
+        # The GPU reads both where the guest has them. They are not dirty, as nobody but the guest's CPUs writes them.
+        self.relies_on: Final = " and ".join(
+            f"{len(there)} {name}{'s' if len(there) > 1 else ''}"
+            for there, name in ((image.ppgtt, "page table"), (image.workloads, "queued workload"))
+            if there
+        )
 
     def compare(self, device: Device) -> Iterator[Compared]:
         """Compare the PCI IDs and the sizes of graphics memory; reads configuration space and PVINFO."""
