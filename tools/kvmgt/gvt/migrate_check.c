@@ -14,6 +14,7 @@
 #include "gt/intel_gt_regs.h"
 #include "gvt.h"
 #include "i915_pvinfo.h"
+#include "migrate_compat.h"
 #include "migrate_image.h"
 
 #define RING_CTX_OFF(x)	offsetof(struct execlist_ring_context, x)
@@ -414,7 +415,7 @@ static int check_context(struct intel_vgpu *vgpu, const struct intel_vgpu_image 
 	if (image_gma_to_gpa(vgpu, image, ((u64)format->lrca + 1) << I915_GTT_PAGE_SHIFT, &gpa))
 		return bad(vgpu, "a context that is nowhere");
 
-	context = kmalloc(sizeof(*context), GFP_KERNEL);
+	context = kmalloc_obj(*context, GFP_KERNEL);
 	if (!context)
 		return -ENOMEM;
 	ret = intel_gvt_read_gpa(vgpu, gpa, context, sizeof(*context));

@@ -111,7 +111,7 @@ static int load_partial_ptes(struct intel_vgpu *vgpu, const struct intel_vgpu_im
 	u32 i;
 
 	for (i = 0; i < image->ext->nr_partial_ptes; i++) {
-		struct intel_gvt_partial_pte *pte = kzalloc(sizeof(*pte), GFP_KERNEL_ACCOUNT);
+		struct intel_gvt_partial_pte *pte = kzalloc_obj(*pte, GFP_KERNEL_ACCOUNT);
 
 		if (!pte)
 			return -ENOMEM;
@@ -173,7 +173,7 @@ static int load_gtt(struct intel_vgpu *vgpu, const struct intel_vgpu_image *imag
 static int load_ppgtt(struct intel_vgpu *vgpu, const struct gvt_ppgtt_entry *entry)
 {
 	struct intel_gvt *gvt = vgpu->gvt;
-	struct intel_vgpu_mm *mm = kzalloc(sizeof(*mm), GFP_KERNEL_ACCOUNT);
+	struct intel_vgpu_mm *mm = kzalloc_obj(*mm, GFP_KERNEL_ACCOUNT);
 
 	if (!mm)
 		return -ENOMEM;

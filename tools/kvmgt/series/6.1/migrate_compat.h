@@ -3,6 +3,16 @@
 #ifndef _GVT_MIGRATE_COMPAT_H_
 #define _GVT_MIGRATE_COMPAT_H_
 
+#include <linux/slab.h>
+
+/* Of the stable kernels the later ones have them. */
+#ifndef kmalloc_obj
+#define kmalloc_obj(obj, gfp) kmalloc(sizeof(obj), gfp)
+#endif
+#ifndef kzalloc_obj
+#define kzalloc_obj(obj, gfp) kzalloc(sizeof(obj), gfp)
+#endif
+
 /* struct intel_vgpu_i2c_edid */
 #define target_selected slave_selected
 
