@@ -235,6 +235,14 @@ class Report(NamedTuple):
         return self._asdict()
 
 
+class RestoreReport(NamedTuple):
+    state: str
+    warnings: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return self._asdict()
+
+
 class Played:
     """The library: what it is asked to do, and how it fails."""
 
@@ -245,6 +253,8 @@ class Played:
         self.checks: list[FitCheck] = []
         self.holder_pid: int | None = FakeQmp.pid
         self.migratable: bool | None = True
+        self.all_memory: bool | None = None
+        self.warnings: list[str] = []
         self.meanwhile: Callable[[], object] = lambda: None
 
     def save(
@@ -254,11 +264,13 @@ class Played:
         settings: Any,
         *,
         memory: Any,
+        all_memory: bool,
         leave_running: bool,
         force: bool,
         guest_paused: bool,
     ) -> Report:
         assert guest_paused
+        self.all_memory = all_memory
         self.calls.append(("save", name, file, settings.pid, [str(one) for one in memory], leave_running, force))
         self.meanwhile()
         for step in ("after-stop", "after-pages", "written"):
@@ -269,10 +281,10 @@ class Played:
 
     def restore(
         self, name: str, file: str, settings: Any, *, memory: Any, start: bool, force: bool, no_memory: bool
-    ) -> Report:
+    ) -> RestoreReport:
         assert no_memory == (not memory)
         self.calls.append(("restore", name, file, settings.pid, [str(one) for one in memory], start, force))
-        return self._end(running=start)
+        return RestoreReport(self._end(running=start).state, self.warnings)
 
     def _end(self, *, running: bool) -> Report:
         if self.fails is not None:
@@ -312,6 +324,17 @@ def test_save_pauses_the_vm_first_and_leaves_it_paused(played: Played) -> None:
         "pausing the VM of PID 4711",
         f"vfio-mig save {UUID} gpu.vfm --pid 4711 --memory {PIECE}",
     ]
+    assert played.all_memory is False
+
+
+def test_save_takes_all_of_the_guest_s_ram_where_there_is_some(played: Played) -> None:
+    qmp: Any = FakeQmp()
+    said: list[str] = []
+    jobs.save_vgpu(qmp, UUID, "gpu.vfm", all_memory=True, tell=said.append)
+    assert played.all_memory is True
+    assert said[-1] == f"vfio-mig save --all-memory {UUID} gpu.vfm --pid 4711 --memory {PIECE}"
+    with pytest.raises(UsageError, match="--all-memory and --memory none exclude each other"):
+        jobs.save_vgpu(qmp, UUID, "gpu.vfm", all_memory=True, memory=["none"])
 
 
 @pytest.mark.parametrize(
@@ -440,8 +463,11 @@ def test_restore_wants_a_paused_vm_and_the_right_image(played: Played) -> None:
         jobs.restore_vgpu(qmp, UUID, "-")
     assert played.calls == []
     summary = jobs.restore_vgpu(qmp, UUID, "gpu.vfm", force=True)
-    assert summary == {"state": "stop", "pid": 4711, "vm": "prelaunch", "memory": [PIECE]}
-    jobs.restore_vgpu(qmp, UUID, "gpu.vfm", force=True, cont=True)
+    assert summary == {"state": "stop", "warnings": [], "pid": 4711, "vm": "prelaunch", "memory": [PIECE]}
+    played.warnings = ["guest memory: not all"]
+    warned: list[str] = []
+    jobs.restore_vgpu(qmp, UUID, "gpu.vfm", force=True, cont=True, warn=warned.append)
+    assert warned == [f"{UUID}: guest memory: not all"]
     assert played.calls == [("restore", UUID, "gpu.vfm", 4711, [PIECE], start, True) for start in (False, True)]
     assert qmp.changes == ["cont"]
 

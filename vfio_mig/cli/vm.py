@@ -70,6 +70,7 @@ RESTORE: Final = "qemu-restore"
 
 @click.command(SAVE, context_settings=CONTEXT)
 @_common(SAVE, cont="Let the vGPU and the VM go on afterwards.", force="Replace an existing FILE.")
+@click.option("--all-memory", is_flag=True, help="Save all of the guest's RAM, for a VM that does not have it.")
 def save_command(qmp_socket: str, device: str, file: str, *, verbose: bool, **options: Any) -> None:
     """Pause the VM behind QMP-SOCKET and save its vGPU DEVICE to FILE, with the guest's pages that it may have written.
 

@@ -184,6 +184,7 @@ def save_vgpu(
     file: str,
     *,
     memory: Sequence[str] = (AUTO,),
+    all_memory: bool = False,
     cont: bool = False,
     force: bool = False,
     tell: Callable[[str], object] = lambda _: None,
@@ -194,11 +195,14 @@ def save_vgpu(
     That the VM stood still from before the first page was copied until the image was written is proved before the
     image becomes final.
 
+    :param all_memory: put all of the guest's RAM into the image, not only what the vGPU may have written.
     :param tell: called with what is done.
     :param warn: called with what the user must read.
-    :raises UsageError: the VM is in a state in which it cannot be saved.
+    :raises UsageError: the VM is in a state in which it cannot be saved; or all of no memory is asked for.
     :raises HostError: also when somebody else has let the VM go on meanwhile; there is no image then.
     """
+    if all_memory and list(memory) == [NONE]:
+        raise UsageError(f"--all-memory and --memory {NONE} exclude each other")
     vm = _Vm(qmp, name, memory, warn)
     vm.find_memory()  # what cannot be, need not interrupt the VM
     preload()
@@ -214,14 +218,14 @@ def save_vgpu(
             state = _pause(qmp)
         qmp.news.clear()
         vm.find_memory()  # again, as a guest's firmware may have moved it
-        tell(vm.command("save", file))
+        tell(vm.command("save --all-memory" if all_memory else "save", file))
 
         def on_step(_job: str, step: str, _device: str) -> None:
             if step == _WRITTEN:
                 require_paused(qmp, state)
 
         settings = vm.settings._replace(on_step=on_step, on_commit=lambda: saved.append(file))
-        return _save(qmp, vm, file, rollback, settings, cont=cont, force=force)
+        return _save(qmp, vm, file, rollback, settings, all_memory=all_memory, cont=cont, force=force)
 
 
 # From the commit on nothing is undone, and a VM whose vGPU goes on goes on: a signal must not come between
@@ -233,11 +237,15 @@ def _save(
     rollback: Rollback,
     settings: Settings,
     *,
+    all_memory: bool,
     cont: bool,
     force: bool,
 ) -> dict[str, Any]:
     # That the guest was paused is proved before the commit, by the settings' on_step
-    report = save(vm.device, file, settings, memory=vm.maps, leave_running=cont, force=force, guest_paused=True)
+    report = save(
+        vm.device, file, settings,
+        memory=vm.maps, all_memory=all_memory, leave_running=cont, force=force, guest_paused=True,
+    )  # fmt: skip
     rollback.disarm()
     return vm.summary(report.as_dict(), _finish(qmp, cont=cont, done=f"{file} is whole"))
 
@@ -278,6 +286,8 @@ def restore_vgpu(
 @interrupts.protected  # as for a save
 def _restore(qmp: Qmp, vm: _Vm, file: str, *, cont: bool) -> dict[str, Any]:
     report = restore(vm.device, file, vm.settings, memory=vm.maps, start=cont, force=True, no_memory=not vm.maps)
+    for warning in report.warnings:
+        vm.settings.warn_user(f"{vm.device}: {warning}")
     return vm.summary(report.as_dict(), _finish(qmp, cont=cont, done="what was restored ends with QEMU"))
 
 
