@@ -142,21 +142,19 @@ class QemuGuest(Guest):
         self._next_page, self._next_low, self._next_high = other._next_page, other._next_low, other._next_high
 
 
-class Qemu:
-    """A running QEMU with one vGPU."""
+class QemuVm:
+    """A running QEMU, and who works with it.
 
-    def __init__(self, instance: Instance, process: subprocess.Popen[bytes], qtest: Qtest, paths: Path) -> None:
-        self.instance: Final = instance
+    :param name: of its vGPU.
+    """
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], qtest: Qtest, paths: Path) -> None:
+        self.name: Final = name
         self.process: Final = process
         self.qtest: Final = qtest
         self.socket: Final = paths.with_suffix(".qmp")
         """For who is under test; QEMU talks to one at a time."""
         self.qmp: Final = Qmp(str(paths.with_suffix(".own")))
-        self.guest: Final = QemuGuest(instance, qtest)
-
-    @property
-    def name(self) -> str:
-        return self.instance.uuid
 
     @property
     def pid(self) -> int:
@@ -180,50 +178,75 @@ class Qemu:
         self.process.kill()
         self.process.wait(SECONDS)
 
+    def quit(self) -> None:
+        if self.process.poll() is None:
+            self.qmp.execute("quit")
+            self.process.wait(SECONDS)
+
+
+class Qemu(QemuVm):
+    """A running QEMU with a vGPU of the sample driver."""
+
+    def __init__(self, instance: Instance, process: subprocess.Popen[bytes], qtest: Qtest, paths: Path) -> None:
+        super().__init__(instance.uuid, process, qtest, paths)
+        self.instance: Final = instance
+        self.guest: Final = QemuGuest(instance, qtest)
+
     @classmethod
     @contextlib.contextmanager
     def started(
         cls, instance: Instance, paths: Path, *, paused: bool = False, ram: str = SHARED, more: Sequence[str] = ()
     ) -> Iterator[Self]:
-        """Start one that has *instance*; its sockets and files begin with *paths*.
+        """Start one that has *instance*; the rest is as :func:`running` has it."""
+        with running(instance.sysfs, paths, paused=paused, ram=ram, more=more) as (process, qtest):
+            self = cls(instance, process, qtest, paths)
+            with self.qmp:
+                yield self
+                self.quit()
 
-        :param ram: the memory backend, as -object takes it.
-        :param more: options in front of the vGPU's: an IOMMU has to be there before it.
-        """
-        firmware = paths.with_suffix(".bin")
-        firmware.write_bytes(HALT * 65536)
-        with socket.socket(socket.AF_UNIX) as listener, paths.with_suffix(".log").open("w+b") as log:
-            listener.bind(str(paths.with_suffix(".qtest")))
-            listener.listen()
-            command = [
-                *(PROGRAM, "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"),
-                *("-M", "q35,memory-backend=ram", "-m", str(MEGABYTES), "-object", ram, "-bios", str(firmware)),
-                *more,
-                *("-device", f"vfio-pci,sysfsdev={instance.sysfs},addr={SLOT:#x}"),
-                *("-qmp", f"unix:{paths.with_suffix('.qmp')},server=on,wait=off"),
-                *("-qmp", f"unix:{paths.with_suffix('.own')},server=on,wait=off"),
-                *("-qtest", f"unix:{paths.with_suffix('.qtest')}", "-qtest-log", "none"),
-                *(["-S"] if paused else []),
-            ]
-            with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log) as process:
+
+@contextlib.contextmanager
+def running(
+    sysfs: Path,
+    paths: Path,
+    *,
+    paused: bool = False,
+    ram: str = SHARED,
+    megabytes: int = MEGABYTES,
+    more: Sequence[str] = (),
+    accel: str = "tcg",
+) -> Iterator[tuple[subprocess.Popen[bytes], Qtest]]:
+    """Have a QEMU with the vGPU at *sysfs*; its sockets and files begin with *paths*.
+
+    :param ram: the memory backend, as -object takes it, of as many *megabytes*.
+    :param more: options in front of the vGPU's: an IOMMU has to be there before it.
+    """
+    firmware = paths.with_suffix(".bin")
+    firmware.write_bytes(HALT * 65536)
+    with socket.socket(socket.AF_UNIX) as listener, paths.with_suffix(".log").open("w+b") as log:
+        listener.bind(str(paths.with_suffix(".qtest")))
+        listener.listen()
+        command = [
+            *(PROGRAM, "-accel", accel, "-nodefaults", "-no-user-config", "-display", "none"),
+            *("-M", "q35,memory-backend=ram", "-m", str(megabytes), "-object", ram, "-bios", str(firmware)),
+            *more,
+            *("-device", f"vfio-pci,sysfsdev={sysfs},addr={SLOT:#x}"),
+            *("-qmp", f"unix:{paths.with_suffix('.qmp')},server=on,wait=off"),
+            *("-qmp", f"unix:{paths.with_suffix('.own')},server=on,wait=off"),
+            *("-qtest", f"unix:{paths.with_suffix('.qtest')}", "-qtest-log", "none"),
+            *(["-S"] if paused else []),
+        ]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log) as process:
+            try:
+                qtest = Qtest(_accept(listener, process, log))
                 try:
-                    qtest = Qtest(_accept(listener, process, log))
-                    try:
-                        with contextlib.ExitStack() as stack:
-                            self = cls(instance, process, qtest, paths)
-                            stack.enter_context(self.qmp)
-                            yield self
-                            self._quit()
-                    finally:
-                        qtest.close()
+                    qtest.in_(0xCF8)  # is answered once all devices are there
+                    yield process, qtest
                 finally:
-                    if process.poll() is None:
-                        process.kill()
-
-    def _quit(self) -> None:
-        if self.process.poll() is None:
-            self.qmp.execute("quit")
-            self.process.wait(SECONDS)
+                    qtest.close()
+            finally:
+                if process.poll() is None:
+                    process.kill()
 
 
 def _accept(listener: socket.socket, process: subprocess.Popen[bytes], log: IO[bytes]) -> socket.socket:

@@ -5,5 +5,6 @@
 ``kvmgt``  a vGPU, its guest's work, the KVM it wants
 ``rfc``    our kvmgt: its modules, images, and views to compare
 ``held``   a vGPU that ``vfio-mig hold`` keeps open
+``qemu``   a vGPU that a QEMU has, whose guest is played
 =========  ============================================================
 """

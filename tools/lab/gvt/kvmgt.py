@@ -168,36 +168,16 @@ class Kvm:
         os.close(self.vm)
 
 
-class Vgpu:
-    """An open vGPU with guest memory, and what a driver in the guest would do with it."""
+class Driver:
+    """What a driver in the guest does with its vGPU, through the *device* and *memory* that it sees."""
 
-    def __init__(self, name: str, memory: Memory, container: Container, kvm: Kvm) -> None:
+    def __init__(self, name: str, memory: Memory, device: Device) -> None:
         self.name: Final = name
         self.memory: Final = memory
-        self.container: Final = container
-        self.kvm: Final = kvm
-        self.device: Final = Device(container, name)
-        self.device.reset()  # what an earlier holder left survives its close
+        self.device: Final = device
         self.low, self.low_size, self.high, self.high_size, self.fences = (
-            self.device.reg(raw.PV_MAPPABLE_BASE + 4 * number) for number in range(5)
+            device.reg(raw.PV_MAPPABLE_BASE + 4 * number) for number in range(5)
         )
-        self.eventfd: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    @classmethod
-    @contextlib.contextmanager
-    def opened(cls, name: str, file: Path | None = None) -> Iterator[Self]:
-        """Have it open; the guest's memory is a *file*, as of a VMM with shared memory, or nobody else's."""
-        with contextlib.ExitStack() as stack:
-            memory = Memory(MEMORY, MEMORY_PAGES, file)
-            container = Container(int((DEVICES / name / "iommu_group").readlink().name))
-            stack.callback(container.close)
-            container.map(memory)
-            kvm = Kvm(memory, container.group_fd)
-            stack.callback(kvm.close)
-            vgpu = cls(name, memory, container, kvm)
-            stack.callback(vgpu.device.close)
-            stack.callback(os.close, vgpu.eventfd)
-            yield vgpu
 
     # --- guest memory
 
@@ -235,11 +215,12 @@ class Vgpu:
         self.device.set_reg(raw.PV_PDP + 4, MEMORY + PML4 >> 32)
         self.device.set_reg(raw.PV_G2V_NOTIFY, PV_G2V_L4_CREATE)
 
+    def set_up_pci(self) -> None:
+        """Do what the bus needs, where nobody has done it."""
+
     def enable(self, engine: Engine) -> None:
         """Turn interrupts, memory access and execution lists on."""
-        self.device.set_eventfd(raw.IRQ_MSI, self.eventfd)
-        self.device.write(raw.CONFIG, _MSI_ENABLE, b"\1\0")
-        self.device.write(raw.CONFIG, 4, b"\6\0")
+        self.set_up_pci()
         for bank in range(4):
             self.device.set_reg(_GT_IMR + 16 * bank, 0)
             self.device.set_reg(_GT_IER + 16 * bank, 0xFFFF_FFFF)
@@ -312,6 +293,39 @@ class Vgpu:
             if time.monotonic() > end:
                 raise TimeoutError(f"{offset:#x} is {self.u32(offset):#x}, and not {value:#x} within {seconds:g} s")
             time.sleep(0.01)
+
+
+class Vgpu(Driver):
+    """An open vGPU of this process, with guest memory and a VM around it."""
+
+    def __init__(self, name: str, memory: Memory, container: Container, kvm: Kvm) -> None:
+        device = Device(container, name)
+        device.reset()  # what an earlier holder left survives its close
+        super().__init__(name, memory, device)
+        self.container: Final = container
+        self.kvm: Final = kvm
+        self.eventfd: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, name: str, file: Path | None = None) -> Iterator[Self]:
+        """Have it open; the guest's memory is a *file*, as of a VMM with shared memory, or nobody else's."""
+        with contextlib.ExitStack() as stack:
+            memory = Memory(MEMORY, MEMORY_PAGES, file)
+            container = Container(int((DEVICES / name / "iommu_group").readlink().name))
+            stack.callback(container.close)
+            container.map(memory)
+            kvm = Kvm(memory, container.group_fd)
+            stack.callback(kvm.close)
+            vgpu = cls(name, memory, container, kvm)
+            stack.callback(vgpu.device.close)
+            stack.callback(os.close, vgpu.eventfd)
+            yield vgpu
+
+    def set_up_pci(self) -> None:
+        self.device.set_eventfd(raw.IRQ_MSI, self.eventfd)
+        self.device.write(raw.CONFIG, _MSI_ENABLE, b"\1\0")
+        self.device.write(raw.CONFIG, 4, b"\6\0")
 
     def await_interrupt(self, seconds: float = 20.0) -> int:
         """Wait for an interrupt; how many there were."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from tools.gpu.control import ControlError
 from tools.lab.gvt import kvmgt
-from tools.lab.gvt.kvmgt import CONTEXT, ENGINES, MEMORY, RESULT, RING, SEMAPHORE, TARGET, Engine, Vgpu
+from tools.lab.gvt.kvmgt import CONTEXT, ENGINES, MEMORY, RESULT, RING, SEMAPHORE, TARGET, Driver, Engine
 from tools.lab.vfio import raw
 from tools.lab.vfio.raw import PAGE
 
@@ -92,7 +92,7 @@ def host_fences(gpu: Control) -> list[int]:
     return [gpu.register(number) | gpu.register(number + 4) << 32 for number in numbers]
 
 
-def fence_of(gpu: Control, vgpu: Vgpu, low: int, high: int) -> int:
+def fence_of(gpu: Control, vgpu: Driver, low: int, high: int) -> int:
     """Write the vGPU's first fence; the one value that came into the GPU by it, 0 for none."""
     vgpu.device.set_fence(0, 0, 0)
     before = host_fences(gpu)
@@ -100,7 +100,7 @@ def fence_of(gpu: Control, vgpu: Vgpu, low: int, high: int) -> int:
     return next((new for old, new in zip(before, host_fences(gpu), strict=True) if old != new), 0)
 
 
-def host_low(gpu: Control, vgpu: Vgpu) -> int:
+def host_low(gpu: Control, vgpu: Driver) -> int:
     """Where the vGPU's aperture is in the host's GGTT: its guest does not see that any more, a fence shows it."""
     fence = fence_of(gpu, vgpu, vgpu.low | 1, vgpu.low)
     vgpu.device.set_fence(0, 0, 0)
@@ -120,12 +120,12 @@ def stored(gpu: Control, since: int) -> dict[int, int]:
 # --- the guest's side
 
 
-def at(vgpu: Vgpu, offset: int) -> int:
+def at(vgpu: Driver, offset: int) -> int:
     """Return the guest's graphics address of an offset in RESULT's page."""
     return vgpu.low + RESULT + offset
 
 
-def store(vgpu: Vgpu, engine: Engine, offset: int, value: int) -> list[int]:
+def store(vgpu: Driver, engine: Engine, offset: int, value: int) -> list[int]:
     """Return the command that stores *value* into RESULT's page through the GGTT."""
     if engine == RCS:
         return [_PIPE_CONTROL, 1 << 24 | 1 << 20 | 1 << 14, at(vgpu, offset), 0, value, 0]
@@ -137,7 +137,7 @@ def result_of(engine: Engine, number: int) -> int:
     return RESULT + 0x100 + 16 * list(QUEUED).index(engine) + 8 * number
 
 
-def queue_work(vgpu: Vgpu, *, wait: bool = False) -> None:
+def queue_work(vgpu: Driver, *, wait: bool = False) -> None:
     """Leave on two engines a pair of contexts queued, and half a submission and half an entry of the GGTT pending.
 
     The first context of each pair runs the batch before it stores its value. Leaves the vGPU stopped.
