@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tools.bench import native, table
+from tools.bench import native, phases, table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,3 +68,18 @@ def test_the_reference_finds_the_pages_and_runs_that_we_find(tmp_path: Path) -> 
     native._copier(memory, b"\xff" * 4 + bytes(4), tmp_path / "ours", 64)()
     assert (tmp_path / "theirs").read_bytes() == (tmp_path / "ours").read_bytes()
     assert copied["pages"] == sum(number % 3 != 0 for number in range(32))
+
+
+def test_the_phases_of_two_drivers_are_put_beside_each_other(tmp_path: Path) -> None:
+    columns = [
+        phases.Figures(name, "6.12", dict.fromkeys((*phases.PHASES, *phases.FACTS), number))
+        for name, number in ((phases.SAMPLE, 0.001), (phases.REAL, 1234.5))
+    ]
+    for one in columns:
+        phases.write(one, tmp_path / "figures")
+    assert phases.read(tmp_path / "figures") == columns
+    lines = phases.table(columns).splitlines()
+    assert lines[0] == "|  | the sample driver, 6.12 | kvmgt, 6.12 |"
+    assert lines[2] == "| stop | 1.0 ms | 1234500.0 ms |"
+    assert lines[-3] == "| sum | 6.0 ms | 7407000.0 ms |"
+    assert lines[-1] == "| dirty pages | 0 | 1,234 |"

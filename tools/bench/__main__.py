@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""``python -m tools.bench startup|imports|native|kernel|scale``: one benchmark; exit status 1 when a goal is missed."""
+"""``python -m tools.bench startup|imports|native|kernel|scale|phases|table``: one benchmark, or the table of phases.
+
+Exit status 1 when a goal is missed.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,23 @@ from pathlib import Path
 from tools.bench import startup
 
 
+def _phases(file: Path | None, *, measures: bool) -> int:
+    from tools.bench import phases  # to measure, it needs the VM
+
+    if not measures and file is None:
+        sys.exit("bench: table needs --json FILE")
+    figures = [phases.measure()] if measures or file is None else phases.read(file)
+    if measures and file is not None:
+        phases.write(figures[0], file)
+    print(phases.table(figures), end="")
+    return 0
+
+
 def main() -> int:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("which", choices=("startup", "imports", "native", "kernel", "scale"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the figures of native or kernel, a line each")
+    parser.add_argument("which", choices=("startup", "imports", "native", "kernel", "scale", "phases", "table"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append figures, a line each; table: read them")
     options = parser.parse_args()
     if options.which == "startup":
         return 0 if startup.measure() else 1
@@ -26,6 +41,8 @@ def main() -> int:
         from tools.bench import scale  # needs the VM
 
         return 0 if scale.measure() else 1
+    if options.which in {"phases", "table"}:
+        return _phases(options.json, measures=options.which == "phases")
     from tools.bench import table
 
     if options.which == "native":
