@@ -78,26 +78,29 @@ class Migration:
         self.report.check("two pairs of contexts wait, on the blitter and on the render engine", not any(waiting))
 
     def save(self) -> None:
-        """Sync its dirty pages and save its state."""
-        self.report.step("Sync its dirty pages, and save its state")
+        """Save its state, and all of its guest's memory."""
+        self.report.step("Save its state, and all of its guest's memory: page tables are read, and never dirty")
         memory = f"{self.directory / 'source'}@{MEMORY:#x}"
         image = str(self.directory / "gpu.vfm")
-        saved = vfio_mig("save", self.source.name, image, "--memory", memory)
+        saved = vfio_mig("save", self.source.name, image, "--memory", memory, "--all-memory")
         pages = saved["pages_dirty"]
         known = self.source.device.dirty(self.source.memory)
-        self.report.check(f"{pages} pages are in it, those that the driver has pinned or written", pages == len(known))
+        self.report.check(f"{pages} pages are dirty, those that the driver has pinned or written", pages == len(known))
         print(f"  state: {saved['state_bytes']} bytes, image file: {Path(image).stat().st_size} bytes")
         self.times["stop"] = saved["stop_time"]
         self.times["read state"] = saved["state_read_time"]
 
     def restore(self, view: bytes) -> None:
         """Load it into the target."""
-        self.report.step("Copy the rest of the guest's memory (its page tables are never dirty), and restore")
-        self.into.bytes[:] = self.source.memory.bytes[:]
+        self.report.step("Look whether it fits the second one, and restore it there")
+        found = vfio_mig("check", str(self.directory / "gpu.vfm"), self.target)
+        [memory] = [one for one in found["checks"] if one["name"] == "guest-memory"]
+        self.report.check(f"it does; guest memory: {memory['text']}", found["fits"] and memory["result"] == "ok")
         before = self.device.guest_high()
         restored = vfio_mig("restore", self.target, str(self.directory / "gpu.vfm"),
                             "--memory", f"{self.directory / 'target'}@{MEMORY:#x}")  # fmt: skip
         self.times["write state"] = restored["state_write_time"]
+        self.report.check("the guest's memory is equal", self.into.bytes[:] == self.source.memory.bytes[:])
         self.report.check("the guest's view is identical", gvt_rfc.view(self.device) == view)
         high = self.source.high
         text = f"the guest has its hidden part at {high:#x} still, and this host has it at {before:#x}"
