@@ -81,5 +81,5 @@ def test_the_phases_of_two_drivers_are_put_beside_each_other(tmp_path: Path) -> 
     lines = phases.table(columns).splitlines()
     assert lines[0] == "|  | the sample driver, 6.12 | kvmgt, 6.12 |"
     assert lines[2] == "| stop | 1.0 ms | 1234500.0 ms |"
-    assert lines[-3] == "| sum | 6.0 ms | 7407000.0 ms |"
+    assert lines[-3] == "| sum, the bitmap once | 5.0 ms | 6172500.0 ms |"
     assert lines[-1] == "| dirty pages | 0 | 1,234 |"

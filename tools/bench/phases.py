@@ -15,22 +15,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from tests.vm import gpu, gvt_rfc, kvmgt
-from tests.vm.gvt_held import side as kvmgt_side
-from tests.vm.held import queue_one, run_some_work
-from tests.vm.held import side as sample_side
-from tests.vm.kvmgt import MEMORY, Vgpu
 from tools.bench.table import RUNS
 from tools.demo.report import run
+from tools.lab.gvt import kvmgt, rfc
+from tools.lab.gvt.held import side as kvmgt_side
+from tools.lab.gvt.kvmgt import MEMORY, Vgpu
+from tools.lab.sample import gpu
+from tools.lab.sample.held import queue_one, run_some_work
+from tools.lab.sample.held import side as sample_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 SAMPLE: Final = "the sample driver"
 REAL: Final = "kvmgt"
+BITMAP: Final = "dirty bitmap"
 PHASES: Final = (
     "stop",
-    "dirty bitmap",
+    BITMAP,
     "sync the pages, stopped",
     "read the state",
     "write the state",
@@ -79,7 +81,7 @@ def _real(stack: ExitStack, directory: Path) -> Pair:
     other = stack.enter_context(kvmgt_side(directory / "target"))
 
     def queue() -> None:
-        gvt_rfc.queue_work(one)
+        rfc.queue_work(one)
         other.memory.bytes[:] = one.memory.bytes[:]  # page tables are never dirty
 
     return Pair(REAL, one.name, f"{directory / 'source'}@{MEMORY:#x}", other.name, other.memory_option, queue)
@@ -142,6 +144,9 @@ def table(columns: Sequence[Figures]) -> str:
     """Put figures beside each other, times in milliseconds, as a table in Markdown."""
     rows = [["", *(f"{one.driver}, {one.kernel}" for one in columns)], ["---"] * (len(columns) + 1)]
     rows += [[name, *(f"{one.values[name] * 1e3:.1f} ms" for one in columns)] for name in PHASES]
-    rows.append(["sum", *(f"{sum(one.values[name] for name in PHASES) * 1e3:.1f} ms" for one in columns)])
+    summed = [name for name in PHASES if name != BITMAP]  # of which the sync fetches one, too
+    rows.append(
+        ["sum, the bitmap once", *(f"{sum(one.values[name] for name in summed) * 1e3:.1f} ms" for one in columns)]
+    )
     rows += [[name, *(f"{one.values[name]:,.0f}" for one in columns)] for name in FACTS]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
