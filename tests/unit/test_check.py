@@ -31,7 +31,6 @@ from vfio_mig.jobs.check import (
     check_image,
     fit_checks,
     header_checks,
-    parse_state,
     require_fit,
     state_checks,
     verify_image,
@@ -39,6 +38,7 @@ from vfio_mig.jobs.check import (
 from vfio_mig.jobs.engine import session as session_module
 from vfio_mig.jobs.engine.session import Session
 from vfio_mig.protocols.base import MigrationProtocol
+from vfio_mig.protocols.registry import parse_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

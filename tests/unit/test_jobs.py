@@ -48,6 +48,7 @@ from vfio_mig.jobs.control import device_status, reset_device, start_device, sto
 from vfio_mig.jobs.dirty import fetch_dirty
 from vfio_mig.jobs.engine import session
 from vfio_mig.jobs.engine.events import Hooks
+from vfio_mig.jobs.engine.export import describe_device
 from vfio_mig.jobs.engine.live import Live
 from vfio_mig.jobs.engine.session import Session, Settings
 from vfio_mig.jobs.engine.steps import STEPS
@@ -55,7 +56,7 @@ from vfio_mig.jobs.files.diff import diff_images
 from vfio_mig.jobs.files.inspect import InspectReport, inspect_image
 from vfio_mig.jobs.hold import hold_device
 from vfio_mig.jobs.restore import NOT_HELD, UNVERIFIED, RestoreReport, restore, restore_all
-from vfio_mig.jobs.save import SaveReport, describe_device, save
+from vfio_mig.jobs.save import SaveReport, save
 from vfio_mig.jobs.sync import sync_dirty
 from vfio_mig.protocols.base import MigrationProtocol
 from vfio_mig.protocols.none import NoMigration

@@ -27,6 +27,7 @@ from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs import control
 from vfio_mig.jobs.control import device_status, start_device, start_devices, stop_device
 from vfio_mig.jobs.engine import session
+from vfio_mig.jobs.engine.export import describe_device
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.live import Live
 from vfio_mig.jobs.engine.memory import MAY_BE_OLD, SINCE_NOW
@@ -34,7 +35,7 @@ from vfio_mig.jobs.engine.session import Session, Settings
 from vfio_mig.jobs.files.pages import load_pages
 from vfio_mig.jobs.migrate import _check_memory
 from vfio_mig.jobs.restore import OLD_PAGES, restore, restore_all
-from vfio_mig.jobs.save import describe_device, save, save_all
+from vfio_mig.jobs.save import save, save_all
 from vfio_mig.jobs.sync import sync_dirty
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, NamedTuple
 
 from vfio_mig.errors import ImageError, MismatchError, excerpt
 from vfio_mig.jobs.engine.session import Settings, open_session
-from vfio_mig.protocols.registry import family
+from vfio_mig.protocols.registry import family, parse_state
 from vfio_mig.report import Report
 
 if TYPE_CHECKING:
@@ -106,16 +106,6 @@ def header_checks(session: Session, archive: Archive) -> Iterator[FitCheck]:
     yield _may_differ("kernel", header.get("kernel"), os.uname().release)
     size, limit = archive.state_size, session.protocol.state_size_max
     yield FitCheck("state-size", OK if size <= limit else MISMATCH, f"{size} bytes, the device takes {limit}")
-
-
-def parse_state(protocol: str, state: bytes | memoryview) -> KnownState | None:
-    """Parse a device state strictly where its layout is known; None where it is not.
-
-    :param protocol: name of the protocol it was read with.
-    :raises ImageError: it is broken; the message has the byte offset.
-    """
-    known = family(protocol)
-    return None if known is None else known.parse_state(memoryview(state))
 
 
 def state_checks(session: Session, state: bytes, archive: Archive | None = None) -> Iterator[FitCheck]:

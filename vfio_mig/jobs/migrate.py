@@ -24,24 +24,13 @@ from vfio_mig.errors import (
 )
 from vfio_mig.host.lock import MOVED
 from vfio_mig.interrupts import protected
-from vfio_mig.jobs.check import missing_memory, parse_state
+from vfio_mig.jobs.check import missing_memory
+from vfio_mig.jobs.engine.export import Export, Source, begin_image
 from vfio_mig.jobs.engine.job import Job
-from vfio_mig.jobs.engine.live import Live, copy_live, falls_short
-from vfio_mig.jobs.engine.memory import (
-    ALL,
-    Content,
-    ImageSink,
-    MemoryCopy,
-    Wanted,
-    last_round,
-    memory_header,
-    new_job_id,
-)
+from vfio_mig.jobs.engine.live import Live
+from vfio_mig.jobs.engine.memory import ALL, NONE, Content, Wanted, memory_header, new_job_id
 from vfio_mig.jobs.engine.pause import Pause, announce_start
-from vfio_mig.jobs.engine.state import StateReader
 from vfio_mig.jobs.peer import Peer, number, seconds
-from vfio_mig.jobs.save import describe_device
-from vfio_mig.ranges import PAGE
 from vfio_mig.report import Report
 from vfio_mig.words import CLOSED, RUNNING, STOP
 
@@ -133,60 +122,33 @@ def _require_target(session: Session, peer: Peer) -> None:
 class _Sender:
     """Sends one device's image into a pipe."""
 
-    def __init__(
-        self, job: Job, session: Session, run: Run, guest: Memory, *, wanted: Wanted, live: Live, no_memory: bool
-    ) -> None:
-        from vfio_mig.image.digests import Digests
+    def __init__(self, job: Job, session: Session, run: Run, guest: Memory, *, wanted: Wanted, live: Live) -> None:
         from vfio_mig.image.files import Stream
-        from vfio_mig.image.writer import ArchiveWriter
 
         self._job = job
-        self._session = session
-        self._live = live
-        self._no_memory = no_memory
         self._output = Stream(os.dup(run.stdin), CONNECTION)
-        file = job.enter(self._output)
-        digests = job.enter(Digests(None))
         content = Content.expected(wanted, [session], has_memory=bool(guest.maps))
-        header = {**describe_device(session), "memory": memory_header(content, new_job_id(), None)}
-        self._writer = ArchiveWriter(file, header, digests)
+        header = memory_header(content, new_job_id(), None)
         self.pause = Pause(job, session)
-        self.sink = ImageSink(self._writer, live.progress) if guest.maps else None
-        self.copy = MemoryCopy(job, [self.pause], guest, self.sink, wanted, remember=live.rounds > 0)
-        self.reader = StateReader(self.pause, self._writer, precopy=live.precopy, has_memory=self.copy.copies)
-        self.rounds: list[Round] = []
-        session.protocol.prepare()
-
-    def copy_live(self) -> None:
-        """Send what can be sent while the device runs."""
-        self.copy.begin()
-        self.reader.begin_live()
-        states = [] if self.reader.live is None else [self.reader.live]
-        self.rounds = copy_live(self._live, self.copy if self.copy.copies else None, states)
-        short = falls_short(self._live, self.rounds, states)
-        if short is not None:
-            self._session.warn(short)
-        self._job.step("after-live", self._session)
+        self._source = Source(self.pause, begin_image(job, session, job.enter(self._output), header))
+        self.export = Export(job, [self._source], guest, live, wanted)
 
     def run(self) -> None:
-        """Stop the device and send everything."""
-        self.pause.stop()
-        last = last_round(self._job, self.copy, [self.pause])
-        self.rounds += last
-        for one in last:
-            self._live.on_round(one)
-        self.reader.read()
-        self.pause.end()
-        known = parse_state(self._session.protocol.name, self.reader.state)
-        self.copy.end()
-        self.reader.write_rest(self.copy.dirty[0])
-        self._writer.finish({**self.pause.times, "pages_dirty": self.copy.pages_dirty(0)})
+        """Send what can be sent while the device runs, then stop it and send everything."""
+        self.export.copy_live()
+        self.export.copy_stopped()
+
+    def finish(self, *, no_memory: bool) -> None:
+        """Send what could wait, and the end of the image."""
+        (dirty,) = self.export.end()
+        figures = self.export.figures(0)
+        known = self._source.finish(dirty, {**self.pause.times, "pages_dirty": figures["pages_dirty"]})
         self._output.close()
-        self._job.step("sent", self._session)
-        content = self.copy.content.content
-        if known is not None and known.relies_on and content != ALL and not self._no_memory:
-            missing = missing_memory(known.relies_on, content, has_pages=self.sink is not None)
-            self._session.warn(f"guest memory: {missing}")
+        session, content = self._source.session, figures["memory"]
+        self._job.step("sent", session)
+        if known is not None and known.relies_on and content != ALL and not no_memory:
+            missing = missing_memory(known.relies_on, content, has_pages=content != NONE)
+            session.warn(f"guest memory: {missing}")
 
 
 @protected
@@ -271,12 +233,9 @@ def migrate(
         run.wait_for("waiting")
         try:
             wanted = Wanted(ranges, all_memory, guest_paused, strict)
-            sender = _Sender(job, session, run, guest, wanted=wanted, live=live or Live(), no_memory=no_memory)
-            job.step("opened", session)
-            sender.copy_live()
-            job.step("before-stop", session)
-            began = time.perf_counter()
+            sender = _Sender(job, session, run, guest, wanted=wanted, live=live or Live())
             sender.run()
+            sender.finish(no_memory=no_memory)
         except HostError as error:
             if not error.problem.startswith(CONNECTION):
                 raise
@@ -293,7 +252,7 @@ def migrate(
         job.commit()
         if start:
             job.step("after-start", session)
-        return _report(target, sender, session, restored, began=began, read=read, held=held, end=end, start=start)
+        return _report(target, sender, session, restored, read=read, held=held, end=end, start=start)
 
 
 def _report(
@@ -302,14 +261,12 @@ def _report(
     session: Session,
     restored: dict[str, Any],
     *,
-    began: float,
     read: float,
     held: float,
     end: float,
     start: bool,
 ) -> MigrateReport:
-    times = {key: sender.pause.times[key] for key in ("stop_time", "bitmap_time", "state_read_time")}
-    content = sender.copy.content
+    times: dict[str, Any] = {key: sender.pause.times[key] for key in ("stop_time", "bitmap_time", "state_read_time")}
     return MigrateReport(
         device=session.device.name,
         target=target,
@@ -319,15 +276,8 @@ def _report(
         transfer_time=held - read,
         state_write_time=seconds(restored.get("state_write_time")),
         start_time=end - held if start else 0.0,
-        downtime=end - began,
-        state_bytes=sender.reader.state_bytes,
-        pages_dirty=sender.copy.pages_dirty(0),
-        pages_sent=0 if sender.sink is None else sender.sink.bytes_written // PAGE,
+        downtime=end - sender.pause.began,
+        pages_sent=sender.export.pages_copied(0),
         pages_written=number(restored.get("pages_written")),
-        pages_zero=0 if sender.sink is None else sender.sink.bytes_zero // PAGE,
-        rounds=sender.rounds,
-        precopy_bytes=sender.reader.precopy_bytes,
-        state_rounds=sender.reader.rounds,
-        memory=content.content,
-        guest_paused=content.guest_paused,
+        **sender.export.figures(0),
     )

@@ -4,43 +4,28 @@
 from __future__ import annotations
 
 import os
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from vfio_mig.errors import HostError, UsageError
-from vfio_mig.jobs.check import parse_state
+from vfio_mig.jobs.engine.export import Export, Source, begin_image
 from vfio_mig.jobs.engine.job import Job
-from vfio_mig.jobs.engine.live import Live, copy_live, falls_short
-from vfio_mig.jobs.engine.memory import (
-    NONE,
-    Content,
-    ImageSink,
-    MemoryCopy,
-    Wanted,
-    last_round,
-    memory_header,
-    new_job_id,
-)
-from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
-from vfio_mig.jobs.engine.state import StateReader
-from vfio_mig.ranges import PAGE
+from vfio_mig.jobs.engine.live import Live
+from vfio_mig.jobs.engine.memory import NONE, Content, Wanted, memory_header, new_job_id
+from vfio_mig.jobs.engine.pause import Pause, require_p2p
 from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vfio_mig import words
-    from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.dirty.memory import Memory, MemoryMap
     from vfio_mig.dirty.ranges import PageRange
     from vfio_mig.dirty.sync import Round
-    from vfio_mig.image.digests import Digests
     from vfio_mig.image.files import Output
-    from vfio_mig.image.writer import ArchiveWriter
     from vfio_mig.jobs.engine.live import StateRound
-    from vfio_mig.jobs.engine.session import Session, Settings
+    from vfio_mig.jobs.engine.session import Settings
 
 JOB: Final = "save"
 STDOUT = "-"
@@ -97,22 +82,6 @@ def _output(file: str, *, force: bool) -> Output:
     return standard_output("the image is binary", "redirect it or name a file")
 
 
-def describe_device(session: Session) -> dict[str, Any]:
-    """Return what ``header.json`` says of a device, so that a restore can tell whether the image fits."""
-    from vfio_mig.version import __version__
-
-    found = session.found
-    kernel = os.uname()
-    return {
-        "protocol": session.protocol.name,
-        "device": {"name": found.name, "kind": found.kind, "type": found.type, "driver": found.driver or ""},
-        "kernel": kernel.release,
-        "machine": kernel.machine,
-        "program": f"vfio-mig {__version__}",
-        "time": int(time.time()),
-    }
-
-
 class _Target:
     """One device of a save and where its image goes."""
 
@@ -122,126 +91,44 @@ class _Target:
         self._raw = raw
         self._force = force
         self.output = _output(file, force=force)
-        self._writer: ArchiveWriter | None = None
 
     def open(self, job: Job, guest: Memory, *, open_closed: bool) -> None:
         """Open device and file; nothing is changed yet."""
         held_for = None if open_closed else "save"
         self.session = job.open(self.name, memory=guest.maps, force=self._force, held_for=held_for)
-        self.pause = Pause(job, self.session)
         self._stream = job.enter(self.output)
 
-    def write_header(self, job: Job, memory: dict[str, Any]) -> None:
+    def begin(self, job: Job, memory: dict[str, Any]) -> Source:
         """Begin the image.
 
         :param memory: what it says of guest memory.
         """
-        from vfio_mig.image.writer import ArchiveWriter
-
-        if not self._raw:
-            header = {**describe_device(self.session), "memory": memory}
-            self._writer = ArchiveWriter(self._stream, header, self._digests(job))
-
-    def _digests(self, job: Job) -> Digests | None:
-        """Have the digests of a streamed state taken beside the job."""
-        if not self.session.protocol.streams:
-            return None
-        from vfio_mig.image.digests import Digests
-
-        return job.enter(Digests(self._stream.fileno() if self.output.can_reread else None))
-
-    def sink(self, live: Live) -> ImageSink | None:
-        """Return where guest memory goes; None for a bare state, which has no place for it."""
-        return None if self._writer is None else ImageSink(self._writer, live.progress)
-
-    def prepare(self, live: Live, *, has_memory: bool) -> None:
-        """Do what need not wait for the stop."""
-        self.reader = StateReader(self.pause, self._writer, self._stream, precopy=live.precopy, has_memory=has_memory)
-        self.session.protocol.prepare()
-
-    def write(self, dirty: Sequence[Dirty], report: SaveReport) -> None:
-        """Write what is left to the file, which is whole then."""
-        parse_state(self.session.protocol.name, self.reader.state)  # refused now rather than at the restore
-        self.reader.write_rest(dirty)
-        if self._writer is not None:
-            self._writer.finish(report.statistics())
-        self.pause.job.step("written", self.session)
+        pause = Pause(job, self.session)
+        if self._raw:
+            return Source(pause, None, self._stream)
+        reread = self._stream.fileno() if self.output.can_reread else None
+        return Source(pause, begin_image(job, self.session, self._stream, memory, reread=reread))
 
 
-class _Save:
-    """A save of one or several devices: one copy of guest memory, in the first one's image."""
-
-    def __init__(self, job: Job, targets: list[_Target], guest: Memory, live: Live, wanted: Wanted) -> None:
-        self._job = job
-        self._targets = targets
-        self._live = live
-        self._pauses = [target.pause for target in targets]
-        sink = targets[0].sink(live) if guest.maps else None
-        self._sink = sink
-        self._copy = MemoryCopy(job, self._pauses, guest, sink, wanted, remember=live.rounds > 0)
-        self._rounds: list[Round] = []
-        for target in targets:
-            target.prepare(live, has_memory=sink is not None)
-            job.step("opened", target.session)
-
-    def copy_live(self) -> None:
-        """Copy pages, and read states, in rounds while the devices run."""
-        self._copy.begin()
-        for target in self._targets:
-            target.reader.begin_live()
-        states = [target.reader.live for target in self._targets if target.reader.live is not None]
-        self._rounds = copy_live(self._live, self._copy if self._copy.copies else None, states)
-        short = falls_short(self._live, self._rounds, states)
-        if short is not None:
-            self._targets[0].session.warn(short)
-        for target in self._targets:
-            self._job.step("after-live", target.session)
-
-    def copy_stopped(self, *, raw: bool, leave_running: bool) -> None:
-        """Stop the devices, copy what is left, and read their states."""
-        stop_all(self._pauses)
-        if not raw:
-            last = last_round(self._job, self._copy, self._pauses)
-            self._rounds += last
-            for one in last:
-                self._live.on_round(one)
-        for target in self._targets:
-            target.reader.read()
-        for pause in self._pauses:
-            pause.end()
-        if leave_running:
-            announce_start(self._job, [pause.session for pause in self._pauses])
-            wake([pause.session for pause in self._pauses])
-            for pause in self._pauses:
-                pause.resume()
-
-    def write(self, *, leave_running: bool) -> list[SaveReport]:
-        """Write what could wait."""
-        self._copy.end()
-        reports = [self._report(number, started=leave_running) for number in range(len(self._targets))]
-        for target, dirty, report in zip(self._targets, self._copy.dirty, reports, strict=True):
-            target.write(dirty, report)
-        return reports
-
-    def _report(self, number: int, *, started: bool) -> SaveReport:
-        target = self._targets[number]
-        sink = self._sink if number == 0 else None
-        content = self._copy.content
-        return SaveReport(
-            device=target.session.device.name,
+def _write(
+    job: Job, targets: list[_Target], export: Export, sources: list[Source], *, started: bool
+) -> list[SaveReport]:
+    """Write what could wait, to files that are whole then."""
+    dirty = export.end()
+    reports = [
+        SaveReport(
+            device=source.session.device.name,
             file=target.file,
-            state=target.session.state_after(started=started),
-            **target.pause.times,
-            state_bytes=target.reader.state_bytes,
-            pages_dirty=self._copy.pages_dirty(number),
-            pages_written=0 if sink is None else sink.bytes_written // PAGE,
-            pages_zero=0 if sink is None else sink.bytes_zero // PAGE,
-            rounds=self._rounds if number == 0 else [],
-            precopy_bytes=target.reader.precopy_bytes,
-            state_rounds=target.reader.rounds,
-            memory=content.content,
-            guest_paused=content.guest_paused,
+            state=source.session.state_after(started=started),
+            pages_written=export.pages_copied(number),
+            **{**source.pause.times, **export.figures(number)},
         )
+        for number, (target, source) in enumerate(zip(targets, sources, strict=True))
+    ]
+    for source, its, report in zip(sources, dirty, reports, strict=True):
+        source.finish(its, report.statistics())
+        job.step("written", source.session)
+    return reports
 
 
 def _commit(job: Job, targets: list[_Target]) -> None:
@@ -353,26 +240,29 @@ def save_all(
 
     _check_targets(pairs, raw=raw, memory=memory, force=force)
     wanted = Wanted(ranges, all_memory, guest_paused, strict)
-    live = live or Live()
     targets = [_Target(name, file, raw=raw, force=force) for name, file in pairs]
     with Job(JOB, settings) as job:
         guest = job.enter(Memory(memory))
         for target in targets:
             target.open(job, guest, open_closed=open_closed)
         require_p2p([target.session for target in targets], waived=without_p2p)
-        _write_headers(job, targets, guest, wanted)
-        work = _Save(job, targets, guest, live, wanted)
-        work.copy_live()
-        work.copy_stopped(raw=raw, leave_running=leave_running)
-        reports = work.write(leave_running=leave_running)
+        sources = _begin(job, targets, guest, wanted)
+        export = Export(job, sources, guest, live or Live(), wanted)
+        export.copy_live()
+        export.copy_stopped(memory=not raw)
+        if leave_running:
+            export.resume()
+        reports = _write(job, targets, export, sources, started=leave_running)
         _commit(job, targets)
     return reports
 
 
-def _write_headers(job: Job, targets: list[_Target], guest: Memory, wanted: Wanted) -> None:
+def _begin(job: Job, targets: list[_Target], guest: Memory, wanted: Wanted) -> list[Source]:
     """Begin the images: the first has the guest's memory, where it is known, and the others name it."""
     content = Content.expected(wanted, [target.session for target in targets], has_memory=bool(guest.maps))
     job_id = new_job_id()
     first = os.path.basename(targets[0].file) if content.content != NONE else None
-    for number, target in enumerate(targets):
-        target.write_header(job, memory_header(content, job_id, first if number else None))
+    return [
+        target.begin(job, memory_header(content, job_id, first if number else None))
+        for number, target in enumerate(targets)
+    ]

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.image.places import open_file
 from vfio_mig.interrupts import protected
+from vfio_mig.jobs.engine.export import describe_device
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.live import ROUNDS_LIVE, Live, copy_live
 from vfio_mig.jobs.engine.memory import Content, MemoryCopy, Wanted, memory_header, new_job_id
 from vfio_mig.jobs.engine.pause import Pause, announce_start, stop_all
-from vfio_mig.jobs.save import STDOUT, describe_device
+from vfio_mig.jobs.save import STDOUT
 from vfio_mig.report import Report
 
 if TYPE_CHECKING:

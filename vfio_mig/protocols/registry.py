@@ -16,7 +16,7 @@ from vfio_mig.errors import UnsupportedError
 if TYPE_CHECKING:
     from vfio_mig.device import Device
     from vfio_mig.protocols.base import MigrationProtocol
-    from vfio_mig.protocols.family import Condition, Family
+    from vfio_mig.protocols.family import Condition, Family, KnownState
     from vfio_mig.uapi.profile import RfcProfile
 
 AUTO: Final = "auto"
@@ -78,3 +78,13 @@ def detect(device: Device, profile: RfcProfile, abi: str = AUTO) -> MigrationPro
         device=device.name,
         hint=f"'vfio-mig info {'' if device.borrowed else '--open '}{device.name}' shows every check",
     )
+
+
+def parse_state(protocol: str, state: bytes | memoryview) -> KnownState | None:
+    """Parse a device state strictly where its layout is known; None where it is not.
+
+    :param protocol: name of the protocol it was read with.
+    :raises ImageError: it is broken; the message has the byte offset.
+    """
+    known = family(protocol)
+    return None if known is None else known.parse_state(memoryview(state))

@@ -24,13 +24,14 @@ class Pause:
 
     :ivar times: seconds of each phase by its name in the report: ``stop_time``, ``start_time``, ``stopped_time``,
         ``bitmap_time``, ``state_read_time``, ``state_write_time``.
+    :ivar began: the moment of the STOP request, as time.perf_counter() has it.
     """
 
     def __init__(self, job: Job, session: Session) -> None:
         self.job = job
         self.session = session
         self.times: dict[str, float] = {"start_time": 0.0, "bitmap_time": 0.0}
-        self._began = 0.0
+        self.began = 0.0
         self._undo: Callable[[], object] | None = None
 
     @contextmanager
@@ -67,7 +68,7 @@ class Pause:
     def stop(self) -> None:
         """Stop the device; time counts from here."""
         self.change(STOPPED)
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
         with self.phase("stop_time"):
             self.session.protocol.stop()
         self.job.step("after-stop", self.session)
@@ -87,7 +88,7 @@ class Pause:
 
     def end(self) -> None:
         """Take the time: nothing more needs the device to stand still."""
-        self.times["stopped_time"] = time.perf_counter() - self._began
+        self.times["stopped_time"] = time.perf_counter() - self.began
 
 
 # Several devices as one job: none may access another that is stopped already, or does not run yet. So every device
