@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from vfio_mig import uapi
 from vfio_mig.conform.kit.rig import Rig
-from vfio_mig.conform.kit.v2_device import (
+from vfio_mig.conform.kit.v2_device import HEAD, INFO, NEEDS, WITH_FD, Kernel, V2Device
+from vfio_mig.device import Device, DeviceInfo
+from vfio_mig.uapi.v2 import (
     DATA_SIZE,
     DEVICE_STATE,
     ERROR,
     GET,
-    HEAD,
-    INFO,
     LOG_REPORT,
     LOG_START,
     LOG_STOP,
     MIGRATION,
-    NEEDS,
     PRE_COPY,
     PRE_COPY_P2P,
     PRECOPY_INFO_V2,
@@ -33,11 +32,7 @@ from vfio_mig.conform.kit.v2_device import (
     SET,
     STOP,
     STOP_COPY,
-    WITH_FD,
-    Kernel,
-    V2Device,
 )
-from vfio_mig.device import Device, DeviceInfo
 
 if TYPE_CHECKING:
     from collections.abc import Collection

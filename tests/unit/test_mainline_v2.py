@@ -14,8 +14,9 @@ import pytest
 from vfio_mig import uapi
 from vfio_mig.device import Device
 from vfio_mig.errors import DeviceError, UnsupportedError, UsageError
-from vfio_mig.protocols import mainline_v2 as v2
-from vfio_mig.protocols.mainline_v2 import BY_HAND, CHUNK, NAMES, MainlineV2
+from vfio_mig.protocols.mainline_v2 import BY_HAND, CHUNK, MainlineV2
+from vfio_mig.uapi import v2
+from vfio_mig.uapi.v2 import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfio_mig.host.drivers import migrates
+from vfio_mig.uapi.v2 import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,16 +27,7 @@ SECONDS: Final = 2.0
 """How long a driver may take to say its state; it has a lock to wait for."""
 NO_ANSWER: Final = "?"
 _STATE_MAX: Final = 64
-_STATES: Final = {
-    "ERROR": "error",
-    "STOP": "stop",
-    "RUNNING": "running",
-    "STOP_COPY": "stop-copy",
-    "RESUMING": "resuming",
-    "RUNNING_P2P": "running-p2p",
-    "PRE_COPY": "pre-copy",
-    "PRE_COPY_P2P": "pre-copy-p2p",
-}
+_STATES: Final = {name.upper().replace("-", "_"): name for name in NAMES.values()}
 
 
 class OfflineStatus(NamedTuple):

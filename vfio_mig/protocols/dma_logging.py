@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from vfio_mig import uapi
 from vfio_mig.errors import DeviceError, UnsupportedError
 from vfio_mig.ranges import PAGE, merge, of_sizes
-from vfio_mig.uapi import ffi
+from vfio_mig.uapi.v2 import GET, LOG_REPORT, LOG_START, LOG_STOP, PROBE, SET
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,12 +25,6 @@ RANGES_MAX: Final = 256
 """Ranges of one log: vfio takes a page of them (drivers/vfio/vfio_main.c, LOG_MAX_RANGES)."""
 PAGE_SIZE_MAX: Final = 1 << 30
 """Bytes of the largest page that a log is believed to be kept in."""
-_GET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_GET")
-_SET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_SET")
-_PROBE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_PROBE")
-_START: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_START")
-_STOP: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP")
-_REPORT: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT")
 _BYTE: Final = 8
 _HEAD: Final = struct.Struct("=II")  # vfio_device_feature
 _CONTROL: Final = struct.Struct("=IIQIIQ")  # and vfio_device_feature_dma_logging_control
@@ -81,8 +75,8 @@ class DmaLog:
     def exists(self) -> bool:
         """Whether the device says that it has a log; only :meth:`start` shows whether the kernel lets it be read."""
         try:
-            for flags in (_SET | _START, _GET | _REPORT):
-                self._device.call(uapi.DEVICE_FEATURE, bytearray(_HEAD.pack(_HEAD.size, _PROBE | flags)))
+            for flags in (SET | LOG_START, GET | LOG_REPORT):
+                self._device.call(uapi.DEVICE_FEATURE, bytearray(_HEAD.pack(_HEAD.size, PROBE | flags)))
         except DeviceError:
             return False
         return True
@@ -97,7 +91,7 @@ class DmaLog:
         self._kept.clear()
         merged = merge_closest(ranges, RANGES_MAX)
         table = bytearray(b"".join(_RANGE.pack(*range_) for range_ in merged))
-        request = bytearray(_CONTROL.pack(_CONTROL.size, _SET | _START, PAGE, len(merged), 0, uapi.address_of(table)))
+        request = bytearray(_CONTROL.pack(_CONTROL.size, SET | LOG_START, PAGE, len(merged), 0, uapi.address_of(table)))
         try:
             self._device.call(uapi.DEVICE_FEATURE, request)
         except DeviceError as error:
@@ -138,7 +132,7 @@ class DmaLog:
         request = bytearray(
             _CALL_REPORT.pack(
                 _CALL_REPORT.size,
-                _GET | _REPORT,
+                GET | LOG_REPORT,
                 start_page * PAGE,
                 nr_pages * PAGE,
                 PAGE,
@@ -191,4 +185,4 @@ class DmaLog:
 
         :raises DeviceError: refused.
         """
-        self._device.call(uapi.DEVICE_FEATURE, bytearray(_HEAD.pack(_HEAD.size, _SET | _STOP)))
+        self._device.call(uapi.DEVICE_FEATURE, bytearray(_HEAD.pack(_HEAD.size, SET | LOG_STOP)))

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
 from vfio_mig.errors import DeviceError
-from vfio_mig.uapi import ffi
+from vfio_mig.uapi.v2 import GET, MIGRATION
 
 if TYPE_CHECKING:
     from vfio_mig.device import Device
 
-STOP_COPY: Final = ffi.integer_const("VFIO_MIGRATION_STOP_COPY")
-P2P: Final = ffi.integer_const("VFIO_MIGRATION_P2P")
-PRE_COPY: Final = ffi.integer_const("VFIO_MIGRATION_PRE_COPY")
 _FEATURE: Final = struct.Struct("=IIQ")  # vfio_device_feature + vfio_device_feature_migration
-_GET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_GET") | ffi.integer_const("VFIO_DEVICE_FEATURE_MIGRATION")
+_GET: Final = GET | MIGRATION
 
 
 def mainline_flags(device: Device) -> int:

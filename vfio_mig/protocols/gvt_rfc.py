@@ -11,9 +11,10 @@ from vfio_mig.device import READ, WRITE
 from vfio_mig.errors import DeviceError, UsageError
 from vfio_mig.protocols.base import MigrationProtocol
 from vfio_mig.protocols.family import Compared, Condition, Family
-from vfio_mig.protocols.flags import STOP_COPY, mainline_flags
+from vfio_mig.protocols.flags import mainline_flags
 from vfio_mig.ranges import PAGE
 from vfio_mig.uapi import ffi
+from vfio_mig.uapi.v2 import STOP_COPY_FLAG as STOP_COPY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,10 +20,28 @@ from vfio_mig.protocols.abilities import Pending
 from vfio_mig.protocols.base import MigrationProtocol
 from vfio_mig.protocols.dma_logging import DmaLog
 from vfio_mig.protocols.family import Condition, Family
-from vfio_mig.protocols.flags import P2P, mainline_flags
-from vfio_mig.protocols.flags import PRE_COPY as HAS_PRE_COPY
-from vfio_mig.protocols.flags import STOP_COPY as HAS_STOP_COPY
+from vfio_mig.protocols.flags import mainline_flags
 from vfio_mig.uapi import IoctlError, ffi
+from vfio_mig.uapi.v2 import (
+    DATA_SIZE,
+    DEVICE_STATE,
+    GET,
+    NAMES,
+    P2P_FLAG,
+    PRE_COPY,
+    PRE_COPY_FLAG,
+    PRE_COPY_P2P,
+    PRECOPY_INFO_V2,
+    RESUMING,
+    RUNNING,
+    RUNNING_P2P,
+    SAVING,
+    SET,
+    STOP,
+    STOP_COPY,
+    STOP_COPY_FLAG,
+    state_name,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -32,43 +50,20 @@ if TYPE_CHECKING:
     from vfio_mig.uapi.profile import RfcProfile
     from vfio_mig.words import State
 
-ERROR: Final = ffi.integer_const("VFIO_DEVICE_STATE_ERROR")
-STOP: Final = ffi.integer_const("VFIO_DEVICE_STATE_STOP")
-RUNNING: Final = ffi.integer_const("VFIO_DEVICE_STATE_RUNNING")
-STOP_COPY: Final = ffi.integer_const("VFIO_DEVICE_STATE_STOP_COPY")
-RESUMING: Final = ffi.integer_const("VFIO_DEVICE_STATE_RESUMING")
-RUNNING_P2P: Final = ffi.integer_const("VFIO_DEVICE_STATE_RUNNING_P2P")
-PRE_COPY: Final = ffi.integer_const("VFIO_DEVICE_STATE_PRE_COPY")
-PRE_COPY_P2P: Final = ffi.integer_const("VFIO_DEVICE_STATE_PRE_COPY_P2P")
-NAMES: Final[dict[int, State]] = {
-    ERROR: "error",
-    STOP: "stop",
-    RUNNING: "running",
-    STOP_COPY: "stop-copy",
-    RESUMING: "resuming",
-    RUNNING_P2P: "running-p2p",
-    PRE_COPY: "pre-copy",
-    PRE_COPY_P2P: "pre-copy-p2p",
-}
-"""States as QEMU spells them."""
 BY_HAND: Final[tuple[State, ...]] = ("running", "running-p2p", "stop")
 """States without a data fd, which may be left behind."""
 CHUNK: Final = 1 << 20
 """Bytes of one read of the data fd."""
 _AT_REST: Final = (STOP, RUNNING, RUNNING_P2P)
 _QUIET: Final = {RUNNING: RUNNING_P2P, PRE_COPY: PRE_COPY_P2P}
-_SAVING: Final = (STOP_COPY, PRE_COPY, PRE_COPY_P2P)
-_PARTS: Final = {HAS_STOP_COPY: "stop-copy", P2P: "p2p", HAS_PRE_COPY: "pre-copy"}
+_PARTS: Final = {STOP_COPY_FLAG: "stop-copy", P2P_FLAG: "p2p", PRE_COPY_FLAG: "pre-copy"}
 _STATE: Final = struct.Struct("=IIIi")  # vfio_device_feature + vfio_device_feature_mig_state
-_FEATURE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE")
-_GET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_GET") | _FEATURE
-_SET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_SET") | _FEATURE
+_GET: Final = GET | DEVICE_STATE
+_SET: Final = SET | DEVICE_STATE
 _HEAD: Final = struct.Struct("=II")  # vfio_device_feature
 _SIZE: Final = struct.Struct("=IIQ")  # and vfio_device_feature_mig_data_size
-_GET_SIZE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_GET") | ffi.integer_const("VFIO_DEVICE_FEATURE_MIG_DATA_SIZE")
-_SET_INFO2: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_SET") | ffi.integer_const(
-    "VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2"
-)
+_GET_SIZE: Final = GET | DATA_SIZE
+_SET_INFO2: Final = SET | PRECOPY_INFO_V2
 _PRECOPY_INFO: Final = struct.Struct("=IIQQ")  # vfio_precopy_info
 _REINIT: Final = ffi.integer_const("VFIO_PRECOPY_INFO_REINIT")
 
@@ -101,7 +96,7 @@ class MainlineV2(MigrationProtocol):
     @property
     def live(self) -> MainlineV2 | None:
         """Itself, if it has the PRE_COPY states."""
-        return self if self.flags & HAS_PRE_COPY else None
+        return self if self.flags & PRE_COPY_FLAG else None
 
     @property
     def dirty_log(self) -> MainlineV2:
@@ -111,7 +106,7 @@ class MainlineV2(MigrationProtocol):
     @property
     def p2p(self) -> MainlineV2 | None:
         """Itself, if it has the P2P states."""
-        return self if self.flags & P2P else None
+        return self if self.flags & P2P_FLAG else None
 
     @property
     def states(self) -> MainlineV2:
@@ -140,7 +135,7 @@ class MainlineV2(MigrationProtocol):
         now = self._get()
         if now == STOP_COPY:
             self._rest(STOP)
-        elif now in _SAVING:
+        elif now in SAVING:
             self._rest(RUNNING)
         elif now not in _AT_REST and may_reset:
             self.reset()
@@ -156,7 +151,7 @@ class MainlineV2(MigrationProtocol):
     def state(self) -> str:
         """Return the name of the state that the device is in now."""
         now = self._get()
-        return NAMES.get(now, f"state {now}")
+        return state_name(now)
 
     def _set(self, state: int) -> int:
         """Go to a state; returns the data fd that comes with it, which is the caller's, or -1.
@@ -224,7 +219,7 @@ class MainlineV2(MigrationProtocol):
         """
         if name not in BY_HAND:
             raise UsageError(f"{name!r} is not a state to be left in", hint=f"choose one of {', '.join(BY_HAND)}")
-        if name == NAMES[RUNNING_P2P] and not self.flags & P2P:
+        if name == NAMES[RUNNING_P2P] and not self.flags & P2P_FLAG:
             raise UnsupportedError("it has no P2P states", device=self.device.name)
         self._rest(next(state for state, its in NAMES.items() if its == name))
 
@@ -376,7 +371,7 @@ class _MainlineV2Family(Family):
         """Look for the one part that all of them have: STOP_COPY."""
         del profile
         flags = mainline_flags(device)
-        if not flags & HAS_STOP_COPY:
+        if not flags & STOP_COPY_FLAG:
             return [Condition("mainline-migration", False, f"mainline migration flags {flags:#x}")]
         return [Condition("mainline-migration", True, _describe(flags, has_log=DmaLog(device).exists))]
 

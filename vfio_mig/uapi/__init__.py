@@ -3,7 +3,8 @@
 
 Requests are ``_IO`` numbers from ``<linux/vfio.h>``: VFIO_TYPE is ``;``, VFIO_BASE is 100. The 2017 RFC's own two are
 in :mod:`vfio_mig.uapi.profile`, because they differ between trees; those of ``<linux/iommufd.h>`` in
-:mod:`vfio_mig.uapi.iommufd`, those of ``<linux/kvm.h>`` in :mod:`vfio_mig.uapi.kvm`.
+:mod:`vfio_mig.uapi.iommufd`, those of ``<linux/kvm.h>`` in :mod:`vfio_mig.uapi.kvm`; the numbers and names of
+the migration protocol v2 in :mod:`vfio_mig.uapi.v2`.
 """
 
 from __future__ import annotations

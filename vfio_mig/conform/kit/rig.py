@@ -6,8 +6,9 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vfio_mig.conform.kit.v2_device import ERROR, RESUMING, RUNNING, SAVING, STOP, V2Device, errno_name, state_name
+from vfio_mig.conform.kit.v2_device import V2Device, errno_name
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness
+from vfio_mig.uapi.v2 import ERROR, RESUMING, RUNNING, SAVING, STOP, state_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,7 +17,25 @@ from typing import TYPE_CHECKING, Final
 from vfio_mig import uapi
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable
 from vfio_mig.interrupts import protected
-from vfio_mig.uapi import ffi
+from vfio_mig.uapi.v2 import (
+    DEVICE_STATE,
+    ERROR,
+    GET,
+    MIGRATION,
+    P2P_FLAG,
+    PRE_COPY,
+    PRE_COPY_FLAG,
+    PRE_COPY_P2P,
+    PROBE,
+    RESUMING,
+    RUNNING,
+    RUNNING_P2P,
+    SAVING,
+    SET,
+    STOP,
+    STOP_COPY,
+    state_name,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,32 +43,8 @@ if TYPE_CHECKING:
     from vfio_mig.uapi import Request
     from vfio_mig.uapi._generated import CData
 
-GET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_GET")
-SET: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_SET")
-PROBE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_PROBE")
-MIGRATION: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_MIGRATION")
-DEVICE_STATE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE")
-LOG_START: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_START")
-LOG_STOP: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP")
-LOG_REPORT: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT")
-DATA_SIZE: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_MIG_DATA_SIZE")
-PRECOPY_INFO_V2: Final = ffi.integer_const("VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2")
 
-STOP_COPY_FLAG: Final = ffi.integer_const("VFIO_MIGRATION_STOP_COPY")
-P2P_FLAG: Final = ffi.integer_const("VFIO_MIGRATION_P2P")
-PRE_COPY_FLAG: Final = ffi.integer_const("VFIO_MIGRATION_PRE_COPY")
-
-ERROR: Final = ffi.integer_const("VFIO_DEVICE_STATE_ERROR")
-STOP: Final = ffi.integer_const("VFIO_DEVICE_STATE_STOP")
-RUNNING: Final = ffi.integer_const("VFIO_DEVICE_STATE_RUNNING")
-STOP_COPY: Final = ffi.integer_const("VFIO_DEVICE_STATE_STOP_COPY")
-RESUMING: Final = ffi.integer_const("VFIO_DEVICE_STATE_RESUMING")
-RUNNING_P2P: Final = ffi.integer_const("VFIO_DEVICE_STATE_RUNNING_P2P")
-PRE_COPY: Final = ffi.integer_const("VFIO_DEVICE_STATE_PRE_COPY")
-PRE_COPY_P2P: Final = ffi.integer_const("VFIO_DEVICE_STATE_PRE_COPY_P2P")
-NAMES: Final = ("error", "stop", "running", "stop-copy", "resuming", "running-p2p", "pre-copy", "pre-copy-p2p")
 STATES: Final = tuple(range(STOP, PRE_COPY_P2P + 1))
-SAVING: Final = (PRE_COPY, PRE_COPY_P2P, STOP_COPY)
 WITH_FD: Final = (*SAVING, RESUMING)
 NEEDS: Final = {RUNNING_P2P: P2P_FLAG, PRE_COPY: PRE_COPY_FLAG, PRE_COPY_P2P: P2P_FLAG | PRE_COPY_FLAG}
 """Flags without which a state does not exist."""
@@ -66,11 +60,6 @@ STREAM_MAX: Final = 256 << 20
 
 HANG: Final = "kernels 6.2 to 7.1 spin in it for ever, with the driver's lock held"
 FROM_ERROR: Final = "vfio_mig_get_next_state() WARNs about a device in state error, and a kernel may panic on WARN"
-
-
-def state_name(state: int) -> str:
-    """Name a state, also one that there is not."""
-    return NAMES[state] if 0 <= state < len(NAMES) else f"state {state}"
 
 
 def errno_name(error: OSError) -> str:

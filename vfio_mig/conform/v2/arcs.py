@@ -8,23 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig.conform.kit.check import FSM, NEXT, Check
-from vfio_mig.conform.kit.v2_device import (
-    ERROR,
-    FROM_ERROR,
-    HANG,
-    NAMES,
-    PRE_COPY,
-    PRE_COPY_P2P,
-    RESUMING,
-    SAVING,
-    STATES,
-    STOP,
-    STOP_COPY,
-    WITH_FD,
-    errno_name,
-    state_name,
-)
+from vfio_mig.conform.kit.v2_device import FROM_ERROR, HANG, STATES, WITH_FD, errno_name
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, require
+from vfio_mig.uapi.v2 import ERROR, NAMES, PRE_COPY, PRE_COPY_P2P, RESUMING, SAVING, STOP, STOP_COPY, state_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,20 +16,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig.conform.kit.check import LOG_CORE, LOGGING, REPORT, REPORT_CORE, Checks
-from vfio_mig.conform.kit.v2_device import (
-    GET,
-    LOG_REPORT,
-    LOG_START,
-    LOG_STOP,
-    PROBE,
-    RUNNING,
-    SET,
-    errno_name,
-    state_name,
-)
+from vfio_mig.conform.kit.v2_device import errno_name
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness, require
 from vfio_mig.conform.v2.feature import refusal
 from vfio_mig.ranges import PAGE
+from vfio_mig.uapi.v2 import GET, LOG_REPORT, LOG_START, LOG_STOP, PROBE, RUNNING, SET, state_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

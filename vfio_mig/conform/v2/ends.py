@@ -8,21 +8,10 @@ from typing import TYPE_CHECKING, Final
 
 from vfio_mig.conform.kit.check import CLOSE, FSM, LEAVING, Check, Checks
 from vfio_mig.conform.kit.rig import require_ended
-from vfio_mig.conform.kit.v2_device import (
-    ERROR,
-    LOG_START,
-    NAMES,
-    RESUMING,
-    RUNNING,
-    SET,
-    STATES,
-    STOP,
-    STOP_COPY,
-    errno_name,
-    state_name,
-)
+from vfio_mig.conform.kit.v2_device import STATES, errno_name
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness, require
 from vfio_mig.conform.v2.dirty import start, stop
+from vfio_mig.uapi.v2 import ERROR, LOG_START, NAMES, RESUMING, RUNNING, SET, STOP, STOP_COPY, state_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

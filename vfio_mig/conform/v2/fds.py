@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
 from vfio_mig.conform.kit.check import DATA_FD, FSM, PRECOPY, STATE, Checks
-from vfio_mig.conform.kit.v2_device import RESUMING, RUNNING, STOP, STOP_COPY, errno_name, state_name
+from vfio_mig.conform.kit.v2_device import errno_name
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, require
 from vfio_mig.conform.v2.feature import refusal
+from vfio_mig.uapi.v2 import RESUMING, RUNNING, STOP, STOP_COPY, state_name
 
 if TYPE_CHECKING:
     from vfio_mig.conform.kit.rig import Rig

@@ -8,23 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig.conform.kit.check import ENVELOPE, MIGRATION, SIZE, STATE, Checks
-from vfio_mig.conform.kit.v2_device import (
-    DATA_SIZE,
-    DEVICE_STATE,
-    GET,
-    NUMBER,
-    PROBE,
-    RUNNING,
-    SAVING,
-    SET,
-    STOP,
-    STOP_COPY_FLAG,
-    errno_name,
-    state_name,
-)
-from vfio_mig.conform.kit.v2_device import MIGRATION as MIGRATION_FEATURE
+from vfio_mig.conform.kit.v2_device import NUMBER, errno_name
 from vfio_mig.conform.kit.v2_device import STATE as STATE_PAYLOAD
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, recommend, require
+from vfio_mig.uapi.v2 import DATA_SIZE, DEVICE_STATE, GET, PROBE, RUNNING, SAVING, SET, STOP, STOP_COPY_FLAG, state_name
+from vfio_mig.uapi.v2 import MIGRATION as MIGRATION_FEATURE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

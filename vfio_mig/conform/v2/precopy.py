@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Final
 from vfio_mig import uapi
 from vfio_mig.conform.kit.check import FSM, PRECOPY, Checks
 from vfio_mig.conform.kit.rig import first_difference
-from vfio_mig.conform.kit.v2_device import (
-    INFO,
+from vfio_mig.conform.kit.v2_device import INFO, STREAM_MAX, errno_name
+from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness, recommend, require
+from vfio_mig.conform.v2.feature import refusal
+from vfio_mig.uapi.v2 import (
     PRE_COPY,
     PRE_COPY_FLAG,
     PRE_COPY_P2P,
@@ -20,11 +22,7 @@ from vfio_mig.conform.kit.v2_device import (
     SET,
     STOP,
     STOP_COPY,
-    STREAM_MAX,
-    errno_name,
 )
-from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness, recommend, require
-from vfio_mig.conform.v2.feature import refusal
 
 if TYPE_CHECKING:
     from vfio_mig.conform.kit.rig import Rig

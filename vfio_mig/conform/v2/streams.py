@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Final
 
 from vfio_mig.conform.kit.check import FSM, LEAVING, STATE, Checks
 from vfio_mig.conform.kit.rig import first_difference
-from vfio_mig.conform.kit.v2_device import RESUMING, RUNNING, STOP, errno_name, state_name
+from vfio_mig.conform.kit.v2_device import errno_name
 from vfio_mig.conform.kit.verdict import Deviation, NotApplicable, Weakness, require
 from vfio_mig.ranges import PAGE
+from vfio_mig.uapi.v2 import RESUMING, RUNNING, STOP, state_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
