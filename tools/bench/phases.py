@@ -81,6 +81,7 @@ def _real(stack: ExitStack, directory: Path) -> Pair:
     other = stack.enter_context(kvmgt_side(directory / "target"))
 
     def queue() -> None:
+        one.device.start()  # as some of the work is done before
         rfc.queue_work(one)
         other.memory.bytes[:] = one.memory.bytes[:]  # page tables are never dirty
 
