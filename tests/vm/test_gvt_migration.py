@@ -207,7 +207,8 @@ def test_one_command_migrates_it(player: Vgpu, make_side: MakeSide, shm: Path) -
     hand_over(player, a, shm / "player.vfm")
     a.memory.write(MEMORY + SEMAPHORE, b"\1\0\0\0")
     b.memory.bytes[:] = a.memory.bytes[:]
-    vfio_mig("migrate", a.name, b.name)
+    told = cli.run("migrate", a.name, b.name, warm=True).stderr.decode()
+    assert "guest memory: it has the state's 1 page table and 4 queued workloads, and no page comes along" in told
     for engine, values in QUEUED.items():
         for number, value in enumerate(values):
             b.await_u32(result_of(engine, number), value)
