@@ -139,6 +139,7 @@ def test_queued_work_moves_to_another_qemu_with_the_whole_ram_and_runs_there(gpu
         assert stored(gpu, since)[0x600D] == b.driver.at(TARGET)
 
 
+@pytest.mark.slow
 def test_without_the_whole_ram_the_page_tables_are_missing_and_that_is_said(directory: Path) -> None:
     with GvtQemu.started(directory / "a") as a, GvtQemu.started(directory / "b") as b:
         queue_work(a.driver, wait=True)
