@@ -140,7 +140,7 @@ class _Target:
         self.pause.job.step("after-state", self.session)
 
     @waiting
-    def read_word(self) -> str:
+    def read_verdict(self) -> str:
         """Wait for what the sender of the image wants: ``start``, ``stay``, or nothing when it has gone."""
         try:
             return self._stream.readline(16).decode("ascii", "replace").strip()
@@ -297,7 +297,7 @@ def restore_all(
     """
     from vfio_mig.dirty.memory import Memory
 
-    _check_request([file for _, file in pairs], await_verdict=await_verdict and (raw or start), words=await_verdict)
+    _check_request([file for _, file in pairs], await_verdict=await_verdict and (raw or start), awaits=await_verdict)
     targets = [_Target(name, file, force=force, await_verdict=await_verdict) for name, file in pairs]
     with Job(JOB, settings) as job:
         guest = job.enter(Memory(memory, writable=True))
@@ -330,8 +330,8 @@ def restore_all(
         return reports
 
 
-def _check_request(files: list[str], *, await_verdict: bool, words: bool) -> None:
-    if await_verdict or (words and files != [STDIN]):
+def _check_request(files: list[str], *, await_verdict: bool, awaits: bool) -> None:
+    if await_verdict or (awaits and files != [STDIN]):
         raise UsageError("to wait for a word is for one image from standard input", hint="leave out the other options")
     if files.count(STDIN) > 1:
         raise UsageError("two devices cannot be restored from standard input", hint="name a file for each: DEVICE=FILE")
@@ -347,7 +347,7 @@ def _await_verdict(job: Job, target: _Target) -> bool:
     job.disarm()
     job.step("loaded", target.session)
     try:
-        return target.read_word() == START
+        return target.read_verdict() == START
     except KeyboardInterrupt as interrupt:
         interrupt.add_note("the device holds the whole state, and stays stopped")
         raise

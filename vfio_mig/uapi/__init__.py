@@ -16,36 +16,12 @@ import ioctl_opt
 
 from vfio_mig.errors import errno_text
 from vfio_mig.interrupts import check_cut
-from vfio_mig.uapi._generated import ffi
+from vfio_mig.uapi._generated import ffi as ffi
 
 if TYPE_CHECKING:
     import mmap
 
     from vfio_mig.uapi._generated import CData
-
-__all__ = [
-    "DEVICE_ATTACH_IOMMUFD_PT",
-    "DEVICE_BIND_IOMMUFD",
-    "DEVICE_FEATURE",
-    "DEVICE_GET_INFO",
-    "DEVICE_GET_REGION_INFO",
-    "DEVICE_RESET",
-    "GROUP_GET_DEVICE_FD",
-    "GROUP_GET_STATUS",
-    "GROUP_SET_CONTAINER",
-    "IOMMU_DIRTY_PAGES",
-    "IOMMU_MAP_DMA",
-    "MIG_GET_PRECOPY_INFO",
-    "SET_IOMMU",
-    "VFIO_BASE",
-    "VFIO_TYPE",
-    "IoctlError",
-    "Request",
-    "address_of",
-    "call",
-    "ffi",
-    "vfio_request",
-]
 
 VFIO_TYPE: Final = ord(";")
 VFIO_BASE: Final = 100
