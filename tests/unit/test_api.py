@@ -13,7 +13,7 @@ import vfio_mig
 from tests.unit.test_cli_parse import Untouched as ChoosesNothing
 from vfio_mig.cli.main import cli
 from vfio_mig.device import Device
-from vfio_mig.host.discover import HostDevice
+from vfio_mig.host.devices import HostDevice
 
 
 def test_every_public_name_is_there_and_no_other_is_announced() -> None:

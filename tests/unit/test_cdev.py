@@ -15,7 +15,8 @@ import pytest
 from vfio_mig import uapi
 from vfio_mig.errors import DeviceBusyError, OpenError, VfioMigError
 from vfio_mig.host import cdev, opening
-from vfio_mig.host.discover import Host, HostDevice
+from vfio_mig.host.devices import HostDevice
+from vfio_mig.host.discover import Host
 from vfio_mig.host.dma import ContainerDma, IommufdDma
 from vfio_mig.host.holders import find_holder, find_holders
 from vfio_mig.host.opening import open_device

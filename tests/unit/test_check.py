@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import vfio_mig
 from vfio_mig.device import Device, Region
 from vfio_mig.errors import DeviceError, HostError, ImageError, MismatchError, UsageError
-from vfio_mig.host.discover import HostDevice
+from vfio_mig.host.devices import HostDevice
 from vfio_mig.image.archive import Archive, read_archive
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs.check import (

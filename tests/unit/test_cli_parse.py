@@ -20,7 +20,7 @@ from vfio_mig.cli.main import COMMANDS, cli
 from vfio_mig.cli.options import Options
 from vfio_mig.device import Device
 from vfio_mig.errors import DeviceNotFoundError, UsageError, VfioMigError
-from vfio_mig.host.discover import HostDevice
+from vfio_mig.host.devices import HostDevice
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs.engine import job as job_engine
 from vfio_mig.jobs.engine.session import Session

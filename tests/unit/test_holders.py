@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Final, Self
 import pytest
 
 from vfio_mig import proc
+from vfio_mig.device import Holder
 from vfio_mig.errors import DeviceBusyError
 from vfio_mig.host import holders as module
-from vfio_mig.host.discover import Host, HostDevice, Snapshot
-from vfio_mig.host.holders import Holder, Unseen, View, find_holder, find_holders, look
+from vfio_mig.host.devices import HostDevice
+from vfio_mig.host.discover import Host, Snapshot
+from vfio_mig.host.holders import Unseen, View, find_holder, find_holders, look
 from vfio_mig.host.opening import open_device
 
 if TYPE_CHECKING:

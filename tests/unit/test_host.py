@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from vfio_mig import uapi
+from vfio_mig.device import Holder
 from vfio_mig.errors import (
     DeviceBusyError,
     DeviceError,
@@ -27,8 +28,9 @@ from vfio_mig.errors import (
     VfioMigError,
 )
 from vfio_mig.host import holders, kvm, mdev, opening
-from vfio_mig.host.discover import Host, HostDevice, Snapshot
-from vfio_mig.host.holders import Holder, Unseen, View, duplicate_container, duplicate_fd, find_holder, find_holders
+from vfio_mig.host.devices import HostDevice
+from vfio_mig.host.discover import Host, Snapshot
+from vfio_mig.host.holders import Unseen, View, duplicate_container, duplicate_fd, find_holder, find_holders
 from vfio_mig.host.opening import open_device
 from vfio_mig.uapi import IoctlError, Request, address_of
 from vfio_mig.uapi import kvm as kvm_words

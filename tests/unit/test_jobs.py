@@ -22,7 +22,7 @@ from tools.lab.faults.injection import LISTENERS, install
 from tools.lab.faults.injection import VARIABLE as FAULT
 from vfio_mig import interrupts
 from vfio_mig.decode import gvt_image as gvt
-from vfio_mig.device import Device
+from vfio_mig.device import Device, Holder
 from vfio_mig.dirty.memory import MemoryMap
 from vfio_mig.dirty.ranges import PageRange
 from vfio_mig.errors import (
@@ -35,8 +35,9 @@ from vfio_mig.errors import (
     UsageError,
 )
 from vfio_mig.host import tracking
-from vfio_mig.host.discover import Host, HostDevice, Snapshot
-from vfio_mig.host.holders import Holder, View
+from vfio_mig.host.devices import HostDevice
+from vfio_mig.host.discover import Host, Snapshot
+from vfio_mig.host.holders import View
 from vfio_mig.host.lock import LOADING, STOPPED, VARIABLE, DeviceLock, Leftover, left_behind
 from vfio_mig.host.tracking import HeldTracker
 from vfio_mig.image.archive import read_archive

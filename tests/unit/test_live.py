@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
-from vfio_mig.device import Device
+from vfio_mig.device import Device, Holder
 from vfio_mig.dirty.ranges import PageRange
 from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError
 from vfio_mig.host import tracking
-from vfio_mig.host.discover import HostDevice
-from vfio_mig.host.holders import Holder
+from vfio_mig.host.devices import HostDevice
 from vfio_mig.jobs.engine.dirtylog import DirtyLog
 from vfio_mig.jobs.engine.live import Live, StateCopy, copy_live, falls_short
 from vfio_mig.jobs.engine.session import Session, Settings

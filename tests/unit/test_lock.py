@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from vfio_mig.device import Holder
 from vfio_mig.errors import DeviceBusyError, HostError
 from vfio_mig.host import lock as module
-from vfio_mig.host.discover import HostDevice
-from vfio_mig.host.holders import Holder
+from vfio_mig.host.devices import HostDevice
 from vfio_mig.host.lock import (
     LOADING,
     STOPPED,

@@ -19,7 +19,7 @@ from vfio_mig.host.offline import OfflineStatus, look, read_within
 from vfio_mig.jobs.queries.devices import DeviceRow, device_info
 
 if TYPE_CHECKING:
-    from vfio_mig.host.discover import HostDevice
+    from vfio_mig.host.devices import HostDevice
 
 STATE: Final = "migration/state"
 

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfio_mig import uapi
-from vfio_mig.device import Device
+from vfio_mig.device import Device, Holder
 from vfio_mig.errors import DeviceError, UnsupportedError
 from vfio_mig.host import tracking
 from vfio_mig.host.dma import ContainerDma, IommufdDma
-from vfio_mig.host.holders import Holder
 from vfio_mig.host.tracking import ContainerTracker, DmaTracker, IommuTracker, find_tracker
 from vfio_mig.ranges import PAGE
 from vfio_mig.uapi import IoctlError, Request, iommufd

@@ -26,8 +26,8 @@ ME = os.getpid()
 # opens a vGPU as a VMM would, says so, and stays; its group fd is dup'ed to 100
 OWNER = """
 import os, sys
-from tests.vm.host import Instance
-from tests.vm.raw import Container, Device
+from tools.lab.sample.host import Instance
+from tools.lab.vfio.raw import Container, Device
 instance = Instance(sys.argv[1], "")
 container = Container(instance.group)
 device = Device(container, instance.uuid)

@@ -25,11 +25,11 @@ from vfio_mig.cli import image as _image  # noqa: F401 -- for the command line, 
 from vfio_mig.cli import inspect as _inspect  # noqa: F401 -- as above
 from vfio_mig.cli.main import cli
 from vfio_mig.decode import gvt_image as gvt
+from vfio_mig.device import Holder
 from vfio_mig.dirty.memory import Memory, MemoryMap
 from vfio_mig.dirty.ranges import parse_number, parse_range
 from vfio_mig.host import lock
 from vfio_mig.host.discover import Host
-from vfio_mig.host.holders import Holder
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.layout import MEMBER_MAX
 from vfio_mig.jobs import check

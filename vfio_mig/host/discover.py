@@ -14,9 +14,8 @@ from vfio_mig.host.drivers import better_driver, is_vfio_driver
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vfio_mig.host.holders import Holder, Unseen, View
-
-__all__ = ["PCI_ADDRESS", "UUID", "Host", "HostDevice", "Snapshot"]
+    from vfio_mig.device import Holder
+    from vfio_mig.host.holders import Unseen, View
 
 UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 PCI_ADDRESS: Final = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from vfio_mig.host.devices import HostDevice
 
-__all__ = ["Holder", "Unseen", "View", "duplicate_fd", "find_holder", "find_holders", "look"]  # Holder is device's
-
 
 PROGRAM: Final = "vfio-mig"
 RIGHTS: Final = "CAP_SYS_PTRACE and, for another user's process, CAP_DAC_READ_SEARCH"
