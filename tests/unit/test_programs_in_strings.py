@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -39,7 +40,7 @@ def modules_run(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.List | ast.Tuple):
             words = [one.value if isinstance(one, ast.Constant) else None for one in node.elts]
-            for flag, module in zip(words, words[1:], strict=False):
+            for flag, module in pairwise(words):
                 if flag == "-m" and isinstance(module, str) and _DOTTED.fullmatch(module):
                     yield module
 
