@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from tools.lab.borrowing import borrowed_fd
 from tools.lab.gvt import kvmgt
-from tools.lab.gvt.kvmgt import MEMORY, MEMORY_PAGES, Driver
+from tools.lab.gvt.kvmgt import MEMORY, MEMORY_PAGES, SEMAPHORE, Driver
 from tools.lab.qemu import QemuDevice, QemuVm, Qtest, running
 from tools.lab.vfio import raw
 from tools.lab.vfio.raw import Memory
@@ -86,6 +86,9 @@ class GvtQemu(QemuVm):
             qemu = running(kvmgt.DEVICES / name, paths, ram=_RAM, megabytes=MEGABYTES, accel="kvm")
             with qemu as (process, qtest), contextlib.closing(raw.Device(borrowed_fd(name), name)) as outside:
                 self = cls(name, process, qtest, paths, outside)
-                with self.qmp:
-                    yield self
-                    self.quit()
+                try:
+                    with self.qmp:
+                        yield self
+                        self.quit()
+                finally:  # QEMU cannot end as long as work of its vGPU waits
+                    self.ram.write(MEMORY + SEMAPHORE, b"\1\0\0\0")
