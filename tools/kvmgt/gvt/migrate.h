@@ -23,12 +23,14 @@ struct execlist_ring_context;
 struct intel_engine_cs;
 struct intel_vgpu;
 struct intel_vgpu_elsp_dwords;
+struct intel_vgpu_stream;
 struct intel_vgpu_workload;
 
 /* The module parameter "migration" */
 enum intel_gvt_migration {
 	INTEL_GVT_MIGRATION_OFF,	/* as without these patches, in every respect */
 	INTEL_GVT_MIGRATION_RFC,	/* the interface of the RFC of 2017 */
+	INTEL_GVT_MIGRATION_V2,		/* protocol v2 of <linux/vfio.h> */
 };
 
 /* Of each vGPU; all but @written is unused with migration=off */
@@ -46,6 +48,11 @@ struct intel_vgpu_migration {
 	struct xarray written;
 	/* Why the record is not complete, if it is not */
 	int written_err;
+	/* Protocol v2's; changed under @lock */
+	enum vfio_device_mig_state state;
+	struct intel_vgpu_stream *stream;
+	/* Ends what is under way; called with @lock held on reset and close */
+	void (*end)(struct intel_vgpu *vgpu);
 };
 
 /* migrate_mode.c */
@@ -59,6 +66,11 @@ static inline bool intel_gvt_migrates(void)
 static inline bool intel_gvt_migrates_rfc(void)
 {
 	return intel_gvt_migration() == INTEL_GVT_MIGRATION_RFC;
+}
+
+static inline bool intel_gvt_migrates_v2(void)
+{
+	return intel_gvt_migration() == INTEL_GVT_MIGRATION_V2;
 }
 
 void intel_vgpu_init_migration(struct intel_vgpu *vgpu);
@@ -118,6 +130,9 @@ static inline bool intel_gvt_is_state_region(u64 index)
 {
 	return intel_gvt_migrates_rfc() && index == VFIO_PCI_DEVICE_STATE_REGION_INDEX;
 }
+
+/* migrate_v2.c */
+void intel_vgpu_init_v2(struct intel_vgpu *vgpu);
 
 /* What the patches add to the driver's own files */
 void intel_vgpu_mark_pinned(struct intel_vgpu *vgpu, struct intel_vgpu_window *window);

@@ -58,8 +58,33 @@ static int take_array(struct intel_vgpu *vgpu, const void **field, u32 *nr,
 	return 0;
 }
 
+/* Where what the RFC forgot is, or would be */
+struct ext_place {
+	const struct gvt_ext *ext;
+	size_t room;
+	bool own;		/* in a record of its own, which has nothing else */
+};
+
+static int take_ext(struct intel_vgpu *vgpu, struct ext_place *place, const void *payload,
+		    u32 size)
+{
+	if (size < sizeof(*place->ext))
+		return bad(vgpu, "EXT is too short");
+
+	place->room = size;
+	place->own = true;
+	return take(vgpu, (const void **)&place->ext, payload, size, size);
+}
+
+static int take_sreg(struct intel_vgpu *vgpu, struct ext_place *place, const void *payload,
+		     u32 size)
+{
+	place->room = vgpu->gvt->device_info.mmio_size;
+	return take(vgpu, (const void **)&place->ext, payload, size, place->room);
+}
+
 static int take_record(struct intel_vgpu *vgpu, const struct gvt_region *region,
-		       struct intel_vgpu_image *image, const void **sreg)
+		       struct intel_vgpu_image *image, struct ext_place *place)
 {
 	const struct intel_gvt_device_info *info = &vgpu->gvt->device_info;
 	const void *payload = region + 1;
@@ -68,7 +93,9 @@ static int take_record(struct intel_vgpu *vgpu, const struct gvt_region *region,
 	case GVT_MIGRATION_CFG_SPACE:
 		return take(vgpu, &image->cfg, payload, region->size, info->cfg_space_size);
 	case GVT_MIGRATION_SREG:
-		return take(vgpu, sreg, payload, region->size, info->mmio_size);
+		return take_sreg(vgpu, place, payload, region->size);
+	case GVT_MIGRATION_EXT:
+		return take_ext(vgpu, place, payload, region->size);
 	case GVT_MIGRATION_VREG:
 		return take(vgpu, &image->vreg, payload, region->size, info->mmio_size);
 	case GVT_MIGRATION_GTT:
@@ -85,7 +112,7 @@ static int take_record(struct intel_vgpu *vgpu, const struct gvt_region *region,
 }
 
 static int take_records(struct intel_vgpu *vgpu, const void *buf, size_t size,
-			struct intel_vgpu_image *image, const void **sreg, size_t *data_size)
+			struct intel_vgpu_image *image, struct ext_place *place, size_t *data_size)
 {
 	const struct gvt_region *region = buf;
 	const struct gvt_image_header *head = (const void *)(region + 1);
@@ -97,6 +124,8 @@ static int take_records(struct intel_vgpu *vgpu, const void *buf, size_t size,
 		return bad(vgpu, "it does not begin with HEAD");
 	if (head->data_size < 0 || head->data_size < pos || head->data_size > size)
 		return bad(vgpu, "data_size");
+	if (intel_gvt_migrates_v2() && head->data_size != size)
+		return bad(vgpu, "something behind data_size");
 
 	*data_size = head->data_size;
 	while (pos < *data_size) {
@@ -104,13 +133,13 @@ static int take_records(struct intel_vgpu *vgpu, const void *buf, size_t size,
 		if (*data_size - pos < sizeof(*region) ||
 		    *data_size - pos - sizeof(*region) < region->size)
 			return bad(vgpu, "a record runs over data_size");
-		ret = take_record(vgpu, region, image, sreg);
+		ret = take_record(vgpu, region, image, place);
 		if (ret)
 			return ret;
 		pos += sizeof(*region) + region->size;
 	}
 
-	if (!image->cfg || !image->vreg || !image->gtt || !*sreg)
+	if (!image->cfg || !image->vreg || !image->gtt || !place->ext)
 		return bad(vgpu, "a record is missing");
 	return 0;
 }
@@ -520,21 +549,23 @@ static int check_partial_ptes(struct intel_vgpu *vgpu, const struct intel_vgpu_i
 }
 
 static int check_ext(struct intel_vgpu *vgpu, struct intel_vgpu_image *image,
-		     const struct gvt_ext *ext)
+		     const struct ext_place *place)
 {
+	const struct gvt_ext *ext = place->ext;
 	struct intel_gvt *gvt = vgpu->gvt;
 	u32 ring, i;
 	int ret;
 
-	if (ext->size < sizeof(*ext) || ext->size > gvt->device_info.mmio_size ||
+	if (ext->size < sizeof(*ext) || ext->size > place->room ||
 	    ext->size != size_add(sizeof(*ext),
 				  size_add(size_mul(ext->nr_workloads,
 						    sizeof(*image->ext_workloads)),
 					   size_mul(ext->nr_partial_ptes,
 						    sizeof(*image->partial_ptes)))))
-		return bad(vgpu, "the size of what is in SREG");
-	if (memchr_inv((const void *)ext + ext->size, 0, gvt->device_info.mmio_size - ext->size))
-		return bad(vgpu, "something behind what is in SREG");
+		return bad(vgpu, "the size of what the RFC forgot");
+	if (place->own ? ext->size != place->room :
+			 !!memchr_inv((const void *)ext + ext->size, 0, place->room - ext->size))
+		return bad(vgpu, "something behind what the RFC forgot");
 	if (ext->graphics_version != GRAPHICS_VER(gvt->gt->i915) ||
 	    ext->engine_mask != gvt->gt->info.engine_mask ||
 	    ext->ggtt_size != gvt_ggtt_gm_sz(gvt) || ext->bar2_size != gvt_aperture_sz(gvt))
@@ -597,19 +628,22 @@ static int check_workloads(struct intel_vgpu *vgpu, const struct intel_vgpu_imag
 int intel_vgpu_check_image(struct intel_vgpu *vgpu, const void *buf, size_t size,
 			   struct intel_vgpu_image *image)
 {
+	struct ext_place place = {};
 	const struct gvt_ext *ext;
-	const void *sreg = NULL;
 	size_t data_size;
+	bool has_ext;
 	int ret;
 
 	memset(image, 0, sizeof(*image));
-	ret = take_records(vgpu, buf, size, image, &sreg, &data_size);
+	ret = take_records(vgpu, buf, size, image, &place, &data_size);
 	if (ret)
 		return ret;
 
-	ext = sreg;
-	if (ext->magic == GVT_EXT_MAGIC &&
-	    ext->crc != intel_vgpu_image_crc(buf, data_size, (const void *)&ext->crc - buf))
+	ext = place.ext;
+	has_ext = ext->magic == GVT_EXT_MAGIC;
+	if (!has_ext && (place.own || intel_gvt_migrates_v2()))
+		return bad(vgpu, "what the RFC forgot is not there");
+	if (has_ext && ext->crc != intel_vgpu_image_crc(buf, data_size, (const void *)&ext->crc - buf))
 		return bad(vgpu, "it was damaged");
 
 	ret = check_cfg(vgpu, image->cfg);
@@ -619,8 +653,8 @@ int intel_vgpu_check_image(struct intel_vgpu *vgpu, const void *buf, size_t size
 		ret = check_hw_registers(vgpu, image->vreg);
 	if (!ret)
 		ret = check_ppgtt(vgpu, image);
-	if (!ret && ext->magic == GVT_EXT_MAGIC)
-		ret = check_ext(vgpu, image, ext);
+	if (!ret && has_ext)
+		ret = check_ext(vgpu, image, &place);
 	if (!ret)
 		ret = check_workloads(vgpu, image);
 	return ret;

@@ -33,7 +33,8 @@ void intel_vgpu_note_written(struct intel_vgpu *vgpu, unsigned long gfn, unsigne
 {
 	unsigned long i;
 
-	if (!intel_gvt_migrates())
+	/* with protocol v2 the container is asked */
+	if (!intel_gvt_migrates_rfc())
 		return;
 
 	for (i = 0; i < nr; i++) {

@@ -1,12 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The image that goes through the state region: the RFC's records, whose layout
- * is in gvt_image.h, and what the RFC forgot.
+ * The image of a vGPU: the RFC's records, whose layout is in gvt_image.h, and
+ * what the RFC forgot.
  *
- * The latter is in the record SREG. GVT never had a use for its 2 MiB, only its
- * size matters to a reader that follows the RFC. An image without it, all zero
- * there, is taken as the RFC describes it: as that of a vGPU that has nothing
- * half done.
+ * Through the RFC's state region the latter is in the record SREG. GVT never had
+ * a use for its 2 MiB, only its size matters to a reader that follows the RFC.
+ * An image without it, all zero there, is taken as the RFC describes it: as that
+ * of a vGPU that has nothing half done.
+ *
+ * With protocol v2 it is a record of its own, GVT_MIGRATION_EXT, there is no
+ * SREG, and nothing may follow the last record.
  */
 #ifndef _GVT_MIGRATE_IMAGE_H_
 #define _GVT_MIGRATE_IMAGE_H_
@@ -14,6 +17,9 @@
 #include <linux/types.h>
 
 #include "gvt_image.h"
+
+/* Types of records from here on are ours */
+#define GVT_MIGRATION_EXT	0x100
 
 #define GVT_EXT_MAGIC	0x315458452d545647ULL	/* "GVT-EXT1" */
 
@@ -112,6 +118,7 @@ struct intel_vgpu_image {
 
 int intel_vgpu_ring_to_engine(u32 ring);
 u32 intel_vgpu_image_crc(const void *image, size_t size, size_t crc_at);
+size_t intel_vgpu_image_size(struct intel_vgpu *vgpu);
 ssize_t intel_vgpu_save(struct intel_vgpu *vgpu, void *buf, size_t size);
 int intel_vgpu_check_image(struct intel_vgpu *vgpu, const void *buf, size_t size,
 			   struct intel_vgpu_image *image);

@@ -14,6 +14,7 @@
 static const char * const migration_names[] = {
 	[INTEL_GVT_MIGRATION_OFF] = "off",
 	[INTEL_GVT_MIGRATION_RFC] = "rfc",
+	[INTEL_GVT_MIGRATION_V2] = "v2",
 };
 
 static int migration = INTEL_GVT_MIGRATION_RFC;
@@ -41,7 +42,7 @@ static const struct kernel_param_ops migration_ops = {
 
 module_param_cb(migration, &migration_ops, NULL, 0444);
 MODULE_PARM_DESC(migration,
-		 "Interface for migration: rfc (of 2017; no display by dma-buf), or off (default: rfc)");
+		 "Interface for migration: rfc (of 2017; no display by dma-buf), v2 (of linux/vfio.h), or off (default: rfc)");
 
 enum intel_gvt_migration intel_gvt_migration(void)
 {

@@ -178,6 +178,8 @@ int intel_vgpu_reset_migration(struct intel_vgpu *vgpu)
 		intel_vgpu_reset_stopped(vgpu);
 		mutex_unlock(&vgpu->vgpu_lock);
 		intel_vgpu_start(vgpu);
+		if (vgpu->migration.end)
+			vgpu->migration.end(vgpu);
 	}
 	mutex_unlock(&vgpu->migration.lock);
 
@@ -191,6 +193,8 @@ int intel_vgpu_reset_migration(struct intel_vgpu *vgpu)
 void intel_vgpu_close_migration(struct intel_vgpu *vgpu)
 {
 	mutex_lock(&vgpu->migration.lock);
+	if (vgpu->migration.end)
+		vgpu->migration.end(vgpu);
 	set_stopped(vgpu, false);
 	vgpu->migration.vblank = false;
 	intel_vgpu_forget_written(vgpu);

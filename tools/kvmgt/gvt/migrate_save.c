@@ -17,6 +17,9 @@ static_assert(sizeof_field(struct gvt_ext_display, dpcd) == DPCD_SIZE);
 static_assert(ARRAY_SIZE(((struct gvt_ext_display *)0)->sbi) == SBI_REG_MAX);
 static_assert(BITS_TO_U64(INTEL_GVT_EVENT_MAX) <= 4);
 
+/* HEAD, CFG_SPACE, SREG or EXT, VREG, GTT, PPGTT, WORKLOAD */
+#define NR_RECORDS	7
+
 struct output {
 	void *base;
 	size_t size;
@@ -264,23 +267,28 @@ static void save_ext_workloads(struct intel_vgpu *vgpu, struct gvt_ext_workload 
 	}
 }
 
-/* SREG: see migrate_image.h */
+/* SREG or EXT: see migrate_image.h */
 static int save_ext(struct intel_vgpu *vgpu, struct output *out, struct gvt_ext **ext)
 {
 	struct intel_gvt *gvt = vgpu->gvt;
 	struct list_head *partial = &vgpu->gtt.ggtt_mm->ggtt_mm.partial_pte_list;
-	struct gvt_ext *to = add_record(out, GVT_MIGRATION_SREG, gvt->device_info.mmio_size);
+	bool v2 = intel_gvt_migrates_v2();
 	size_t nr_workloads = count_workloads(vgpu);
 	size_t nr_partial = list_count_nodes(partial);
 	struct gvt_ext_partial_pte *pte_to;
 	struct gvt_ext_workload *workload_to;
 	struct intel_gvt_partial_pte *pte;
+	struct gvt_ext *to;
 	size_t size;
 	u32 ring;
 
 	size = size_add(sizeof(*to), size_add(size_mul(nr_workloads, sizeof(*workload_to)),
 					      size_mul(nr_partial, sizeof(*pte_to))));
-	if (!to || size > gvt->device_info.mmio_size)
+	if (!v2 && size > gvt->device_info.mmio_size)
+		return -ENOSPC;
+	to = add_record(out, v2 ? GVT_MIGRATION_EXT : GVT_MIGRATION_SREG,
+			v2 ? size : gvt->device_info.mmio_size);
+	if (!to)
 		return -ENOSPC;
 
 	to->magic = GVT_EXT_MAGIC;
@@ -310,6 +318,22 @@ static int save_ext(struct intel_vgpu *vgpu, struct output *out, struct gvt_ext 
 
 	*ext = to;
 	return 0;
+}
+
+/**
+ * intel_vgpu_image_size - tell how large an image is with protocol v2
+ * @vgpu: a vGPU
+ *
+ * Returns: bytes of it without page tables and work
+ */
+size_t intel_vgpu_image_size(struct intel_vgpu *vgpu)
+{
+	const struct intel_gvt_device_info *info = &vgpu->gvt->device_info;
+
+	return NR_RECORDS * sizeof(struct gvt_region) +
+	       sizeof(struct gvt_image_header) + info->cfg_space_size + info->mmio_size +
+	       sizeof(struct gvt_ext) +
+	       (vgpu_ggtt_gm_sz(vgpu) >> I915_GTT_PAGE_SHIFT) * sizeof(u64);
 }
 
 /**

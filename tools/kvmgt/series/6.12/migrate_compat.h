@@ -3,6 +3,9 @@
 #ifndef _GVT_MIGRATE_COMPAT_H_
 #define _GVT_MIGRATE_COMPAT_H_
 
+/* struct vfio_migration_ops, since 6.2 */
+#define GVT_HAS_MIGRATION_DATA_SIZE
+
 #include <linux/slab.h>
 
 /* Of the stable kernels the later ones have them. */
