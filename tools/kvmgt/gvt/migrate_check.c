@@ -643,7 +643,8 @@ int intel_vgpu_check_image(struct intel_vgpu *vgpu, const void *buf, size_t size
 	has_ext = ext->magic == GVT_EXT_MAGIC;
 	if (!has_ext && (place.own || intel_gvt_migrates_v2()))
 		return bad(vgpu, "what the RFC forgot is not there");
-	if (has_ext && ext->crc != intel_vgpu_image_crc(buf, data_size, (const void *)&ext->crc - buf))
+	if (has_ext &&
+	    ext->crc != intel_vgpu_image_crc(buf, data_size, (const void *)&ext->crc - buf))
 		return bad(vgpu, "it was damaged");
 
 	ret = check_cfg(vgpu, image->cfg);

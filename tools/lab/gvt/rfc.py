@@ -18,6 +18,8 @@ from tools.lab.vfio import raw
 from tools.lab.vfio.raw import PAGE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tools.gpu.control import Control
 
 RCS, BCS, VCS = ENGINES[:3]
@@ -137,12 +139,13 @@ def result_of(engine: Engine, number: int) -> int:
     return RESULT + 0x100 + 16 * list(QUEUED).index(engine) + 8 * number
 
 
-def queue_work(vgpu: Driver, *, wait: bool = False) -> None:
+def queue_work(vgpu: Driver, *, wait: bool = False, stop: Callable[[], object] | None = None) -> None:
     """Leave on two engines a pair of contexts queued, and half a submission and half an entry of the GGTT pending.
 
     The first context of each pair runs the batch before it stores its value. Leaves the vGPU stopped.
 
     :param wait: the batch waits until SEMAPHORE is 1.
+    :param stop: stops it, instead of the RFC's ioctl.
     """
     for engine in QUEUED:
         vgpu.prepare(engine)
@@ -151,7 +154,7 @@ def queue_work(vgpu: Driver, *, wait: bool = False) -> None:
         vgpu.device.set_pte(vgpu.low + offset, MEMORY + offset | 1)
     vgpu.submit(BCS, 0x11, 0x12)
     vgpu.await_u32(RESULT, 0x12)
-    vgpu.device.stop()
+    (stop or vgpu.device.stop)()
     vgpu.put(SEMAPHORE, 0)
     vgpu.make_batch(BATCH_VALUE, wait=wait)
     for number, (engine, values) in enumerate(QUEUED.items()):
