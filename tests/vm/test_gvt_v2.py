@@ -98,6 +98,11 @@ def records(image: bytes) -> dict[int, bytes]:
     return found
 
 
+def sections(report: Any) -> dict[str, Any]:
+    """Return what ``inspect`` tells of each section of the state."""
+    return {one["name"]: one["values"] for one in report["sections"]}
+
+
 def await_queue(a: Side) -> None:
     for engine, values in QUEUED.items():
         for number, value in enumerate(values):
@@ -131,6 +136,9 @@ def test_a_vgpu_at_work_moves_with_its_queue(player: Vgpu, make_side: MakeSide, 
     queue(player)
     seen = view(player.device)
     vfio_mig("save", player.name, shm / "player.vfm")
+    ext = sections(vfio_mig("inspect", shm / "player.vfm"))["ext"]
+    assert (ext["queued"]["count"], ext["half_entries"]["count"]) == (4, 1)
+    assert [one["engine"] for one in ext["queued"]["listed"]] == ["rcs", "rcs", "bcs", "bcs"]
     a.memory.bytes[:] = player.memory.bytes[:]
     vfio_mig("restore", a.name, shm / "player.vfm")
     assert view(a.device) == seen

@@ -6,8 +6,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from vfio_mig.decode import gvt_ext, pci, registers, streams
 from vfio_mig.decode import gvt_image as gvt
-from vfio_mig.decode import pci, registers, streams
 from vfio_mig.decode.gtt import ADDRESS, PRESENT, Table, changed_runs
 from vfio_mig.decode.section import LISTED_MAX, plain
 from vfio_mig.errors import ImageError
@@ -201,11 +201,24 @@ def gvt_differences(first: GvtImage, second: GvtImage) -> Iterator[Found]:
     yield from _collect("header", _values("header", _head(first), _head(second)))
     yield from _collect("cfg", _config(first, second))
     for name, section in (("SREG", "sreg"), ("VREG", "vreg")):
-        old, new = (bytes(image.records[name].payload) for image in (first, second))
-        yield from _collect(section, _registers(section, old, new))
+        if all(name in image.records and _is_plain(image, name) for image in (first, second)):
+            old, new = (bytes(image.records[name].payload) for image in (first, second))
+            yield from _collect(section, _registers(section, old, new))
+    yield from _collect("ext", _values("ext", _ext(first), _ext(second)))
     yield from _collect("gtt", _table(first, second))
     yield from _collect("ppgtt", _sequence("ppgtt", "root", first.ppgtt, second.ppgtt))
     yield from _collect("workload", _sequence("workload", "workload", first.workloads, second.workloads))
+
+
+def _is_plain(image: GvtImage, record: str) -> bool:
+    """Tell whether a record is registers alone; our kvmgt has its own in SREG."""
+    return record != "SREG" or image.ext is None
+
+
+def _ext(image: GvtImage) -> dict[str, Any]:
+    """Return what our kvmgt adds, but for what follows from the rest."""
+    found = {} if image.ext is None else gvt_ext.words(image.ext)
+    return {name: value for name, value in found.items() if name not in {"crc", "size"}}
 
 
 def _head(image: GvtImage) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from vfio_mig.decode import commands, pci, registers
+from vfio_mig.decode import commands, gvt_ext, pci, registers
 from vfio_mig.decode import gvt_image as gvt
 from vfio_mig.decode.gtt import Table
 from vfio_mig.decode.section import LISTED_MAX, Decoded, Section, listed
@@ -28,6 +28,7 @@ NAMES: Final = {
     "GTT": "gtt",
     "PPGTT": "ppgtt",
     "WORKLOAD": "workload",
+    "EXT": "ext",
 }
 """Names of records: ours of a section."""
 _GMCH_AT: Final = 0x50
@@ -62,11 +63,13 @@ def decode(content: bytes, read_page: PageReader = no_page) -> Decoded:
 def _records(content: bytes) -> Iterator[Section]:
     """Yield what look like records, up to the first that does not."""
     at = 0
-    names = {kind: NAMES[name] for kind, name in ((1, "HEAD"), (2, "CFG_SPACE"), (3, "VREG"), (4, "SREG"), (5, "GTT"))}
+    kinds = {1: "HEAD", 2: "CFG_SPACE", 3: "VREG", 4: "SREG", 5: "GTT", gvt.EXT: "EXT"}
+    names = {kind: NAMES[name] for kind, name in kinds.items()}
     seen: set[int] = set()
     while at + gvt.RECORD.size <= len(content):
         kind, size = gvt.RECORD.unpack_from(content, at)
-        if kind in seen or not gvt.HEAD <= kind <= gvt.WORKLOAD or size > len(content) - at - gvt.RECORD.size:
+        known = gvt.HEAD <= kind <= gvt.WORKLOAD or kind == gvt.EXT
+        if kind in seen or not known or size > len(content) - at - gvt.RECORD.size:
             return
         seen.add(kind)
         payload_at = at + gvt.RECORD.size
@@ -111,6 +114,10 @@ def _sreg(payload: bytes) -> dict[str, Any]:
     return {"nonzero_words": int(np.count_nonzero(np.frombuffer(payload, "<u4")))}
 
 
+def _ext(image: GvtImage) -> dict[str, Any]:
+    return {} if image.ext is None else gvt_ext.words(image.ext)
+
+
 def _ppgtt(image: GvtImage) -> dict[str, Any]:
     roots = [
         {"level": root.level, "pdp": list(root.pdp[: _LEVELS.get(root.level, 4)])} for root in image.ppgtt[:LISTED_MAX]
@@ -141,6 +148,7 @@ def _sections(image: GvtImage, read_page: PageReader) -> Iterator[Section]:
         "HEAD": lambda _: _head(image),
         "CFG_SPACE": config,
         "SREG": _sreg,
+        "EXT": lambda _: _ext(image),
         "VREG": _vreg,
         "GTT": lambda _: {"parts": table.summary()},
         "PPGTT": lambda _: _ppgtt(image),
@@ -151,6 +159,8 @@ def _sections(image: GvtImage, read_page: PageReader) -> Iterator[Section]:
         yield Section(NAMES[record.name], _payload_at(record), len(payload), decoders[record.name](payload))
         if record.name == "VREG":
             yield from _inside_vreg(_payload_at(record), payload)
+        if record.name == "SREG" and image.ext is not None:
+            yield Section("ext", image.ext.offset, len(image.ext.content), _ext(image))
 
 
 def _payload_at(record: Record) -> int:

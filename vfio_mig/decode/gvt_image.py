@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from vfio_mig.decode import gvt_ext
 from vfio_mig.errors import ImageError
 from vfio_mig.ranges import PAGE
 
@@ -17,6 +18,8 @@ IMAGE_MAX: Final = 0x900000
 """Size of the RFC's state region, bytes; an image must be shorter. The header of a kernel may have another."""
 
 NONE, HEAD, CFG_SPACE, VREG, SREG, GTT, PPGTT, WORKLOAD = range(8)
+EXT: Final = 0x100
+"""Our kvmgt's own, with protocol v2 in place of SREG: :mod:`vfio_mig.decode.gvt_ext`."""
 
 RECORD: Final = struct.Struct("<II")
 """type, payload bytes."""
@@ -42,7 +45,7 @@ DIALECTS: Final = {
     "rfc-v1": {PPGTT: "WORKLOAD"},
 }
 """Meaning of the record types that trees number differently; the first RFC most likely had no PPGTT record."""
-_COMMON: Final = {HEAD: "HEAD", CFG_SPACE: "CFG_SPACE", VREG: "VREG", SREG: "SREG", GTT: "GTT"}
+_COMMON: Final = {HEAD: "HEAD", CFG_SPACE: "CFG_SPACE", VREG: "VREG", SREG: "SREG", GTT: "GTT", EXT: "EXT"}
 
 TYPES: Final = {
     (64 << 20, 384 << 20): "8",
@@ -103,6 +106,8 @@ class GvtImage(NamedTuple):
     ppgtt: list[PpgttRoot]
     workloads: list[Workload]
     warnings: list[str]
+    ext: gvt_ext.Ext | None
+    """What our kvmgt adds; None in an image of another's."""
 
     @property
     def type_number(self) -> str | None:
@@ -151,7 +156,10 @@ def parse(image: memoryview, *, image_max: int = IMAGE_MAX) -> GvtImage:
         Workload(ring, tuple(elsp), index) for ring, *elsp, index in _entries(records, "WORKLOAD", _WORKLOAD_ENTRY)
     ]
     _check_workloads(workloads, records)
-    new = GvtImage(data_size, dialect, records, pvinfo, vendor, device, ppgtt, workloads, [])
+    ext = _ext(records)
+    if ext is not None:
+        gvt_ext.check_crc(image[:data_size], ext)
+    new = GvtImage(data_size, dialect, records, pvinfo, vendor, device, ppgtt, workloads, [], ext)
     new.warnings.extend(_warnings(new))
     return new
 
@@ -194,7 +202,7 @@ def _records(image: memoryview) -> Iterator[tuple[int, int, memoryview]]:
         if payload_at > len(image):
             raise ImageError(f"record at {offset:#x}: header cut off")
         kind, size = RECORD.unpack_from(image, offset)
-        if not HEAD <= kind <= WORKLOAD:
+        if not HEAD <= kind <= WORKLOAD and kind != EXT:
             raise ImageError(f"record at {offset:#x}: unknown type {kind}")
         if kind in seen:
             raise ImageError(f"record at {offset:#x}: second one of type {kind}")
@@ -216,7 +224,7 @@ def _dialect(found: list[tuple[int, int, memoryview]]) -> str:
 
 
 def _check_sizes(records: dict[str, Record]) -> None:
-    for name in ("CFG_SPACE", "SREG", "VREG", "GTT"):
+    for name in ("CFG_SPACE", *(() if "EXT" in records else ("SREG",)), "VREG", "GTT"):
         if name not in records:
             raise ImageError(f"no {name} record")
     for record in records.values():
@@ -231,6 +239,18 @@ def _check_sizes(records: dict[str, Record]) -> None:
         }
         if not good.get(record.name, True):
             raise ImageError(f"{record.name} record at {record.offset:#x}: {size} bytes are impossible")
+
+
+def _ext(records: dict[str, Record]) -> gvt_ext.Ext | None:
+    found = [
+        gvt_ext.find(record.payload, record.offset + RECORD.size, own=name == "EXT")
+        for name, record in records.items()
+        if name in {"SREG", "EXT"}
+    ]
+    present = [ext for ext in found if ext is not None]
+    if len(present) > 1:
+        raise ImageError(f"EXT record at {records['EXT'].offset:#x}: SREG has the same")
+    return present[0] if present else None
 
 
 def _pvinfo(vreg: Record) -> PvInfo:
