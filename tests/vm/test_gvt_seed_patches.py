@@ -389,7 +389,7 @@ def test_off_is_the_distribution_s_own(gpu: Control) -> None:
         load_ours()
 
 
-@pytest.mark.parametrize("value", ["v2", "on", ""])
+@pytest.mark.parametrize("value", ["v1", "on", ""])
 def test_another_value_of_the_parameter_is_refused(value: str) -> None:
     rmmod()
     try:
