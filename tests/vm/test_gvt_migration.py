@@ -37,6 +37,7 @@ from tools.lab.gvt.rfc import (
     sealed,
     stored,
     view,
+    work_done,
 )
 from tools.lab.vfio import raw
 from tools.lab.vfio.raw import PAGE
@@ -166,7 +167,7 @@ def test_a_vgpu_at_work_moves_to_one_with_other_host_addresses(
     vfio_mig("restore", b.name, shm / "a.vfm", "--memory", b.memory_option)
     assert view(b.device) == changed
     assert b.device.guest_high() == a.device.guest_high()
-    assert not stored(gpu, since)
+    assert not work_done(gpu, since)
 
     vfio_mig("start", b.name)
     for engine, values in QUEUED.items():

@@ -30,6 +30,7 @@ from tools.lab.gvt.rfc import (
     result_of,
     stored,
     view,
+    work_done,
 )
 from tools.lab.vfio.raw import PAGE
 
@@ -120,7 +121,7 @@ def test_queued_work_moves_to_another_qemu_with_the_whole_ram_and_runs_there(gpu
         assert b.ram.whole[:] == ram
         assert view(b.outside) == seen
         assert b.outside.guest_high() == a.driver.high
-        assert not stored(gpu, since)
+        assert not work_done(gpu, since)
 
         mig("start", b.name)
         b.cont()

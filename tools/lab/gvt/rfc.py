@@ -119,6 +119,11 @@ def stored(gpu: Control, since: int) -> dict[int, int]:
     }
 
 
+def work_done(gpu: Control, since: int) -> set[int]:
+    """What of :func:`queue_work`'s the GPU has stored since then, beside the heartbeats of the host's own i915."""
+    return stored(gpu, since).keys() & {BATCH_VALUE, *itertools.chain(*QUEUED.values())}
+
+
 # --- the guest's side
 
 
