@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from vfio_mig.errors import ImageError
 from vfio_mig.protocols.base import MigrationProtocol
-from vfio_mig.protocols.family import Compared, Condition, Family
+from vfio_mig.protocols.family import Condition, Family
+from vfio_mig.protocols.states import Compared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,10 +22,21 @@ FLAG: Final = 1 << 13
 MAGIC: Final = b"made up\n"
 
 
+class _State:
+    def __init__(self, size: int) -> None:
+        self.summary = f"{size} made-up bytes"
+        self.warnings = ("it is made up",)
+        self.relies_on = "made-up table"
+
+    def compare(self, device: Device) -> Iterator[Compared]:
+        yield Compared("made-up-name", "fake", device.name)
+
+
 class MadeUp(MigrationProtocol):
     """Its devices keep their state in this object."""
 
     name: ClassVar[str] = NAME
+    knows_states: ClassVar[bool] = True
 
     def __init__(self, device: Device) -> None:
         super().__init__(device)
@@ -47,24 +59,19 @@ class MadeUp(MigrationProtocol):
     def write_state(self, state: memoryview) -> None:
         self.content = bytes(state)
 
+    @classmethod
+    def parse_state(cls, state: memoryview) -> _State:
+        if bytes(state[: len(MAGIC)]) != MAGIC:
+            raise ImageError("not made up at 0x0")
+        return _State(len(state))
+
     def dirty(self, start_page: int, nr_pages: int) -> memoryview:
         del start_page
         return memoryview(bytes((nr_pages + 7) // 8))
 
 
-class _State:
-    def __init__(self, size: int) -> None:
-        self.summary = f"{size} made-up bytes"
-        self.warnings = ("it is made up",)
-        self.relies_on = "made-up table"
-
-    def compare(self, device: Device) -> Iterator[Compared]:
-        yield Compared("made-up-name", "fake", device.name)
-
-
 class _MadeUpFamily(Family):
-    name: ClassVar[str] = NAME
-    knows_states: ClassVar[bool] = True
+    protocol: ClassVar[type[MigrationProtocol]] = MadeUp
 
     def conditions(self, device: Device, profile: RfcProfile) -> list[Condition]:
         del profile
@@ -74,11 +81,6 @@ class _MadeUpFamily(Family):
     def open(self, device: Device, profile: RfcProfile) -> MadeUp:
         del profile
         return MadeUp(device)
-
-    def parse_state(self, state: memoryview) -> _State:
-        if bytes(state[: len(MAGIC)]) != MAGIC:
-            raise ImageError("not made up at 0x0")
-        return _State(len(state))
 
 
 FAMILY: Final = _MadeUpFamily()

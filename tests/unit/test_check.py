@@ -38,6 +38,7 @@ from vfio_mig.jobs.check import (
 from vfio_mig.jobs.engine import session as session_module
 from vfio_mig.jobs.engine.session import Session
 from vfio_mig.protocols.base import MigrationProtocol
+from vfio_mig.protocols.gvt_rfc import GvtRfc
 from vfio_mig.protocols.registry import parse_state
 
 if TYPE_CHECKING:
@@ -110,10 +111,10 @@ class FakeDevice(Device):
         return content
 
 
-class FakeProtocol(MigrationProtocol):
-    """Reads nothing and changes nothing: a check that does either fails."""
+class OtherProtocol(MigrationProtocol):
+    """Knows no layout, reads nothing and changes nothing: a check that does either fails."""
 
-    name: ClassVar[str] = "gvt-rfc"
+    name: ClassVar[str] = "other"
 
     @property
     def state_size_max(self) -> int:
@@ -125,11 +126,13 @@ class FakeProtocol(MigrationProtocol):
     stop = start = reset = read_state = write_state = dirty = _never  # type: ignore[assignment]
 
 
-class OtherProtocol(FakeProtocol):
-    name: ClassVar[str] = "other"
+class FakeProtocol(OtherProtocol):
+    name: ClassVar[str] = GvtRfc.name
+    knows_states: ClassVar[bool] = GvtRfc.knows_states
+    parse_state = GvtRfc.parse_state
 
 
-def session_with(device: Device | None = None, protocol: type[FakeProtocol] = FakeProtocol, **found: Any) -> Session:
+def session_with(device: Device | None = None, protocol: type[OtherProtocol] = FakeProtocol, **found: Any) -> Session:
     device = device or FakeDevice()
     return Session(FOUND._replace(**found), device, protocol(device))
 

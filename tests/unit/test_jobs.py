@@ -60,6 +60,7 @@ from vfio_mig.jobs.restore import NOT_HELD, UNVERIFIED, RestoreReport, restore, 
 from vfio_mig.jobs.save import SaveReport, save
 from vfio_mig.jobs.sync import sync_dirty
 from vfio_mig.protocols.base import MigrationProtocol
+from vfio_mig.protocols.gvt_rfc import GvtRfc
 from vfio_mig.protocols.none import NoMigration
 
 if TYPE_CHECKING:
@@ -149,9 +150,11 @@ class FakeProtocol(MigrationProtocol):
 
 
 class GvtProtocol(FakeProtocol):
-    """By its name one whose states have a layout that is checked."""
+    """One whose states have a layout that is checked."""
 
-    name: ClassVar[str] = "gvt-rfc"
+    name: ClassVar[str] = GvtRfc.name
+    knows_states: ClassVar[bool] = GvtRfc.knows_states
+    parse_state = GvtRfc.parse_state
 
 
 def content_of(page: int) -> bytes:

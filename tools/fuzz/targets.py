@@ -131,7 +131,7 @@ def _take_memory(archive: Archive) -> None:
 
 
 _SESSION: Final = SimpleNamespace(
-    protocol=SimpleNamespace(name="other", state_size_max=16),
+    protocol=SimpleNamespace(name="other", state_size_max=16, knows_states=True),
     found=SimpleNamespace(type="x", driver="x"),
 )
 

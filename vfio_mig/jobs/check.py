@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, NamedTuple
 
 from vfio_mig.errors import ImageError, MismatchError, excerpt
 from vfio_mig.jobs.engine.session import Settings, open_session
-from vfio_mig.protocols.registry import family, parse_state
+from vfio_mig.protocols.registry import parse_state
 from vfio_mig.report import Report
 
 if TYPE_CHECKING:
@@ -17,15 +17,13 @@ if TYPE_CHECKING:
 
     from vfio_mig.image.archive import Archive
     from vfio_mig.jobs.engine.session import Session
-    from vfio_mig.protocols.family import KnownState
+    from vfio_mig.protocols.states import KnownState
 
 OK: Final = "ok"
 NOTE: Final = "note"
 MISMATCH: Final = "mismatch"
 MEMORY: Final = "guest-memory"
 """Name of the finding on what the state relies on outside of it."""
-RAW: Final = "gvt-rfc"
-"""The protocol of a bare state, of which nothing else is said."""
 
 
 class FitCheck(NamedTuple):
@@ -86,25 +84,20 @@ def _may_differ(name: str, saved: object, here: object) -> FitCheck:
     return FitCheck(name, OK if same else NOTE, f"{here}" if same else f"{excerpt(saved)} in the image, {here!r} here")
 
 
-def _knows_states(protocol: str) -> bool:
-    known = family(protocol)
-    return known is not None and known.knows_states
-
-
 def header_checks(session: Session, archive: Archive) -> Iterator[FitCheck]:
     """Compare what the image's header says with a device and this host."""
     header = archive.header
     device = header.get("device")
     saved: dict[str, Any] = device if isinstance(device, dict) else {}
-    protocol = session.protocol.name
+    protocol = session.protocol
     yield FitCheck("format", OK, f"version {header['version']}, every member whole")
-    yield _equal("protocol", header.get("protocol"), protocol)
+    yield _equal("protocol", header.get("protocol"), protocol.name)
     # The state's own checks tell types apart where the name of one is all that differs
-    yield _equal("device-type", saved.get("type"), session.found.type, forcible=_knows_states(protocol))
+    yield _equal("device-type", saved.get("type"), session.found.type, forcible=protocol.knows_states)
     yield _equal("machine", header.get("machine"), os.uname().machine)
     yield _may_differ("driver", saved.get("driver"), session.found.driver)
     yield _may_differ("kernel", header.get("kernel"), os.uname().release)
-    size, limit = archive.state_size, session.protocol.state_size_max
+    size, limit = archive.state_size, protocol.state_size_max
     yield FitCheck("state-size", OK if size <= limit else MISMATCH, f"{size} bytes, the device takes {limit}")
 
 
@@ -117,7 +110,7 @@ def state_checks(session: Session, state: bytes, archive: Archive | None = None)
         yield FitCheck("state", OK, "a stream, for the device's driver to judge")
         return
     try:
-        known = parse_state(session.protocol.name, state)
+        known = session.protocol.parse_state(memoryview(state))
     except ImageError as error:
         yield FitCheck("state", MISMATCH, error.problem)
         return
@@ -238,7 +231,7 @@ def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> 
         archive = image.archive
         header: dict[str, Any] = {} if archive is None else archive.header
         protocol = header.get("protocol")
-        parsed = parse_state(RAW if archive is None else str(protocol), image.state) if verify_state else None
+        parsed = parse_state(None if archive is None else str(protocol), image.state) if verify_state else None
         device = header.get("device")
         return VerifyReport(
             file=file,

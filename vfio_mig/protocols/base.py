@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vfio_mig.device import Device
     from vfio_mig.errors import UnsupportedError
     from vfio_mig.protocols.abilities import HasP2p, HasStates, LogsWrites, SavesLive
+    from vfio_mig.protocols.states import KnownState
 
 
 class MigrationProtocol(ABC):
@@ -24,6 +25,10 @@ class MigrationProtocol(ABC):
     """As the user, the image's header and ``--abi`` spell it."""
     streams: ClassVar[bool] = False
     """Whether the state is a stream of any size, to be moved in chunks."""
+    is_bare: ClassVar[bool] = False
+    """Whether a file of nothing but a device state is one of its: no such file says whose it is."""
+    knows_states: ClassVar[bool] = False
+    """Whether :meth:`parse_state` tells a good state from a bad one, the device types apart as well."""
     reaches_others: ClassVar[bool] = False
     """Whether it may access other devices' memory, so that several stop as one only if each has :attr:`p2p`."""
     refusal: UnsupportedError | None = None
@@ -52,6 +57,15 @@ class MigrationProtocol(ABC):
     @property
     def states(self) -> HasStates | None:
         """Tells its state, and changes it by hand."""
+        return None
+
+    @classmethod
+    def parse_state(cls, state: memoryview) -> KnownState | None:
+        """Parse a state strictly; None where its layout is not known.
+
+        :raises ImageError: it is broken; the message has the byte offset.
+        """
+        del state
         return None
 
     @property

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from vfio_mig.device import Device
     from vfio_mig.protocols.base import MigrationProtocol
     from vfio_mig.uapi.profile import RfcProfile
@@ -22,40 +20,16 @@ class Condition(NamedTuple):
     text: str
 
 
-class Compared(NamedTuple):
-    """One thing that must be the same: in the image, and here; None here is not known."""
-
-    name: str
-    saved: str
-    here: str | None
-
-
-class KnownState(Protocol):
-    """A state of a layout that its family knows, parsed to the last byte."""
-
-    @property
-    def summary(self) -> str:
-        """What it is, in a few words."""
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What is unusual about it and forbids nothing."""
-
-    @property
-    def relies_on(self) -> str:
-        """What of it is in guest memory, in a few words, and has to be in a target's too; empty for nothing."""
-
-    def compare(self, device: Device) -> Iterator[Compared]:
-        """Compare it with the device that it is to be loaded into; changes nothing there."""
-
-
 class Family(ABC):
-    """How devices of one family are recognised, driven, and their states judged."""
+    """How devices of one family are recognised, and what drives them."""
 
-    name: ClassVar[str]
-    """As the user, an image's header and ``--abi`` spell it."""
-    knows_states: ClassVar[bool] = False
-    """Whether :meth:`parse_state` tells a good state from a bad one, the device types apart as well."""
+    protocol: ClassVar[type[MigrationProtocol]]
+    """What drives its devices."""
+
+    @property
+    def name(self) -> str:
+        """As the user, an image's header and ``--abi`` spell it."""
+        return self.protocol.name
 
     @abstractmethod
     def conditions(self, device: Device, profile: RfcProfile) -> list[Condition]:
@@ -68,11 +42,3 @@ class Family(ABC):
     @abstractmethod
     def open(self, device: Device, profile: RfcProfile) -> MigrationProtocol:
         """Return what drives a device for which all conditions hold."""
-
-    def parse_state(self, state: memoryview) -> KnownState | None:
-        """Parse a state strictly; None where its layout is not known.
-
-        :raises ImageError: it is broken; the message has the byte offset.
-        """
-        del state
-        return None

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from vfio_mig.device import READ, WRITE
 from vfio_mig.errors import DeviceError, UsageError
 from vfio_mig.protocols.base import MigrationProtocol
-from vfio_mig.protocols.family import Compared, Condition, Family
+from vfio_mig.protocols.family import Condition, Family
 from vfio_mig.protocols.flags import mainline_flags
+from vfio_mig.protocols.states import Compared
 from vfio_mig.ranges import PAGE
 from vfio_mig.uapi import ffi
 from vfio_mig.uapi.v2 import STOP_COPY_FLAG as STOP_COPY
@@ -54,6 +55,8 @@ class GvtRfc(MigrationProtocol):
     """
 
     name: ClassVar[str] = "gvt-rfc"
+    is_bare: ClassVar[bool] = True
+    knows_states: ClassVar[bool] = True
 
     def __init__(self, device: Device, profile: RfcProfile, region: Region) -> None:
         super().__init__(device)
@@ -65,6 +68,17 @@ class GvtRfc(MigrationProtocol):
     def state_size_max(self) -> int:
         """Bytes: an image must be shorter than the region."""
         return self._region.size - 1
+
+    @classmethod
+    def parse_state(cls, state: memoryview) -> _GvtState:
+        """Parse an image strictly. How large it may be is a device's to say, by its region; here it is only plausible.
+
+        :raises ImageError: it is broken; the message has the byte offset.
+        """
+        from vfio_mig.decode.gvt_image import parse
+        from vfio_mig.uapi.profile import IMAGE_LARGEST
+
+        return _GvtState(parse(state, image_max=IMAGE_LARGEST))
 
     def describe(self) -> str:
         """Name the header that the ioctl numbers are from."""
@@ -203,8 +217,7 @@ def _graphics_memory(device: Device) -> tuple[int, int] | None:
 class _GvtRfcFamily(Family):
     """Intel's vGPUs on a kernel that carries the RFC."""
 
-    name: ClassVar[str] = GvtRfc.name
-    knows_states: ClassVar[bool] = True
+    protocol: ClassVar[type[MigrationProtocol]] = GvtRfc
 
     def conditions(self, device: Device, profile: RfcProfile) -> list[Condition]:
         """Try every condition of the RFC's rule."""
@@ -233,16 +246,6 @@ class _GvtRfcFamily(Family):
     def open(self, device: Device, profile: RfcProfile) -> GvtRfc:
         """Return what drives the vGPU."""
         return GvtRfc(device, profile, device.region(profile.state_index))
-
-    def parse_state(self, state: memoryview) -> _GvtState:
-        """Parse an image strictly. How large it may be is a device's to say, by its region; here it is only plausible.
-
-        :raises ImageError: it is broken; the message has the byte offset.
-        """
-        from vfio_mig.decode.gvt_image import parse
-        from vfio_mig.uapi.profile import IMAGE_LARGEST
-
-        return _GvtState(parse(state, image_max=IMAGE_LARGEST))
 
 
 FAMILY: Final = _GvtRfcFamily()

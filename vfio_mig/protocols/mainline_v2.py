@@ -365,7 +365,7 @@ def _describe(flags: int, *, has_log: bool) -> str:
 class _MainlineV2Family(Family):
     """Every device whose driver has registered with vfio's own migration."""
 
-    name: ClassVar[str] = MainlineV2.name
+    protocol: ClassVar[type[MigrationProtocol]] = MainlineV2
 
     def conditions(self, device: Device, profile: RfcProfile) -> list[Condition]:
         """Look for the one part that all of them have: STOP_COPY."""

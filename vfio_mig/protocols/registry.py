@@ -16,7 +16,8 @@ from vfio_mig.errors import UnsupportedError
 if TYPE_CHECKING:
     from vfio_mig.device import Device
     from vfio_mig.protocols.base import MigrationProtocol
-    from vfio_mig.protocols.family import Condition, Family, KnownState
+    from vfio_mig.protocols.family import Condition, Family
+    from vfio_mig.protocols.states import KnownState
     from vfio_mig.uapi.profile import RfcProfile
 
 AUTO: Final = "auto"
@@ -80,11 +81,13 @@ def detect(device: Device, profile: RfcProfile, abi: str = AUTO) -> MigrationPro
     )
 
 
-def parse_state(protocol: str, state: bytes | memoryview) -> KnownState | None:
-    """Parse a device state strictly where its layout is known; None where it is not.
+def parse_state(protocol: str | None, state: bytes | memoryview) -> KnownState | None:
+    """Parse the device state of a file strictly where its layout is known; None where it is not.
 
-    :param protocol: name of the protocol it was read with.
+    :param protocol: name of the protocol it was read with, as the file has it; None for a bare state.
     :raises ImageError: it is broken; the message has the byte offset.
     """
-    known = family(protocol)
-    return None if known is None else known.parse_state(memoryview(state))
+    for one in families():
+        if one.protocol.is_bare if protocol is None else one.name == protocol:
+            return one.protocol.parse_state(memoryview(state))
+    return None

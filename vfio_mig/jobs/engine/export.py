@@ -11,7 +11,6 @@ from vfio_mig.jobs.engine.live import copy_live, falls_short
 from vfio_mig.jobs.engine.memory import ImageSink, MemoryCopy, last_round
 from vfio_mig.jobs.engine.pause import announce_start, stop_all, wake
 from vfio_mig.jobs.engine.state import StateReader
-from vfio_mig.protocols.registry import parse_state
 from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.engine.memory import Wanted
     from vfio_mig.jobs.engine.pause import Pause
     from vfio_mig.jobs.engine.session import Session
-    from vfio_mig.protocols.family import KnownState
+    from vfio_mig.protocols.states import KnownState
 
 
 def describe_device(session: Session) -> dict[str, Any]:
@@ -79,7 +78,8 @@ class Source:
 
     def finish(self, dirty: Sequence[Dirty], statistics: Mapping[str, Any]) -> KnownState | None:
         """Write what could wait; the image is whole then. Returns the state, where its layout is known."""
-        known = parse_state(self.session.protocol.name, self.reader.state)  # refused now rather than at the restore
+        # refused now rather than at the restore
+        known = self.session.protocol.parse_state(memoryview(self.reader.state))
         self.reader.write_rest(dirty)
         if self.writer is not None:
             self.writer.finish(statistics)
