@@ -16,7 +16,8 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig.errors import VfioMigError
-from vfio_mig.uapi.profile import load_profile, parse_header, read_header
+from vfio_mig.jobs.files.header import load_profile, read_header
+from vfio_mig.uapi.profile import parse_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -34,8 +34,9 @@ from vfio_mig.image.archive import read_archive
 from vfio_mig.image.layout import MEMBER_MAX
 from vfio_mig.jobs import check
 from vfio_mig.jobs.files import input as input_file  # noqa: F401 -- as above
+from vfio_mig.jobs.files.header import load_profile
 from vfio_mig.ranges import ADDRESS_END, PAGE
-from vfio_mig.uapi.profile import load_profile, parse_header
+from vfio_mig.uapi.profile import parse_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,19 +6,14 @@ The RFC text leaves them open, so a patched kernel's own ``vfio.h`` wins over th
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vfio_mig.errors import HostError, UsageError, errno_text
+from vfio_mig.errors import UsageError
 from vfio_mig.uapi import VFIO_BASE, VFIO_TYPE, Request, ffi, vfio_request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-HEADER_MAX: Final = 1 << 20
-"""Bytes of a header that are read; mainline's has 60 KiB."""
 
 EXPRESSION_MAX: Final = 256
 """Characters of a constant's expression; a longer one is none that is understood here."""
@@ -256,26 +251,6 @@ def _enumerate(body: str, values: dict[str, int]) -> None:
         following = None if value is None else value + 1
 
 
-def read_header(path: str) -> str:
-    """Return a header's text.
-
-    :raises UsageError: it is not a regular file, or larger than HEADER_MAX.
-    :raises HostError: it cannot be read.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as error:
-        raise HostError(f"{path}: cannot open the header: {errno_text(error.errno or 0)}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):  # before fdopen(), which fails in its own way on a directory
-        os.close(fd)
-        raise UsageError(f"{path} is not a regular file, hence no header")
-    with os.fdopen(fd, "rb") as file:
-        text = file.read(HEADER_MAX + 1)
-    if len(text) > HEADER_MAX:
-        raise UsageError(f"{path} is larger than {HEADER_MAX} bytes: no linux/vfio.h")
-    return text.decode("utf-8", "replace")
-
-
 _HINT: Final = "give the header of the kernel that runs here, as it was built"
 
 
@@ -318,13 +293,13 @@ def _check_meaning(path: str, values: dict[str, int]) -> None:
         raise UsageError(f"{path}: {STATE_INDEX} is that of a BAR, the ROM, configuration space or VGA", hint=_HINT)
 
 
-def load_profile(path: str) -> RfcProfile:
-    """Take the numbers from a patched kernel's ``linux/vfio.h``.
+def profile_of(text: str, path: str) -> RfcProfile:
+    """Take the numbers from the text of a patched kernel's ``linux/vfio.h``.
 
+    :param path: where the text is from, for messages.
     :raises UsageError: it is not such a header; the message names what is missing.
-    :raises HostError: it cannot be read.
     """
-    values = parse_header(read_header(path))
+    values = parse_header(text)
     _check(path, values)
     return RfcProfile(
         migratable_flag=values[FLAG],

@@ -261,9 +261,13 @@ def load_numbers(settings: Settings) -> RfcProfile:
 
     :raises UsageError: the header is not one with the RFC's definitions.
     """
-    from vfio_mig.uapi.profile import DEFAULT_PROFILE, load_profile
+    from vfio_mig.uapi.profile import DEFAULT_PROFILE
 
-    return DEFAULT_PROFILE if settings.uapi_header is None else load_profile(settings.uapi_header)
+    if settings.uapi_header is None:
+        return DEFAULT_PROFILE
+    from vfio_mig.jobs.files.header import load_profile
+
+    return load_profile(settings.uapi_header)
 
 
 def open_session(

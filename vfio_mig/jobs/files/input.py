@@ -85,15 +85,26 @@ def open_input(file: str) -> Iterator[BinaryIO]:
         with _named("standard input"):
             yield sys.stdin.buffer
         return
+    with open_regular(file, "use - to read from a pipe") as stream, _named(file):
+        yield stream
+
+
+def open_regular(file: str, hint: str | None = None, *, what: str = "") -> BinaryIO:
+    """Open a file that must be a regular one: opening anything else may wait for ever, or do something.
+
+    :param what: it is, for a message.
+    :raises UsageError: it is none.
+    :raises HostError: it cannot be opened.
+    """
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
-        raise HostError(f"{file}: cannot open: {errno_text(error.errno or 0)}") from error
+        wanted = f"open {what}" if what else "open"
+        raise HostError(f"{file}: cannot {wanted}: {errno_text(error.errno or 0)}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):  # before fdopen(), which fails in its own way on a directory
         os.close(fd)
-        raise UsageError(f"{file} is not a regular file", hint="use - to read from a pipe")
-    with os.fdopen(fd, "rb") as stream, _named(file):
-        yield stream
+        raise UsageError(f"{file} is not a regular file", hint=hint)
+    return os.fdopen(fd, "rb")
 
 
 def look_at(stream: BinaryIO, *, raw: bool) -> None:
