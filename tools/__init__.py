@@ -2,8 +2,10 @@
 """Programs for developing and testing; no part of the installed package.
 
 ================  ===================================================================================
-``vm``            the VM runner: ``scripts/vm``
+``vm_cli``        ``scripts/vm``: the command line of the VM runner, with what others build for its guests
+``vm``            the VM runner
 ``kmod``          the sample driver, a kernel module for that VM: tools/kmod/README.md
+``kmod_style``    shows that driver to the kernel's checkpatch.pl
 ``gpu``           an Intel gen9 GPU in software, for i915 and kvmgt in that VM: tools/gpu/README.md
 ``l2``            a guest with a load for a vGPU: tools/l2/README.md
 ``kvmgt``         the real driver with migration, patched and built: tools/kvmgt/README.md

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -238,6 +239,55 @@ def test_an_import_of_the_tests_is_noticed() -> None:
     assert of_tests("tools.x", "from tests.vm import cli") == {"tests.vm.cli"}
     assert of_tests("tools.x", "def f():\n    import tests.conftest") == {"tests.conftest"}
     assert of_tests("tools.x", "import testsuite") == set()
+
+
+def tool_rooms() -> dict[str, set[str]]:
+    """Return which rooms of tools each of them imports; a module that stands alone is a room."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "tools").rglob("*.py")):
+        room = path.relative_to(ROOT / "tools").parts[0].removesuffix(".py")
+        names = names_in(name_of(path), path.read_text("utf-8"))
+        others = {name.split(".")[1] for name in names if name.startswith("tools.")}
+        found.setdefault(room, set()).update(others - {room})
+    return found
+
+
+def test_no_rooms_of_tools_make_a_circle() -> None:
+    rooms = tool_rooms()
+    assert rooms["vm_cli"] == {"kvmgt", "l2", "vm"}
+    assert circles(rooms) == {}
+
+
+KMOD: Final = ROOT / "tools/kmod"
+KMOD_FLOORS: Final = ("gvt_defects.h", "gvt_sample.h", "lab", "hw", "vfio", "main.c")
+"""The sample driver's rooms from the ground up: each includes those before it."""
+INCLUDE: Final = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+
+
+def kmod_climbs(name: str, source: str) -> list[str]:
+    """Return what a file of the sample driver includes from a floor above its own; *name* is relative to its root."""
+    room = name.partition("/")[0]
+    allowed = KMOD_FLOORS[: KMOD_FLOORS.index(room) + 1]
+    found = []
+    for included in INCLUDE.findall(source):
+        path = included if (KMOD / included).exists() else f"{room}/{included}"
+        if (KMOD / path).exists() and path.partition("/")[0] not in allowed:
+            found.append(included)
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in sorted(KMOD.rglob("*.[ch]")) if not path.name.endswith(".mod.c")], ids=lambda p: p.name
+)
+def test_the_sample_driver_includes_downwards_only(path: Path) -> None:
+    assert kmod_climbs(str(path.relative_to(KMOD)), path.read_text("utf-8")) == []
+
+
+def test_an_include_upwards_in_the_sample_driver_is_noticed() -> None:
+    assert kmod_climbs("hw/gtt.c", '#include "vfio/vfio.h"\n#include "lab/lab.h"\n#include "hw.h"') == ["vfio/vfio.h"]
+    assert kmod_climbs("lab/note.c", '#include "hw/hw.h"') == ["hw/hw.h"]
+    assert kmod_climbs("gvt_sample.h", '#include <linux/bits.h>\n#include "lab/lab.h"') == ["lab/lab.h"]
+    assert kmod_climbs("vfio/mig.c", '#include "mig.h"\n#include "hw/hw.h"\n#include "gvt_rfc.h"') == []
 
 
 def test_the_lab_knows_nothing_of_those_who_use_it() -> None:

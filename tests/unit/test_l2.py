@@ -13,10 +13,10 @@ import pytest
 
 from tools.l2 import cpio, image
 from tools.l2.machine import L2, Counts, GuestError, arguments
-from tools.vm.cli import parse
 from tools.vm.errors import RunnerError
 from tools.vm.gvt import load_order
 from tools.vm.kernels import Kernel
+from tools.vm_cli import parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,11 +10,11 @@ import pytest
 
 from tools.vm import custom, guest, mtty
 from tools.vm.apt import Apt
-from tools.vm.cli import parse
 from tools.vm.errors import RunnerError
 from tools.vm.kernels import Kernel
 from tools.vm.machine import Options as MachineOptions
 from tools.vm.machine import Outcome, explain, outcome_of
+from tools.vm_cli import parse
 
 RELEASE = "6.12.9-custom"
 FRAGMENT = '# What it is for.\nCONFIG_LOCALVERSION="-custom"\nCONFIG_A=y\n# CONFIG_B is not set\n'

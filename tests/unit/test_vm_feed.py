@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tools.vm import guest
-from tools.vm.cli import parse
 from tools.vm.feed import Feeder
 from tools.vm.kernels import Kernel
 from tools.vm.machine import Options, virtme_command
+from tools.vm_cli import parse
 
 DATA = os.urandom(3 << 20)
 

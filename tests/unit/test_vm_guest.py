@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools.vm import guest
-from tools.vm.cli import parse
 from tools.vm.module import MUTATIONS
+from tools.vm_cli import parse
 
 # What a command line can carry: any bytes but NUL, as Python decodes them.
 ARGUMENT = st.binary(max_size=40).filter(lambda raw: b"\0" not in raw).map(os.fsdecode)

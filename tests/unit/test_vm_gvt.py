@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from tools.vm import gvt, machine
-from tools.vm.cli import parse
 from tools.vm.errors import RunnerError
 from tools.vm.guest import Guest, entry_script, environment
 from tools.vm.kernels import Kernel
 from tools.vm.machine import Options, virtme_command
+from tools.vm_cli import parse
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tools.vm import cli, guest, machine, module
-from tools.vm.cli import main
+from tools import vm_cli
+from tools.vm import guest, machine, module
 from tools.vm.errors import RunnerError
 from tools.vm.feed import Feeder
 from tools.vm.kernels import Kernel
 from tools.vm.machine import Options, Outcome, explain, outcome_of, virtme_command
+from tools.vm_cli import main
 
 PANIC = "[    6.9] Kernel panic - not syncing: Fatal exception\n"
 
@@ -88,8 +89,11 @@ def test_a_shell_without_a_terminal_is_refused(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     "name",
     [
-        f"tools.vm.{name}"
-        for name in ["apt", "cli", "custom", "gvt", "kernels", "module", "mtty", "newest", "qemu", "suites"]
+        "tools.vm_cli",
+        *(
+            f"tools.vm.{name}"
+            for name in ["apt", "custom", "gvt", "kernels", "module", "mtty", "newest", "qemu", "suites"]
+        ),
     ],
 )
 def test_the_examples_in_docstrings_are_true(name: str) -> None:
@@ -309,12 +313,12 @@ def test_repeat_says_how_many_kernels_died_and_returns_the_first_failure(
         return outcome
 
     monkeypatch.setattr(machine, "run", run)
-    assert cli._repeat(4, make_options(tmp_path), make_guest(tmp_path), tmp_path, keep=False) == 99
+    assert vm_cli._repeat(4, make_options(tmp_path), make_guest(tmp_path), tmp_path, keep=False) == 99
     assert "4 of 4 runs: 2 failed, 1 of them as the kernel died at boot" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--repeat", "3"], ["--repeat", "0", "true"], ["--repeat", "2", "--stdin", "x"]])
 def test_a_repeat_that_makes_no_sense_is_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.parse(arguments)
+        vm_cli.parse(arguments)
     assert caught.value.code == 2

@@ -8,9 +8,9 @@ import pytest
 
 from tools.vm import mtty
 from tools.vm.apt import Apt
-from tools.vm.cli import parse
 from tools.vm.errors import RunnerError
 from tools.vm.kernels import Kernel
+from tools.vm_cli import parse
 
 # As in Debian 12's images
 BANNER_612 = (

@@ -34,7 +34,6 @@
 #include <linux/mutex.h>
 #include <linux/spinlock.h>
 #include <linux/types.h>
-#include <linux/version.h>
 #include <linux/vfio.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
@@ -43,7 +42,7 @@
 #include "gvt_rfc.h"
 #include "gvt_image.h"
 #include "gvt_pvinfo.h"
-#include "lab/defect.h"
+#include "gvt_defects.h"
 
 #define GVT_NAME		"gvt_sample"
 
@@ -188,9 +187,17 @@ struct gvt_fault {
 struct gvt_image;			/* state.c */
 struct gvt_mig_file;			/* mig.c: a v2 session */
 
+/* The hardware's log of what it writes, log.c; state_mutex switches it */
+struct gvt_log {
+	bool			on;
+	bool			lost;		/* no memory to note a page */
+	struct xarray		pages;		/* written since reported */
+	unsigned int		shift;		/* of a page, while on */
+};
+
 /* The v2 protocol, mig.c */
 struct gvt_mig {
-	struct mutex		state_mutex;
+	struct mutex		state_mutex;	/* see the top */
 	u32			state;		/* enum vfio_device_mig_state */
 	struct gvt_mig_file	*file;		/* the session, if there is one */
 	u64			extra_bytes;	/* filler in the state */
@@ -198,11 +205,7 @@ struct gvt_mig {
 	u64			dirty_rate;	/* bytes/s in PRE_COPY */
 	u64			reinit_bytes;	/* new initial data, once */
 	bool			info2;		/* PRECOPY_INFO may say REINIT */
-	bool			logging;	/* DMA logging is on */
-	bool			log_lost;	/* no memory to note a page */
-	struct xarray		log;		/* its pages written since reported */
-	unsigned int		log_shift;	/* of a page of the log, while on */
-	u64			log_page;	/* the next log's: its bytes */
+	u64			log_page;	/* bytes of a page of the next log */
 };
 
 struct vgpu {
@@ -219,7 +222,7 @@ struct vgpu {
 	u64			high_gm;	/* Sh */
 	unsigned int		fence_first;	/* index into gvt_host.fence */
 
-	struct mutex		lock;
+	struct mutex		lock;		/* see the top */
 	u8			*cfg;		/* GVT_IMAGE_CFG_SIZE */
 	u8			*vreg;		/* GVT_MMIO_SIZE, vmalloc */
 	u8			*sreg;		/* GVT_MMIO_SIZE, vmalloc; opaque */
@@ -245,15 +248,16 @@ struct vgpu {
 	wait_queue_head_t	idle;
 	unsigned int		exec_delay_ms;	/* debugfs knob, per workload */
 
-	struct mutex		gtt_lock;
+	struct mutex		gtt_lock;	/* see the top */
 	struct xarray		pins;		/* gfn -> struct gvt_pin */
 	unsigned long		nr_pins;
 
 	struct xarray		bar2_pages;	/* page index -> struct page */
 
+	struct gvt_log		log;
 	struct gvt_mig		mig;
 
-	spinlock_t		irq_lock;
+	spinlock_t		irq_lock;	/* see the top */
 	struct eventfd_ctx	*msi_trigger;
 	struct eventfd_ctx	*intx_trigger;
 	struct eventfd_ctx	*intx_unmask;	/* unused: unmask is by call */

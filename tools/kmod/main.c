@@ -86,7 +86,7 @@ static unsigned int gvt_offer_types(void)
 
 static int gvt_device_create(void)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 4, 0)
+#ifdef GVT_SINCE_6_4
 	gvt_class = class_create(GVT_NAME);
 #else	/* until 6.3 with an owner */
 	gvt_class = class_create(THIS_MODULE, GVT_NAME);
@@ -122,6 +122,7 @@ static int __init gvt_sample_init(void)
 		goto err_pool;
 	}
 	gvt_debugfs_init();
+	gvt_hw_show_host();
 	ret = gvt_device_create();
 	if (ret)
 		goto err_debugfs;

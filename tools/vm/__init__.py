@@ -6,5 +6,5 @@ ones of the distribution), ``qemu`` (which one), ``kernels`` (fetching and unpac
 and its compiler), ``custom`` (building a kernel of our own), ``module`` (building the sample driver), ``mtty`` (the
 kernel's own sample), ``gvt`` (the emulated GPU and its host driver), ``kvm`` (is it usable?), ``guest`` (the scripts
 that run inside), ``machine`` (starting and watching QEMU), ``feed`` (standard input's way in), ``kernlog`` (did the
-kernel complain?), ``errors``, ``cli``.
+kernel complain?), ``errors``. :mod:`tools.vm_cli` is the command line.
 """

@@ -11,7 +11,6 @@
 #include <linux/vmalloc.h>
 
 #include "hw/hw.h"
-#include "vfio/vfio.h"
 #include "lab/lab.h"
 
 struct gvt_pin {
@@ -384,7 +383,7 @@ int gvt_host_rw(struct vgpu *vgpu, u64 hgma, void *buf, size_t len, bool write)
 			return ret;
 		ret = vfio_dma_rw(&vgpu->vdev, iova, buf, chunk, write);
 		if (write)	/* also if it failed half way */
-			gvt_mig_wrote(vgpu, iova, chunk);
+			gvt_log_wrote(vgpu, iova, chunk);
 		if (ret)
 			return -EFAULT;
 	}
@@ -495,7 +494,7 @@ static bool gvt_bar2_guest(struct vgpu *vgpu, u64 off, void *buf, size_t bytes,
 		gvt_page_copy(pin->page, offset_in_page(iova), buf, bytes, write);
 	mutex_unlock(&vgpu->gtt_lock);
 	if (pin && write)
-		gvt_mig_wrote(vgpu, iova, bytes);
+		gvt_log_wrote(vgpu, iova, bytes);
 	return pin;
 }
 
@@ -507,10 +506,10 @@ static int gvt_bar2_piece(struct vgpu *vgpu, u64 off, void *buf, size_t bytes,
 	if (gvt_bar2_guest(vgpu, off, buf, bytes, write))
 		return 0;
 	page = gvt_bar2_page(vgpu, off >> GVT_PAGE_SHIFT, !write);
+	if (!page && write)
+		return -ENOMEM;
 	if (page)
 		gvt_page_copy(page, offset_in_page(off), buf, bytes, write);
-	else if (write)
-		return -ENOMEM;
 	else
 		memset(buf, 0, bytes);
 	return 0;

@@ -59,6 +59,15 @@ ssize_t gvt_bar2_rw(struct vgpu *vgpu, char __user *ubuf, size_t count,
 		    u64 off, bool write);
 int gvt_bar2_mmap(struct vgpu *vgpu, struct vm_area_struct *vma, u64 off);
 
+/* log.c: which guest memory the hardware has written, for those who ask for it */
+void gvt_log_init(struct vgpu *vgpu);
+void gvt_log_fini(struct vgpu *vgpu);
+/* under state_mutex; @page_size in bytes, a power of two; an empty log */
+void gvt_log_on(struct vgpu *vgpu, u64 page_size);
+void gvt_log_off(struct vgpu *vgpu);	/* and forgets its pages */
+/* the hardware has written guest memory; any lock but gtt_lock's inner ones */
+void gvt_log_wrote(struct vgpu *vgpu, u64 iova, u64 len);
+
 /* mmio.c: registers, PVINFO, fences, PPGTT roots, reset. Under lock. */
 extern const u32 gvt_ring_base[GVT_RING_COUNT];
 int gvt_mmio_init(struct vgpu *vgpu);
@@ -111,5 +120,9 @@ int gvt_scan(struct vgpu *vgpu, struct gvt_workload *workload);
 void gvt_scan_free(struct gvt_workload *workload);
 /* exec.c: run the shadow through the host GGTT. Worker, no lock held. */
 int gvt_exec(struct vgpu *vgpu, struct gvt_workload *workload);
+
+/* show.c: files in debugfs */
+void gvt_hw_show(struct vgpu *vgpu);
+void gvt_hw_show_host(void);
 
 #endif

@@ -71,7 +71,7 @@ static void gvt_irq_signal(struct vgpu *vgpu, struct eventfd_ctx *trigger)
 	lockdep_assert_held(&vgpu->irq_lock);
 	if (!trigger)
 		return;
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 8, 0)
+#ifdef GVT_SINCE_6_8
 	eventfd_signal(trigger);
 #else	/* until 6.7 with a count */
 	eventfd_signal(trigger, 1);

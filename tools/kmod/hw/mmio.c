@@ -7,7 +7,6 @@
 #include <linux/vmalloc.h>
 
 #include "hw/hw.h"
-#include "vfio/vfio.h"
 #include "lab/lab.h"
 
 #define GVT_CSB_EMPTY		7	/* write pointer before the first entry */

@@ -11,7 +11,6 @@
 #include <linux/slab.h>
 
 #include "hw/hw.h"
-#include "vfio/vfio.h"
 #include "lab/lab.h"
 
 /* Context descriptor, low word */

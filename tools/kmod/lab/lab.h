@@ -15,6 +15,12 @@ void gvt_debugfs_fini(void);
 void gvt_debugfs_add(struct vgpu *vgpu);
 void gvt_debugfs_remove(struct vgpu *vgpu);
 
+/* defect.c */
+bool gvt_defect(const struct vgpu *vgpu, enum gvt_defect defect);
+
+extern const struct file_operations gvt_defect_fops;	/* of one vGPU */
+extern const struct file_operations gvt_defects_fops;	/* all that there are */
+
 /* fault.c */
 extern const struct file_operations gvt_fault_fops;
 void gvt_fault_take(struct vgpu *vgpu, enum gvt_fault_op op,

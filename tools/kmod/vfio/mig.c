@@ -516,7 +516,7 @@ gvt_mig_get_data_size(struct vfio_device *vdev, unsigned long *size)
 static const struct vfio_migration_ops gvt_mig_ops = {
 	.migration_set_state	= gvt_mig_set_state,
 	.migration_get_state	= gvt_mig_get_state,
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0)
+#ifdef GVT_SINCE_6_2
 	.migration_get_data_size = gvt_mig_get_data_size,
 #endif
 };
@@ -603,7 +603,6 @@ void gvt_mig_init(struct vgpu *vgpu)
 	unsigned int flags = READ_ONCE(gvt_v2);
 
 	mutex_init(&mig->state_mutex);
-	xa_init_flags(&mig->log, XA_FLAGS_ACCOUNT);
 	mig->state = VFIO_DEVICE_STATE_RUNNING;
 	mig->extra_bytes = min_t(u64, READ_ONCE(gvt_v2_extra_bytes),
 				 GVT_V2_EXTRA_MAX);
@@ -613,12 +612,11 @@ void gvt_mig_init(struct vgpu *vgpu)
 	vgpu->vdev.migration_flags = (flags | VFIO_MIGRATION_STOP_COPY) &
 				     GVT_V2_FLAGS;
 	vgpu->vdev.mig_ops = &gvt_mig_ops;
-	gvt_log_init(vgpu);
+	gvt_mig_log_init(vgpu);
 }
 
 void gvt_mig_fini(struct vgpu *vgpu)
 {
 	gvt_session_end(vgpu);		/* what a mistake has left */
-	xa_destroy(&vgpu->mig.log);
 	mutex_destroy(&vgpu->mig.state_mutex);
 }

@@ -18,12 +18,11 @@
 #include <linux/fs.h>
 #include <linux/mutex.h>
 #include <linux/sizes.h>
-#include <linux/version.h>
 #include <linux/vfio.h>
 
 #include "vfio/vfio.h"
 
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0)
+#ifdef GVT_SINCE_6_2
 #define GVT_V2_FLAGS	(VFIO_MIGRATION_STOP_COPY | VFIO_MIGRATION_P2P | \
 			 VFIO_MIGRATION_PRE_COPY)
 #else	/* no PRE_COPY: its states are never reached */
@@ -130,7 +129,6 @@ struct gvt_mig_file *gvt_mig_file_new(struct vgpu *vgpu, bool saving);
 void gvt_mig_file_empty(struct gvt_mig_file *migf);
 
 /* mig_log.c */
-void gvt_log_off(struct vgpu *vgpu);
-void gvt_log_init(struct vgpu *vgpu);
+void gvt_mig_log_init(struct vgpu *vgpu);
 
 #endif

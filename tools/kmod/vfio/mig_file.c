@@ -76,7 +76,7 @@ static ssize_t gvt_data_write(struct file *filp, const char __user *buf,
 /* Whether who reads asked for PRECOPY_INFO.flags: vfio's to note, or ours */
 static bool gvt_info2(const struct vgpu *vgpu)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 1, 0)
+#ifdef GVT_SINCE_7_1
 	return READ_ONCE(vgpu->vdev.precopy_info_v2);
 #else
 	return READ_ONCE(vgpu->mig.info2);

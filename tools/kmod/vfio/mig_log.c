@@ -3,50 +3,26 @@
  * DMA logging: the pages that a vGPU wrote to, as VFIO's feature reports them.
  */
 #include <linux/iova_bitmap.h>
-#include <linux/log2.h>
 #include <linux/module.h>
-#include <linux/version.h>
 
+#include "hw/hw.h"
+#include "lab/lab.h"
 #include "mig.h"
 
 /*
  * iova_bitmap_set() is vfio's until 6.6. Then it is a part of iommufd, and
  * where that is not built there is a stub, and REPORT is EOPNOTSUPP.
  */
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 7, 0)
+#ifndef GVT_SINCE_6_7
 #define GVT_LOGGING
 #elif IS_ENABLED(CONFIG_IOMMUFD_DRIVER)
 #define GVT_LOGGING
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 13, 0)
+#ifndef GVT_SINCE_6_13
 MODULE_IMPORT_NS(IOMMUFD);
 #else
 MODULE_IMPORT_NS("IOMMUFD");
 #endif
 #endif
-
-void gvt_log_off(struct vgpu *vgpu)
-{
-	WRITE_ONCE(vgpu->mig.logging, false);
-	xa_destroy(&vgpu->mig.log);
-}
-
-/* After the write: a report between the two must not forget it */
-void gvt_mig_wrote(struct vgpu *vgpu, u64 iova, u64 len)
-{
-	struct gvt_mig *mig = &vgpu->mig;
-	unsigned long page, last;
-	unsigned int shift;
-
-	/* Pairs with gvt_log_start(): who sees the log sees its page size */
-	if (!smp_load_acquire(&mig->logging) || !len)
-		return;
-	shift = READ_ONCE(mig->log_shift);
-	last = (iova + len - 1) >> shift;
-	for (page = iova >> shift; page <= last; page++)
-		if (xa_err(xa_store(&mig->log, page, xa_mk_value(0),
-				    GFP_KERNEL_ACCOUNT)))
-			WRITE_ONCE(mig->log_lost, true);
-}
 
 #ifdef GVT_LOGGING
 /* All of what the vGPU writes is logged: it can hold any number of ranges */
@@ -58,13 +34,9 @@ static int gvt_log_start(struct vfio_device *vdev,
 	int ret = -EINVAL;
 
 	mutex_lock(&vgpu->mig.state_mutex);
-	if (!vgpu->mig.logging ||
-	    gvt_defect(vgpu, GVT_DEFECT_LOG_START_TWICE)) {
-		gvt_log_off(vgpu);	/* what came late into the last log */
-		vgpu->mig.log_lost = false;
+	if (!vgpu->log.on || gvt_defect(vgpu, GVT_DEFECT_LOG_START_TWICE)) {
 		*page_size = READ_ONCE(vgpu->mig.log_page);
-		WRITE_ONCE(vgpu->mig.log_shift, ilog2(*page_size));
-		smp_store_release(&vgpu->mig.logging, true);
+		gvt_log_on(vgpu, *page_size);
 		ret = 0;
 	}
 	mutex_unlock(&vgpu->mig.state_mutex);
@@ -85,14 +57,14 @@ static int gvt_log_stop(struct vfio_device *vdev)
 static void gvt_log_move(struct vgpu *vgpu, unsigned long iova,
 			 unsigned long length, struct iova_bitmap *dirty)
 {
-	unsigned int shift = vgpu->mig.log_shift;
+	unsigned int shift = vgpu->log.shift;
 	unsigned long end = iova + length - 1;
 	unsigned long page, from, to;
 	void *entry;
 
-	xa_for_each_range(&vgpu->mig.log, page, entry, iova >> shift,
+	xa_for_each_range(&vgpu->log.pages, page, entry, iova >> shift,
 			  end >> shift) {
-		xa_erase(&vgpu->mig.log, page);
+		xa_erase(&vgpu->log.pages, page);
 		from = max(page << shift, iova);
 		to = min((page << shift) + BIT(shift) - 1, end);
 		iova_bitmap_set(dirty, from, to - from + 1);
@@ -108,9 +80,9 @@ static int gvt_log_read_and_clear(struct vfio_device *vdev, unsigned long iova,
 	int ret = 0;
 
 	mutex_lock(&vgpu->mig.state_mutex);
-	if (!vgpu->mig.logging)
+	if (!vgpu->log.on)
 		ret = gvt_defect(vgpu, GVT_DEFECT_LOG_UNSTARTED) ? 0 : -EINVAL;
-	else if (READ_ONCE(vgpu->mig.log_lost))
+	else if (READ_ONCE(vgpu->log.lost))
 		ret = -EIO;
 	else if (length && gvt_defect(vgpu, GVT_DEFECT_LOG_ALL))
 		iova_bitmap_set(dirty, iova, length);
@@ -126,13 +98,13 @@ static const struct vfio_log_ops gvt_log_ops = {
 	.log_read_and_clear	= gvt_log_read_and_clear,
 };
 
-void gvt_log_init(struct vgpu *vgpu)
+void gvt_mig_log_init(struct vgpu *vgpu)
 {
 	vgpu->mig.log_page = GVT_PAGE_SIZE;
 	vgpu->vdev.log_ops = &gvt_log_ops;
 }
 #else
-void gvt_log_init(struct vgpu *vgpu)
+void gvt_mig_log_init(struct vgpu *vgpu)
 {
 	vgpu->mig.log_page = GVT_PAGE_SIZE;
 }

@@ -8,8 +8,7 @@
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
-#include <linux/version.h>
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
+#ifdef GVT_SINCE_6_12
 #include <linux/unaligned.h>
 #else
 #include <asm/unaligned.h>
@@ -49,7 +48,7 @@ static void gvt_filler(u64 seed, u64 at, u8 *buf, size_t bytes)
 /* --- a stream's stages; under migf->lock ----------------------------- */
 
 void gvt_stage_enter(struct gvt_mig_file *migf, enum gvt_mig_stage stage,
-			    u64 size)
+		     u64 size)
 {
 	migf->stage = stage;
 	migf->pos = 0;
@@ -267,8 +266,7 @@ static int gvt_save_end(struct gvt_mig_file *migf)
 	return 0;
 }
 
-ssize_t gvt_save(struct gvt_mig_file *migf, char __user *buf,
-			size_t count)
+ssize_t gvt_save(struct gvt_mig_file *migf, char __user *buf, size_t count)
 {
 	size_t done = 0, part;
 	int ret = 0;
@@ -434,7 +432,7 @@ static bool gvt_load_pieces(const struct gvt_mig_file *migf, size_t count)
 
 /* Refused bytes spoil the session; memory that cannot be read does not */
 ssize_t gvt_load(struct gvt_mig_file *migf, const char __user *buf,
-			size_t count)
+		 size_t count)
 {
 	size_t done = 0, part;
 	int ret = migf->broken, stop;

@@ -38,10 +38,9 @@ void gvt_mig_close(struct vgpu *vgpu);	/* the last device fd */
 void gvt_mig_reset(struct vgpu *vgpu);	/* VFIO_DEVICE_RESET */
 /* the RFC's START and STOP; -EBUSY in a state of v2 that is not a run state */
 int gvt_mig_set_active(struct vgpu *vgpu, bool active);
-/* the hardware has written guest memory; any lock but gtt_lock's inner ones */
-void gvt_mig_wrote(struct vgpu *vgpu, u64 iova, u64 len);
 const char *gvt_mig_state_name(struct vgpu *vgpu);
 void gvt_mig_set_rate(struct vgpu *vgpu, u64 rate);
+void gvt_mig_show(struct vgpu *vgpu);	/* mig_show.c: its files in debugfs */
 int gvt_feature(struct vfio_device *vdev, u32 flags, void __user *arg,
 		size_t argsz);
 #define GVT_V2_EXTRA_MAX	BIT_ULL(32)	/* bytes */

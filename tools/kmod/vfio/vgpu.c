@@ -258,7 +258,7 @@ static int gvt_describe_region(struct vgpu *vgpu, struct vfio_region_info *info,
 	return 0;
 }
 
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 19, 0)
+#ifdef GVT_SINCE_6_19
 /* vfio copies from and to the user, and the capabilities */
 static int gvt_get_region_info_caps(struct vfio_device *vdev,
 				    struct vfio_region_info *info,
@@ -428,7 +428,7 @@ static long gvt_other_ioctl(struct vgpu *vgpu, unsigned int cmd,
 	switch (cmd) {
 	case VFIO_DEVICE_GET_INFO:
 		return gvt_get_info(vgpu, arg);
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 19, 0)
+#ifndef GVT_SINCE_6_19
 	case VFIO_DEVICE_GET_REGION_INFO:
 		return gvt_get_region_info(vgpu, arg);
 #endif
@@ -500,6 +500,7 @@ static int gvt_init_parts(struct vgpu *vgpu)
 {
 	int ret;
 
+	gvt_log_init(vgpu);
 	ret = gvt_cfg_alloc(vgpu);
 	if (ret)
 		return ret;
@@ -555,10 +556,11 @@ static void gvt_release_device(struct vfio_device *vdev)
 	gvt_submit_fini(vgpu);
 	gvt_gtt_fini(vgpu);
 	gvt_mmio_fini(vgpu);
+	gvt_log_fini(vgpu);
 	kfree(vgpu->cfg);
 	kvfree(vgpu->last_ring);
 	gvt_pool_free(vgpu);
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
+#ifndef GVT_SINCE_6_2
 	vfio_free_device(vdev);	/* until 6.1 the driver's to do */
 #endif
 }
@@ -572,18 +574,18 @@ static const struct vfio_device_ops gvt_device_ops = {
 	.read		= gvt_read,
 	.write		= gvt_write,
 	.ioctl		= gvt_ioctl,
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 19, 0)
+#ifdef GVT_SINCE_6_19
 	.get_region_info_caps = gvt_get_region_info_caps,
 #endif
 	.device_feature	= gvt_feature,
 	.mmap		= gvt_mmap,
 	.dma_unmap	= gvt_dma_unmap,
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0)
+#ifdef GVT_SINCE_6_2
 	.bind_iommufd	= vfio_iommufd_emulated_bind,
 	.unbind_iommufd	= vfio_iommufd_emulated_unbind,
 	.attach_ioas	= vfio_iommufd_emulated_attach_ioas,
 #endif
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 6, 0)
+#ifdef GVT_SINCE_6_6
 	.detach_ioas	= vfio_iommufd_emulated_detach_ioas,
 #endif
 };
@@ -598,6 +600,8 @@ static int gvt_probe(struct mdev_device *mdev)
 		return PTR_ERR(vgpu);
 	dev_set_drvdata(&mdev->dev, vgpu);
 	gvt_debugfs_add(vgpu);
+	gvt_hw_show(vgpu);
+	gvt_mig_show(vgpu);
 	ret = vfio_register_emulated_iommu_dev(&vgpu->vdev);
 	if (!ret)
 		return 0;

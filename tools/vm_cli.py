@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line of ``scripts/vm``."""
+"""The command line of ``scripts/vm``: the runner of :mod:`tools.vm`, with what others build for its guests."""
 
 import argparse
 import compileall
@@ -21,7 +21,7 @@ from tools.vm import custom, guest, gvt, kernels, kvm, machine, module, mtty, ne
 from tools.vm.cache import cache_root
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT, Interrupted, RunnerError
 
-_CHECKOUT: Final = Path(__file__).resolve().parents[2]
+_CHECKOUT: Final = Path(__file__).resolve().parents[1]
 _KEPT_RUNS: Final = 5
 _EPILOG: Final = f"""\
 Exit status: COMMAND's own; {EXIT_KERNEL_FAULT} the kernel printed a WARN, BUG or Oops (shown on stderr); \
@@ -255,3 +255,7 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_RUNNER
     except Interrupted as interrupted:
         return 128 + interrupted.signum
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -5,13 +5,8 @@
  * one rule; README.md says which. Where one is looked up the code reads
  * gvt_defect(vgpu, GVT_DEFECT_...), and nowhere else is anything of them.
  */
-#ifndef GVT_DEFECT_H
-#define GVT_DEFECT_H
-
-#include <linux/types.h>
-
-struct vgpu;
-struct file_operations;
+#ifndef GVT_SAMPLE_DEFECTS_H
+#define GVT_SAMPLE_DEFECTS_H
 
 enum gvt_defect {
 	/* v2: states */
@@ -79,10 +74,5 @@ enum gvt_defect {
 	GVT_DEFECT_STATE_SIZE,
 	GVT_DEFECTS,
 };
-
-bool gvt_defect(const struct vgpu *vgpu, enum gvt_defect defect);
-
-extern const struct file_operations gvt_defect_fops;	/* of one vGPU */
-extern const struct file_operations gvt_defects_fops;	/* all that there are */
 
 #endif
