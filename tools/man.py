@@ -34,6 +34,26 @@ EXIT_STATUS: Final = (
     ("7", "The host failed: disk full, permission."),
     ("130", "Interrupted, rolled back."),
 )
+_DEVICE: Final = "0 2 3 4 5 7 130"
+_FILE: Final = "0 2 6 7 130"
+_BOTH: Final = "0 2 3 4 5 6 7 130"
+_HOST: Final = "0 2 7 130"
+CODES: Final = {
+    **dict.fromkeys(("conform", "dirty", "hold", "info", "mdev", "reset", "start", "state"), _DEVICE),
+    **dict.fromkeys(("status", "stop", "sync"), _DEVICE),
+    **dict.fromkeys(("extract", "inspect", "pack", "pages", "verify"), _FILE),
+    **dict.fromkeys(("check", "migrate", "restore", "save", *vm.COMMANDS), _BOTH),
+    **dict.fromkeys(("doctor", "list"), _HOST),
+    "diff": f"1 {_FILE}",
+}
+"""With which codes a command may end."""
+_OWN: Final = {
+    ("check", "6"): "The image is invalid or does not fit the device: a check is a mismatch.",
+    ("conform", "5"): "The device or the kernel failed, or a check did.",
+    ("diff", "1"): "There are differences, with \\-\\-exit\\-code.",
+    ("doctor", "7"): "The host failed, or a check has found a problem.",
+}
+"""What a code of a command says besides."""
 ENVIRONMENT: Final = (
     ("VFIO_MIG_UAPI_HEADER", "Path of a patched kernel's linux/vfio.h, as \\fB\\-\\-uapi\\-header\\fR."),
     ("VFIO_MIG_LOCK_DIR", "Directory of the locks and notes, one per device, instead of \\fI/run/vfio\\-mig\\fR."),
@@ -64,6 +84,8 @@ def paragraphs(text: str) -> Iterator[str]:
     """Turn a command's help into roff; what stands behind click's mark of a block is printed line by line."""
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text).replace("\f", "")):
         lines = paragraph.splitlines()
+        if lines[1:] and lines[1].startswith("Exit codes:"):  # they have a section of their own
+            continue
         if lines[0].strip() != "\b":
             yield ".PP"
             yield _bold_commands(" ".join(line.strip() for line in lines))
@@ -72,7 +94,8 @@ def paragraphs(text: str) -> Iterator[str]:
         is_short = len(lines) == 2 and bool(command)  # noqa: PLR2004 -- the mark, and one line with the example in it
         block = [command] if is_short else [line.removeprefix("  ") for line in lines[2:]]
         yield ".PP"
-        yield escape(title if is_short else lines[1].removesuffix(":")) + ":"
+        heading = title if is_short else lines[1].removesuffix(":")
+        yield escape(heading) + ("" if heading.endswith("?") else ":")
         yield ".PP"
         yield ".nf"
         yield ".RS 4"
@@ -91,7 +114,13 @@ def _options(command: click.Command, context: click.Context) -> Iterator[str]:
         if record is not None:
             yield ".TP"
             yield f"\\fB{escape(record[0])}\\fR"
-            yield escape(record[1])
+            yield _bold_commands(record[1])
+
+
+def exit_status(name: str) -> tuple[tuple[str, str], ...]:
+    """Return the codes that a command ends with, and what each says; all of them for the program itself."""
+    codes = CODES[name].split() if name in CODES else [code for code, _ in EXIT_STATUS]
+    return tuple((code, _OWN.get((name, code), text)) for code, text in EXIT_STATUS if code in codes)
 
 
 def _table(rows: tuple[tuple[str, str], ...]) -> Iterator[str]:
@@ -128,7 +157,7 @@ def page(name: str, command: click.Command, context: click.Context, others: list
             sub = command.get_command(context, one)
             if sub is not None:
                 lines += [".TP", f"\\fB{escape(one)}\\fR", escape(sub.get_short_help_str(200))]
-    lines += [".SH EXIT STATUS", *_table(EXIT_STATUS)]
+    lines += [".SH EXIT STATUS", *_table(exit_status(name.removeprefix(f"{PROGRAM}-")))]
     if name == PROGRAM:
         lines += [".SH ENVIRONMENT", *_table(ENVIRONMENT), ".SH FILES", *_table(FILES)]
     lines += [".SH SEE ALSO", ",\n".join(f"\\fB{escape(one)}\\fR(1)" for one in others)]

@@ -92,7 +92,7 @@ def test_the_programs_help_lists_every_command_and_exit_code() -> None:
     listed = result.output.partition("Commands:")[2]
     assert [line.split()[0] for line in listed.splitlines() if line.strip()] == sorted(COMMANDS)
     assert "Example" in result.output
-    codes = result.output.partition("Exit codes: ")[2].partition("Options:")[0]
+    codes = result.output.partition("Exit codes:")[2].partition("Options:")[0]
     assert {int(number) for number in re.findall(r"\b\d+\b", codes)} == {0, 1, 2, 3, 4, 5, 6, 7, 130}
 
 

@@ -39,8 +39,17 @@ def test_an_image_is_shown_with_header_members_statistics_and_state(tmp_path: Pa
     ]
     assert report["statistics"] == {"stop_time": 0.5}
     shown = text("inspect", path)
-    assert shown.startswith(f"{path}: image, {path.stat().st_size} bytes, ")
-    for line in ("  vendor 0x8086", "pvinfo  at 0x279230, 4096 bytes", "  stop_time 0.5", "    level 4  pdp 0x1000"):
+    assert shown.startswith(
+        f"{path}: image, {path.stat().st_size} bytes, {report['state_bytes']} bytes of state, 1 pages"
+    )
+    assert report["pages"] == 1
+    assert "  time 1970-01-01 " in shown or "  time 1969-12-31 " in shown
+    for line in (
+        "  vendor 0x8086",
+        "pvinfo  at 0x279230, 4096 bytes",
+        "  stop_time 500.0 ms",
+        "    level 4  pdp 0x1000",
+    ):
         assert line in shown.splitlines()
     assert vfio_mig.inspect_image(str(path)).layout == "gvt-rfc"
 
@@ -71,14 +80,16 @@ def test_a_section_that_is_not_there_is_wrong_usage_and_names_the_others(tmp_pat
         assert isinstance(result.exception, UsageError)
         assert str(result.exception) == f"{path} has no section 'gtt'; it has {more}header, port0, port1"
     assert js("inspect", path, "--section", "image.members")["values"]["members"]["count"] == 2
-    assert text("inspect", path, "--section", "image.statistics") == "image.statistics\n  stop_time 0.5\n"
+    assert text("inspect", path, "--section", "image.statistics") == "image.statistics\n  stop_time 500.0 ms\n"
     assert run("inspect", path, "--hex").exit_code == 2
 
 
 def test_the_graphics_memory_of_a_vgpu_is_drawn_to_a_new_file(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     picture = tmp_path / "gm.png"
-    text("inspect", write(tmp_path / "image", gvt_state()), "--plot", picture)
+    path = write(tmp_path / "image", gvt_state())
+    done = run("inspect", path, "--plot", picture)
+    assert (done.stdout, done.stderr) == ("", f"{path}: its graphics memory is drawn in {picture}\n")
     assert picture.read_bytes().startswith(b"\x89PNG")
     refused = run("inspect", write(tmp_path / "other", b"no layout of ours"), "--plot", tmp_path / "x.png")
     assert isinstance(refused.exception, UsageError)

@@ -7,9 +7,12 @@ import re
 import shutil
 import subprocess
 
+import click
 import pytest
 
 from tools import man
+from vfio_mig.cli import vm
+from vfio_mig.cli.main import cli
 
 README = (man.ROOT / "README.md").read_text("utf-8")
 
@@ -50,3 +53,27 @@ def test_a_page_renders_without_a_warning_and_says_what_the_help_says(name: str)
 )
 def test_help_becomes_roff(text: str, roff: list[str]) -> None:
     assert list(man.paragraphs(text)) == roff
+
+
+def test_a_page_has_the_exit_codes_of_its_command_and_no_others() -> None:
+    root = click.Context(cli, **cli.context_settings)
+    assert man.CODES.keys() == {*cli.list_commands(root), *vm.COMMANDS}
+    for name in cli.list_commands(root):
+        command = cli.get_command(root, name)
+        assert command is not None
+        codes = set(man.CODES[name].split())
+        metavars = " ".join(command.collect_usage_pieces(click.Context(command)))
+        takes_device = "DEVICE" in metavars or name == "mdev"
+        assert ({"3", "5"} <= codes, not codes.isdisjoint({"3", "4", "5"})) == (takes_device, takes_device), name
+        assert ("1" in codes) == (name == "diff")
+        assert {"0", "2", "7", "130"} <= codes
+        shown = man.pages()[f"vfio-mig-{name}.1"].partition(".SH EXIT STATUS")[2].partition(".SH")[0]
+        assert set(re.findall(r"\\fB(\d+)\\fR", shown)) == codes
+
+
+def test_no_page_has_a_stray_mark() -> None:
+    for name, text in man.pages().items():
+        assert not [line for line in text.splitlines() if line.endswith((",:", "::")) or line in {":", "\\fB:\\fR"}], (
+            name
+        )
+        assert "Exit codes:" not in text

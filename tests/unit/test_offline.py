@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.unit.test_host import NIC, ONE, PLAIN, Tree
-from vfio_mig.cli.devices import _line
+from vfio_mig.cli.devices import _words
 from vfio_mig.errors import DeviceNotFoundError, UsageError
 from vfio_mig.host import drivers
 from vfio_mig.host.offline import OfflineStatus, look, read_within
@@ -291,7 +291,7 @@ def test_a_column_of_list_has_no_spaces() -> None:
         state="running",
         cdev="/dev/cdev",
     )
-    assert _line(full) == "name pci 1:2 vfio-pci /dev/vfio/1 42:a_b_c no running /dev/cdev"
+    assert " ".join(_words(full)) == "name pci 1:2 vfio-pci /dev/vfio/1 42:a_b_c no running /dev/cdev"
     empty = DeviceRow(
         device="name",
         kind="mdev",
@@ -305,9 +305,9 @@ def test_a_column_of_list_has_no_spaces() -> None:
         state=None,
         cdev=None,
     )
-    assert _line(empty) == "name mdev - - - - ? - -"
+    assert " ".join(_words(empty)) == "name mdev - - - - ? - -"
     unseen = replace(empty, holder="?", migratable=True, state="?")
-    assert _line(unseen) == "name mdev - - - ? yes ? -"
+    assert " ".join(_words(unseen)) == "name mdev - - - ? yes ? -"
 
 
 @pytest.fixture

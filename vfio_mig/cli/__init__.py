@@ -4,7 +4,7 @@
 ``main`` is the frame: global options, commands loaded when they are called, errors, exit codes. ``options`` is what
 every command finds in its context, ``output`` what commands have in common and the one place that prints,
 ``streams`` are the standard ones, ``names`` tells devices from files, ``render`` makes lines of decoded states,
-``pictures`` is ``--plot``, ``complete`` what shells ask for.
+``columns`` fits text to a terminal, ``pictures`` is ``--plot``, ``complete`` what shells ask for.
 The others have the commands:
 
 =============  ==================================

@@ -53,7 +53,8 @@ def conform_command(
     says that at least one check failed; warnings are not failures. docs/conform.md explains every check.
 
     \b
-    Example: vfio-mig conform 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 --check 'v2.arc.*' --format tap
+    Example:
+      vfio-mig conform $UUID --check 'v2.arc.*' --format tap
     """
     if only_list:
         _list(options, checks)
@@ -84,8 +85,13 @@ def _list(options: Options, patterns: tuple[str, ...]) -> None:
         names = ("id", "rule", "source", "expected", "family", "danger")
         print_json([{name: getattr(check, name) for name in names} for check in checks])
         return
+    from vfio_mig.cli.columns import hanging, terminal_width
+
+    width = terminal_width()
     for check in checks:
-        put(f"{check.id:<34} {check.rule}{' (--dangerous)' if check.danger else ''}")
+        rule = f"{check.rule}{' (--dangerous)' if check.danger else ''}"
+        for line in hanging(f"{check.id:<34} ", rule, width):
+            put(line)
 
 
 def _judge(report: ConformReport) -> None:

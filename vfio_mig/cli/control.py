@@ -83,15 +83,11 @@ def reset_command(options: Options, device: str, *, force: bool) -> None:
 
 def _job(status: StatusReport) -> str:
     """Tell whose job is at work, since when, and at which step."""
+    from vfio_mig.cli.render import moment
+
     who = f"'vfio-mig {status.job}', PID {status.job_pid}" if status.job else "another vfio-mig"
-    since = "" if status.job_since is None else f", since {_time(status.job_since)}"
+    since = "" if status.job_since is None else f", since {moment(status.job_since)}"
     return f"{who}{since}" + ("" if status.job_step is None else f", at step {status.job_step}")
-
-
-def _time(seconds: float) -> str:
-    from datetime import datetime
-
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 @click.command("status", short_help="Tell who has DEVICE open.")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -24,23 +24,66 @@ def _yes_or_no(migratable: bool | None) -> str:
     return "?" if migratable is None else "yes" if migratable else "no"
 
 
-def _line(one: DeviceRow) -> str:
+COLUMNS: Final = ("NAME", "KIND", "TYPE", "DRIVER", "NODE", "HOLDER", "MIGRATABLE", "STATE", "CDEV")
+_WANTED: Final = ("NAME", "HOLDER", "MIGRATABLE", "STATE", "TYPE", "DRIVER", "KIND", "NODE", "CDEV")
+"""Which columns a terminal that is too narrow for all of them has: the first ones."""
+
+
+def _words(one: DeviceRow) -> list[str]:
+    """Return a device's words, one for each of COLUMNS."""
     holder = one.holder if one.holder_pid is None else f"{one.holder_pid}:{one.holder}"
     words = (one.device, one.kind, one.type, one.driver, one.node, holder, _yes_or_no(one.migratable), one.state)
-    return " ".join(_word(word) for word in (*words, one.cdev))
+    return [_word(word) for word in (*words, one.cdev)]
+
+
+def _columns(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """Turn the names of columns into their numbers."""
+    del ctx
+    if value is None:
+        return None
+    names = [name.strip().upper() for name in value.split(",")]
+    for name in names:
+        if name not in COLUMNS:
+            raise click.BadParameter(f"there is no column {name!r}; there are {', '.join(COLUMNS)}", param=param)
+    return [COLUMNS.index(name) for name in names]
+
+
+def _table(rows: list[list[str]], columns: list[int] | None, *, header: bool) -> list[str]:
+    """Lay the words of devices out: on a terminal below each other, with a header and what fits; else as they are."""
+    from vfio_mig.cli.columns import aligned, fitting, terminal_width
+
+    width = terminal_width()
+    every = [list(COLUMNS), *rows]
+    if columns is None:
+        order = [COLUMNS.index(name) for name in _WANTED]
+        columns = list(range(len(COLUMNS))) if width is None else fitting(every, order, width)
+    chosen = [[row[column] for column in columns] for row in every]
+    if width is None:
+        return [" ".join(row) for row in (chosen if header else chosen[1:])]
+    return list(aligned(chosen)) if rows or header else []
 
 
 @click.command("list", short_help="List VFIO devices and who has them open.")
+@click.option(
+    "-o",
+    "--columns",
+    metavar="NAME[,...]",
+    callback=_columns,
+    help="Print these columns only, in this order.",
+)
+@click.option("--header", is_flag=True, help="Name the columns in a first line, as on a terminal.")
 @click.pass_obj
-def list_command(options: Options) -> None:
+def list_command(options: Options, columns: list[int] | None, *, header: bool) -> None:
     """List VFIO devices, one per line: NAME KIND TYPE DRIVER NODE HOLDER MIGRATABLE STATE CDEV.
 
     HOLDER is PID:COMMAND, - for none, ? where not every process can be seen. MIGRATABLE (yes, no, ?) and STATE are what
     the kernel and the driver's name tell without opening anything; ? means that only an open device tells, or that a
-    driver does not answer.
+    driver does not answer. A terminal gets a header, and the columns that fit.
 
     \b
-    Example: vfio-mig list | awk '$6 == "-" { print $1 }'
+    Examples:
+      vfio-mig list | awk '$6 == "-" { print $1 }'
+      vfio-mig list -o name,type,holder
     """
     from vfio_mig.jobs.queries.devices import list_devices
 
@@ -48,8 +91,8 @@ def list_command(options: Options) -> None:
     if options.as_json:
         print_json([one.as_dict() for one in found])
         return
-    for one in found:
-        put(_line(one))
+    for line in _table([_words(one) for one in found], columns, header=header):
+        put(line)
 
 
 def _print_regions(info: DeviceInfo) -> None:

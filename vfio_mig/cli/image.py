@@ -97,7 +97,8 @@ def pages_command(options: Options, file: str, memory: tuple[str, ...]) -> None:
 
     \b
     Example: follow a running device's pages to another host
-      vfio-mig sync $UUID - --memory /dev/shm/guest@0 --max-downtime 50 | ssh HOST vfio-mig pages - --memory copy@0
+      vfio-mig sync $UUID - --memory /dev/shm/guest@0 --max-downtime 50 |
+        ssh HOST vfio-mig pages - --memory copy@0
     """
     from vfio_mig.jobs.files.pages import load_pages
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -65,16 +65,20 @@ def inspect_command(options: Options, file: str, section: str | None, *, as_hex:
             _print_section(chosen.name, chosen.values, _ALL)
     elif options.as_json:
         print_json(report.as_dict())
+    elif plot is not None:
+        say(options, f"{file}: its graphics memory is drawn in {plot}")
     else:
         print_report(report)
     for problem in report.problems:
         warn(f"{file}: {problem}")
 
 
-def _print_section(name: str, values: dict[str, object], rows: int) -> None:
-    from vfio_mig.cli.render import lines
+def _print_section(name: str, values: dict[str, Any], rows: int) -> None:
+    from vfio_mig.cli.render import lines, moment
 
     put(name)
+    if name == "image.header" and type(values.get("time")) is int:
+        values = {**values, "time": moment(values["time"])}
     for line in lines(values, rows):
         put(line)
 
@@ -84,7 +88,8 @@ def print_report(report: InspectReport, rows: int = _ROWS) -> None:
     from vfio_mig.jobs.files.inspect import image_sections
 
     inside = "".join(f" in {name}" for name in reversed(report.wrapping))
-    what = f"{report.kind}{inside}, {report.size} bytes, {report.state_bytes} bytes of state: {report.layout}"
+    pages = "" if report.pages is None else f", {report.pages} pages of memory"
+    what = f"{report.kind}{inside}, {report.size} bytes, {report.state_bytes} bytes of state{pages}: {report.layout}"
     put(f"{report.file}: {what}")
     for section in image_sections(report):
         _print_section(section.name, section.values, rows)
@@ -125,7 +130,9 @@ def extract_command(options: Options, file: str, directory: str) -> None:
     is 6.
 
     \b
-    Example: vfio-mig extract gpu.vfm parts && vfio-mig pack parts again.vfm && cmp gpu.vfm again.vfm
+    Example:
+      vfio-mig extract gpu.vfm parts
+      vfio-mig pack parts again.vfm && cmp gpu.vfm again.vfm
     """
     from vfio_mig.jobs.files.extract import INCOMPLETE, extract_image
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PROGRAM = "vfio-mig"
+COLUMNS: Final = 80
+"""Help is never wider, however wide the terminal."""
 COMPLETION = "_VFIO_MIG_COMPLETE"
 
 COMMANDS = {  # command: module below vfio_mig.cli
@@ -170,7 +172,7 @@ class Lazy(Group):
 @click.group(
     cls=Lazy,
     params=_global_options(hidden=False),
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": COLUMNS},
 )
 @click.version_option(__version__, prog_name="vfio-mig", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -186,9 +188,16 @@ def cli() -> None:
       vfio-mig restore $B gpu.vfm --start
 
     \b
-    Exit codes: 0 done, 1 differences (diff --exit-code), 2 wrong usage, 3 no such device or it cannot be opened,
-    4 not supported by the device, 5 the device or kernel failed, 6 the image is invalid or does not fit,
-    7 the host failed, 130 interrupted.
+    Exit codes:
+        0  done
+        1  there are differences (diff --exit-code)
+        2  wrong usage
+        3  no such device, or it cannot be opened
+        4  the device does not support it
+        5  the device or the kernel failed
+        6  the image is invalid or does not fit
+        7  the host failed
+      130  interrupted, rolled back
     """
 
 

@@ -105,7 +105,8 @@ def migrate_command(
     \b
     Examples:
       vfio-mig migrate $A $B
-      vfio-mig migrate $A ssh://root@other/$B --memory /dev/shm/guest@0 --target-memory /dev/shm/guest@0
+      vfio-mig migrate $A ssh://root@other/$B \\
+        --memory /dev/shm/guest@0 --target-memory /dev/shm/guest@0
     """
     from vfio_mig.jobs.migrate import migrate
 

@@ -16,7 +16,35 @@ _HEX_KEYS: Final = """
 """
 _HEX: Final = frozenset(_HEX_KEYS.split())
 """Keys whose numbers are addresses, ids or bits."""
+_LONG: Final = 1e6
+"""Seconds: nothing that was measured took longer."""
 _LISTS: Final = {"count", "listed"}
+
+
+def moment(seconds: float) -> str:
+    """Return a time, seconds since 1970, as a date of this host's; what is none, as it is.
+
+    >>> moment(1 << 70)
+    '1180591620717411303424'
+    """
+    from datetime import datetime
+
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return str(seconds)
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people.
+
+    >>> duration(0.0005947880000007899), duration(0.00001), duration(2.5), duration(0.0)
+    ('0.6 ms', '0.01 ms', '2.50 s', '0.0 ms')
+    """
+    milliseconds = seconds * 1e3
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{milliseconds:.1f} ms" if milliseconds >= 0.1 or not milliseconds else f"{milliseconds:.1g} ms"  # noqa: PLR2004
 
 
 def scalar(key: str, value: Any) -> str:
@@ -27,6 +55,8 @@ def scalar(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:#x}" if key in _HEX or key.endswith(("_lo", "_hi")) else str(value)
+    if isinstance(value, float):
+        return duration(value) if key.endswith("time") and 0 <= value < _LONG else f"{value:.6g}"
     if isinstance(value, list):
         return ",".join(scalar(key, one) for one in value) or "-"
     return str(value)

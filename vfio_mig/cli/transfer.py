@@ -218,7 +218,7 @@ def save_command(
         say(
             options,
             f"{report.device}: saved {report.state_bytes} bytes of state, {report.pages_dirty} dirty pages, "
-            f"{pages_of_memory(report.pages_written, report.memory)} to {report.file}; "
+            f"{pages_of_memory(report.pages_written + report.pages_zero, report.memory)} to {report.file}; "
             f"stopped for {report.stopped_time * 1e3:.1f} ms (stop {report.stop_time * 1e3:.1f}, "
             f"bitmap {report.bitmap_time * 1e3:.1f}, state {report.state_read_time * 1e3:.1f}); {NOW[report.state]}",
         )
@@ -415,7 +415,7 @@ def sync_command(
     \b
     Examples:
       vfio-mig sync $UUID copy.mem --memory /dev/shm/guest@0
-      vfio-mig -v sync $UUID copy.mem --memory /proc/$PID/fd/12@0 --max-downtime 50
+      vfio-mig sync $UUID copy.mem --memory /proc/$PID/fd/12@0 --max-downtime 50
     """
     from vfio_mig.jobs.sync import sync_dirty
 

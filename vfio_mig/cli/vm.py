@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MEMORY_HELP: Final = (
     "The guest's RAM: auto (found by itself; must be shared), none, or FILE@GPA[:SIZE[+OFFSET]] (repeatable)."
 )
-CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
 def _common(program: str, cont: str, force: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -81,7 +81,8 @@ def save_command(qmp_socket: str, device: str, file: str, *, verbose: bool, **op
     Prints a summary as JSON; to stderr when FILE is -, standard output. Run it as root, in QEMU's PID namespace.
 
     \b
-    Example: qemu-save --cont /run/vm.qmp 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 gpu.vfm
+    Example:
+      qemu-save --cont /run/vm.qmp 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 gpu.vfm
     """
     from vfio_mig.vm.jobs import save_vgpu
     from vfio_mig.vm.qmp import Qmp
@@ -100,7 +101,8 @@ def restore_command(qmp_socket: str, device: str, file: str, *, verbose: bool, *
     paused. Prints a summary as JSON. Run it as root, in QEMU's PID namespace.
 
     \b
-    Example: qemu-restore --cont /run/vm.qmp 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 gpu.vfm
+    Example:
+      qemu-restore --cont /run/vm.qmp 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 gpu.vfm
     """
     from vfio_mig.vm.jobs import restore_vgpu
     from vfio_mig.vm.qmp import Qmp

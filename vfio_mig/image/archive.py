@@ -85,6 +85,14 @@ class Archive(Closing):
         """Whether it has guest memory."""
         return any(member.kind in ("pages", "zero") for member in self.members)
 
+    def count_pages(self) -> int:
+        """Count the pages of guest memory, by their indexes: one that comes in several rounds counts in each.
+
+        :raises ImageError: as :meth:`index`.
+        """
+        members = (member for member in self.members if member.kind in ("pages", "zero"))
+        return sum(size // PAGE for member in members for _, size in self.index(member))
+
     def state_chunks(self) -> Iterator[bytes]:
         """Yield the device state, at most MEMBER_MAX bytes at a time."""
         return map(self._content, self._of("state"))

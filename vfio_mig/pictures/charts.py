@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 FORMATS: Final = ("png", "svg")
 _CELLS: Final = 128 * 64
 _COLUMNS: Final = 128
-_MIB: Final = 1 << 20
+_TITLE_MAX: Final = 90
+"""Characters of a title that fit above the narrowest picture."""
 
 
 class Segment(NamedTuple):
@@ -65,8 +66,22 @@ def _new(width: float, height: float, title: str) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=11)
+    axes.set_title(short_title(title), fontsize=11)
     return figure, axes
+
+
+def short_title(title: str) -> str:
+    """Return a title that fits: of a longer one the end, behind an ellipsis.
+
+    >>> short_title("/a" * 100)[:5], len(short_title("/a" * 100))
+    ('…a/a/', 90)
+    """
+    return title if len(title) <= _TITLE_MAX else "…" + title[1 - _TITLE_MAX :]
+
+
+def _say_nothing(axes: Any, text: str) -> None:
+    """Say in the middle of a picture that there is nothing in it."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=12, color="#555555")
 
 
 def _save(figure: Any, file: BinaryIO, kind: str) -> None:
@@ -100,8 +115,13 @@ def draw_dirty_map(chunks: Sequence[Dirty], title: str, file: BinaryIO, kind: st
     step = max(1, len(rows) // 16)
     axes.set_yticks(range(0, len(rows), step), labels[::step], family="monospace", fontsize=8)
     axes.set_ylabel("guest-physical address")
-    axes.set_xlabel(f"offset in the row, cells of {size_text(cell * PAGE)} ({cell} pages)")
-    figure.colorbar(image, ax=axes, label="dirty pages, % (white: none)")
+    marks = range(0, _COLUMNS, _COLUMNS // 4)
+    axes.set_xticks(marks, [f"+{at * cell * PAGE:#x}" for at in marks], family="monospace", fontsize=8)
+    pages = "page" if cell == 1 else "pages"
+    axes.set_xlabel(f"within the row; a cell is {size_text(cell * PAGE)} ({cell} {pages}), white if none is dirty")
+    if not any(share > 0 for row in rows for share in row):
+        _say_nothing(axes, "no page is dirty")
+    figure.colorbar(image, ax=axes, label="dirty, %")
     _save(figure, file, kind)
 
 
@@ -128,6 +148,8 @@ def draw_rounds(rounds: Sequence[Round], title: str, file: BinaryIO, kind: str) 
     )
     times.set_ylabel("ms")
     times.set_ylim(bottom=0)
+    if not rounds:
+        _say_nothing(axes, "there was no round")
     lines = [handle for one in (axes, times) for handle in one.get_legend_handles_labels()[0]]
     # below the axis' label; matplotlib 3.6 has no loc="outside …"
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
@@ -139,17 +161,22 @@ def draw_layout(segments: Sequence[Segment], title: str, file: BinaryIO, kind: s
     """Draw pieces of an address space, a line for each, with what is mapped in them."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 0.6 + 1.3 * len(segments)), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure = Figure(figsize=(10, 0.6 + 1.3 * max(len(segments), 1)), layout="constrained")
+    figure.suptitle(short_title(title), fontsize=11)
     for axes, one in zip(figure.subplots(len(segments), 1, squeeze=False)[:, 0], segments, strict=True):
         axes.set_facecolor("#eeeeee")
-        bars = [(start / _MIB, size / _MIB) for start, size in one.mapped]
-        axes.broken_barh(bars, (0, 1), facecolors="#b5367a", edgecolors="#b5367a", linewidth=0.7)  # one page is seen
-        axes.set_xlim(one.start / _MIB, (one.start + one.size) / _MIB)
+        axes.broken_barh(
+            one.mapped, (0, 1), facecolors="#b5367a", edgecolors="#b5367a", linewidth=0.7
+        )  # one page is seen
+        axes.set_xlim(one.start, one.start + one.size)
+        marks = [one.start + one.size * eighth // 8 for eighth in range(0, 9, 2)]
+        axes.set_xticks(marks, [f"{mark:#x}" for mark in marks], family="monospace", fontsize=8)
         axes.set_ylim(0, 1)
         axes.set_yticks([])
         total = size_text(sum(size for _, size in one.mapped))
         runs = "1 run" if len(one.mapped) == 1 else f"{len(one.mapped)} runs"
         axes.set_title(f"{one.name}: {size_text(one.size)} from {one.start:#x}; {total} mapped, {runs}", fontsize=9)
-        axes.set_xlabel("graphics address, MiB", fontsize=9)
+        axes.set_xlabel("graphics address", fontsize=9)
+        if not one.mapped:
+            _say_nothing(axes, "nothing is mapped")
     _save(figure, file, kind)

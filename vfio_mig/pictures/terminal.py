@@ -71,7 +71,7 @@ def _letter(share: float, letters: str) -> str:
 
 
 def dirty_map(chunks: Sequence[Dirty], *, unicode: bool = True) -> list[str]:
-    """Draw which pages are dirty, as lines of at most 85 characters: address, cells, and what they mean.
+    """Draw which pages are dirty, as lines of at most 80 characters below 1 TiB: address, cells, and what they mean.
 
     :param unicode: draw with block elements, else in ASCII.
     """
@@ -83,10 +83,9 @@ def dirty_map(chunks: Sequence[Dirty], *, unicode: bool = True) -> list[str]:
         shares = cells(run, cell)
         for at in range(0, len(shares), COLUMNS):
             row = "".join(_letter(share, letters) for share in shares[at : at + COLUMNS])
-            lines.append(f"{(first + at * cell) * PAGE:#014x} {edge}{row}{edge}")
+            lines.append(f"{(first + at * cell) * PAGE:#012x} {edge}{row}{edge}")
     pages = "page" if cell == 1 else "pages"
-    lines.append(
-        f"one cell: {cell} {pages} ({size_text(cell * PAGE)}); blank: none dirty, {letters[0]}: up to "
-        f"{100 // len(letters)} %, {letters[-1]}: more than {100 - 100 // len(letters)} %"
-    )
+    least, most = 100 // len(letters), 100 - 100 // len(letters)
+    lines.append(f"one cell: {cell} {pages} ({size_text(cell * PAGE)})")
+    lines.append(f"blank: none dirty, {letters[0]}: up to {least} %, {letters[-1]}: more than {most} %")
     return lines

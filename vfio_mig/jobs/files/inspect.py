@@ -30,6 +30,7 @@ class InspectReport(Report):
     :param kind: ``image``, ``state`` (bare) or ``qemu-stream``.
     :param header: what the image's header says, as its members and statistics None for another kind.
     :param members: ``name size sha256`` each; of the first 1000.
+    :param pages: of guest memory, 4096 bytes each, those of zeros among them; None for another kind.
     :param layout: of the state: ``gvt-rfc``, ``gvt_sample``, ``mtty``, ``mlx5``, ``hisi_acc``, ``qat``, ``xe``,
         ``virtio``, ``mlx5-or-virtio`` (the same records), ``qemu``, or ``unknown``.
     :param sections: the state's parts, decoded.
@@ -44,6 +45,7 @@ class InspectReport(Report):
     state_bytes: int
     header: dict[str, Any] | None
     members: dict[str, Any] | None
+    pages: int | None
     statistics: dict[str, Any] | None
     layout: str
     sections: list[Section]
@@ -153,6 +155,7 @@ def inspect_image(file: str) -> InspectReport:
             state_bytes=content.state_bytes,
             header=None if archive is None else plain(archive.header),
             members=None if archive is None else _members(archive),
+            pages=None if archive is None else archive.count_pages(),
             statistics=None if archive is None else plain(archive.statistics),
             layout=content.decoded.layout,
             sections=content.decoded.sections,

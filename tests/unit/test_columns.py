@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""What people read fits into eighty columns."""
+
+from __future__ import annotations
+
+import doctest
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from tests.unit.click_runner import runner
+from vfio_mig.cli import columns, devices, render, vm
+from vfio_mig.cli.main import COLUMNS, COMMANDS, PROGRAM, cli
+from vfio_mig.conform.registry import select
+from vfio_mig.dirty.bitmap import Dirty
+from vfio_mig.pictures.terminal import dirty_map
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEVICE = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+_FULL = "mdev sample-GVTg_V4_8 sample /dev/vfio/12 12345:qemu-system-x86 yes stop-copy /dev/vfio/devices/vfio12"
+ROWS = [
+    [DEVICE, *_FULL.split()],
+    ["0000:3b:00.1", "pci", "8086:56c0", "vfio-pci", "/dev/vfio/noiommu-0", "-", "no", "-", "-"],
+]
+
+
+def helps() -> Iterator[tuple[str, str]]:
+    """Yield the help of every command, as it is on a terminal that is much wider."""
+
+    def of(command: click.Command, parent: click.Context | None, name: str) -> Iterator[tuple[str, str]]:
+        context = click.Context(command, parent=parent, info_name=name, terminal_width=None, **command.context_settings)
+        context.max_content_width = COLUMNS
+        yield name, command.get_help(context)
+        if isinstance(command, click.Group):
+            for one in command.list_commands(context):
+                below = command.get_command(context, one)
+                assert below is not None
+                yield from of(below, context, one)
+
+    yield from of(cli, None, PROGRAM)
+    for name, command in vm.COMMANDS.items():
+        yield from of(command, None, name)
+
+
+def test_the_help_of_every_command_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = dict(helps())
+    assert shown.keys() > COMMANDS.keys()
+    assert [(name, line) for name, text in shown.items() for line in text.splitlines() if len(line) > COLUMNS] == []
+
+
+def test_the_list_of_checks_hangs_below_the_rules_on_a_terminal_and_has_a_line_for_each_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checks = select(())
+    assert len(runner().invoke(cli, ["conform", "--list"]).stdout.splitlines()) == len(checks)
+    monkeypatch.setattr(columns, "terminal_width", lambda: COLUMNS)
+    lines = runner().invoke(cli, ["conform", "--list"]).stdout.splitlines()
+    assert [line for line in lines if len(line) > COLUMNS] == []
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [check.id for check in checks]
+    assert " ".join(" ".join(lines).split()) == " ".join(
+        f"{check.id} {check.rule}{' (--dangerous)' if check.danger else ''}" for check in checks
+    )
+
+
+def test_a_map_of_pages_below_a_tebibyte_fits() -> None:
+    chunks = [Dirty((1 << 28) - 4096, 4096, bytes(512)), Dirty(0, 1 << 20, b"\xff" * (1 << 17))]
+    lines = [*dirty_map(chunks[:1]), *dirty_map(chunks[1:]), *dirty_map(chunks[1:], unicode=False)]
+    assert max(map(len, lines)) <= COLUMNS
+
+
+def table(width: int | None, *, chosen: list[int] | None = None, header: bool = False) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "terminal_width", lambda: width)
+        return devices._table(ROWS, chosen, header=header)
+
+
+def test_a_list_has_the_columns_that_fit_on_a_terminal() -> None:
+    assert table(80) == [
+        "NAME                                 HOLDER                MIGRATABLE STATE",
+        f"{DEVICE} 12345:qemu-system-x86 yes        stop-copy",
+        "0000:3b:00.1                         -                     no         -",
+    ]
+    assert table(40)[0] == "NAME"
+    assert table(400)[0].split() == list(devices.COLUMNS)
+
+
+def test_a_list_for_scripts_has_every_column_and_no_header_unless_it_is_asked_for() -> None:
+    assert table(None) == [" ".join(row) for row in ROWS]
+    assert table(None, header=True) == [" ".join(devices.COLUMNS), *(" ".join(row) for row in ROWS)]
+    assert table(None, chosen=[5, 0]) == [f"12345:qemu-system-x86 {DEVICE}", "- 0000:3b:00.1"]
+
+
+def test_a_column_that_there_is_not_is_wrong_usage() -> None:
+    done = runner().invoke(cli, ["list", "-o", "name,nothing"])
+    assert done.exit_code == 2
+    assert "there is no column 'NOTHING'; there are NAME, KIND" in done.stderr
+
+
+@pytest.mark.parametrize("module", [columns, render])
+def test_the_examples_in_docstrings_are_true(module: object) -> None:
+    result = doctest.testmod(module)  # type: ignore[arg-type]
+    assert result.attempted > 0
+    assert result.failed == 0
