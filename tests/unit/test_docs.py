@@ -74,7 +74,20 @@ def test_there_are_examples_and_a_wrong_one_would_be_noticed() -> None:
         parse(f"{PROGRAM} frobnicate $UUID")
 
 
-def test_every_command_is_in_the_readme() -> None:
-    readme = PAGES[0].read_text("utf-8")
-    missing = [name for name in cli.list_commands(click.Context(cli)) if not re.search(rf"`{name}[` ]", readme)]
+def test_every_command_is_in_the_table_of_commands() -> None:
+    usage = (ROOT / "docs/usage.md").read_text("utf-8").partition("## Commands")[2].partition("\n## ")[0]
+    missing = [name for name in cli.list_commands(click.Context(cli)) if not re.search(rf"`{name}[` ]", usage)]
     assert missing == []
+
+
+def test_the_first_page_is_short_and_names_the_two_commands_first() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert len(readme.splitlines()) <= 130
+    assert readme.splitlines()[0].startswith(f"# {PROGRAM}")
+    (demo, test, *_) = [line.split("  #")[0].strip() for line in readme.splitlines() if line.startswith("    ")]
+    assert (demo, test) == ("scripts/demo --gvt", "scripts/test")
+
+
+def test_the_first_page_leads_to_every_other() -> None:
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", (ROOT / "README.md").read_text("utf-8")))
+    assert linked == {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")}

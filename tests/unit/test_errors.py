@@ -28,7 +28,7 @@ from vfio_mig.errors import (
 )
 
 CATALOGUE: Final = Path(__file__).parents[2] / "docs/errors.md"
-# What README.md's "Exit codes" promises to scripts
+# What docs/scripting.md's "Exit codes" promises to scripts
 EXIT_CODES: Final[dict[type[VfioMigError], int]] = {
     UsageError: 2,
     OpenError: 3,

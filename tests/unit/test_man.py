@@ -14,7 +14,7 @@ from tools import man
 from vfio_mig.cli import vm
 from vfio_mig.cli.main import cli
 
-README = (man.ROOT / "README.md").read_text("utf-8")
+SCRIPTING = (man.ROOT / "docs/scripting.md").read_text("utf-8")
 
 
 def test_the_committed_pages_are_those_of_a_fresh_run() -> None:
@@ -22,8 +22,8 @@ def test_the_committed_pages_are_those_of_a_fresh_run() -> None:
     assert {path.name: path.read_text("utf-8") for path in man.DIRECTORY.iterdir()} == made, "run python -m tools.man"
 
 
-def test_the_exit_codes_are_those_of_the_readme() -> None:
-    table = README.partition("### Exit codes")[2].partition("###")[0]
+def test_the_exit_codes_are_those_of_the_documentation() -> None:
+    table = SCRIPTING.partition("## Exit codes")[2].partition("\n## ")[0]
     assert [code for code, _ in man.EXIT_STATUS] == re.findall(r"^\| ([0-9]+) \|", table, re.MULTILINE)
 
 

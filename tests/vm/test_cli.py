@@ -356,8 +356,9 @@ def test_the_demonstration_s_checks_hold(source: Side, target: Side, tmp_path: P
     assert report.failures == 0
 
 
-def test_the_readme_s_script_runs(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_script_of_functions_in_the_documentation_runs(tmp_path: Path) -> None:
+    functions = (ROOT / "docs/python.md").read_text().partition("## Functions")[2]
+    code = re.findall(r"```python\n(.*?)```", functions, re.DOTALL)[0]
     memory = Path("/dev/shm/guest")
     try:
         with memory.open("xb") as file:

@@ -123,8 +123,8 @@ class Desk:
 
 
 def case(v2: bool, page: str) -> object:
-    """Return the parameters of a page's test; CI takes README.md, and all pages where one kernel is named."""
-    marks = [] if page == "README.md" and not v2 else [pytest.mark.variant]
+    """Return the parameters of a page's test; CI takes the first pages, and all where one kernel is named."""
+    marks = [] if page in {"README.md", "usage.md"} and not v2 else [pytest.mark.variant]
     return pytest.param(v2, page, marks=marks, id=f"{'v2' if v2 else 'rfc'}: {page}")
 
 
