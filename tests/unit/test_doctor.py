@@ -72,22 +72,124 @@ def test_a_host_that_has_everything_has_no_problem(root: Path) -> None:
     assert report.as_dict()["checks"][0]["name"] == "kernel"
 
 
-def test_kvmgt_needs_a_kvm_and_only_ours_is_known_to_migrate(root: Path) -> None:
-    assert not {"gvt", "kvm"} & set(results(examine_host(root=str(root))))
+GVT_CHECKS = {"gvt", "guc", "iommu", "kvmgt", "source", "types", "kvm", "secure-boot"}
+TYPES = "sys/class/mdev_bus/0000:00:02.0/mdev_supported_types/i915-GVTg_V5_4"
+EFI = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+
+
+def gpu(root: Path, device: str = "0x1912", vendor: str = "0x8086", kind: str = "0x030000") -> None:
+    for name, text in (("class", kind), ("vendor", vendor), ("device", device)):
+        put(root, f"sys/bus/pci/devices/0000:00:02.0/{name}", f"{text}\n")
+
+
+def gvt_host(root: Path, migration: str = "") -> None:
+    """Make it a host where all is as it should be; without *migration* with the distribution's kvmgt."""
+    gpu(root)
+    put(root, "sys/module/i915/parameters/enable_gvt", "Y\n")
+    put(root, "sys/module/i915/parameters/enable_guc", "-1\n")
+    put(root, "sys/class/iommu/dmar0/x")
+    put(root, f"{TYPES}/name", "GVTg_V5_4")
+    put(root, f"{TYPES}/available_instances", "2\n")
+    put(root, "dev/kvm")
+    put(root, "sys/module/kvmgt/initstate", "live")
+    if migration:
+        put(root, "sys/module/kvmgt/parameters/migration", f"{migration}\n")
+        put(root, "sys/module/kvmgt/version", "0.1.0\n")
+
+
+def test_a_host_without_a_gpu_of_gvt_g_hears_nothing_of_it(root: Path) -> None:
+    for device, vendor, kind in (
+        ("0x8a50", "0x8086", "0x030000"),  # Ice Lake
+        ("0x1912", "0x10de", "0x030000"),
+        ("0x1912", "0x8086", "0x020000"),  # a network card
+        ("", "", "0x030000"),
+    ):
+        gpu(root, device, vendor, kind)
+        put(root, EFI, "\6\0\0\0\1")
+        assert not GVT_CHECKS & set(results(examine_host(root=str(root)))), device
+
+
+def test_a_host_whose_gpu_could_have_vgpus_is_told_how_and_no_more(root: Path) -> None:
+    gpu(root, "0x9bc5")
+    put(root, "sys/module/i915/parameters/enable_gvt", "N\n")
+    report = examine_host(root=str(root))
+    assert the(report, "gvt").result == NOTE
+    assert "0000:00:02.0 (Comet Lake) can have vGPUs" in the(report, "gvt").text
+    assert "options i915 enable_gvt=1" in the(report, "gvt").text
+    assert GVT_CHECKS & set(results(report)) == {"gvt"}
+
+
+@pytest.mark.parametrize(
+    ("migration", "result", "words"),
+    [("rfc", OK, "0.1.0: the interface of the 2017 RFC"), ("v2", OK, "protocol v2"), ("off", NOTE, "migration=v2")],
+)
+def test_our_kvmgt_is_named_with_the_interface_that_it_has(root: Path, migration: str, result: str, words: str) -> None:
+    gvt_host(root, migration)
+    report = examine_host(root=str(root))
+    assert the(report, "kvmgt").result == result
+    assert words in the(report, "kvmgt").text
+    assert the(report, "gvt") == HostCheck("gvt", OK, "vGPUs on 0000:00:02.0 (Skylake)")
+    assert the(report, "types") == HostCheck("types", OK, "how many more of each: i915-GVTg_V5_4 2")
+    assert {results(report)[name] for name in GVT_CHECKS - {"source", "kvmgt"}} == {OK}
+    assert "source" not in results(report)
+
+
+def test_of_the_distribution_s_kvmgt_it_is_said_how_to_get_another(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gvt_host(root)
+    names = list(os.uname())
+    names[2:4] = ["6.12.117+deb12-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.12.117-1~deb12u1 (2026-11-14)"]
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(names))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    put(tmp_path, "bin/apt-cache", "#!/bin/sh\necho 'linux-source-6.12 | 6.12.117-1~deb12u1 | http://x/debian main'\n")
+    (tmp_path / "bin/apt-cache").chmod(0o755)
+    report = examine_host(root=str(root))
+    assert the(report, "kvmgt").result == NOTE
+    assert "install vfio-mig-kvmgt-dkms, or as root: scripts/kvmgt install" in the(report, "kvmgt").text
+    assert the(report, "source") == HostCheck("source", OK, "linux-source-6.12=6.12.117-1~deb12u1")
+
+    names[3] = "#1 SMP Debian 6.12.9-1 (2025-01-10)"
+    assert "apt-get update" in the(examine_host(root=str(root)), "source").text
+
+    put(root, "var/lib/vfio-mig-kvmgt/6.12.117+deb12-amd64", "kvmgt: gate: it is not\nmore\n")
+    text = the(examine_host(root=str(root)), "kvmgt").text
+    assert "could not build one: kvmgt: gate: it is not (/var/lib/vfio-mig-kvmgt/6.12.117+deb12-amd64" in text
+
+    put(root, "lib/modules/6.12.117+deb12-amd64/updates/dkms/kvmgt.ko")
+    assert "is installed: without vGPUs" in the(examine_host(root=str(root)), "kvmgt").text
+
+
+def test_what_is_in_gvt_g_s_way_is_named_with_the_way_out(root: Path) -> None:
+    gvt_host(root, "rfc")
+    put(root, "sys/module/i915/parameters/enable_guc", "3\n")
+    put(root, f"{TYPES}/available_instances", "0\n")
+    (root / "dev/kvm").unlink()
+    (root / "sys/class/iommu/dmar0/x").unlink()
+    (root / "sys/class/iommu/dmar0").rmdir()
+    report = examine_host(root=str(root))
+    assert the(report, "guc").result == the(report, "kvm").result == PROBLEM
+    assert "enable_guc=3" in the(report, "guc").text
+    assert "load kvm_intel or kvm_amd" in the(report, "kvm").text
+    assert "larger aperture" in the(report, "types").text
+    assert the(report, "iommu").result == NOTE
+    (root / "sys/module/kvmgt/parameters/migration").unlink()
+    put(root, EFI, "\6\0\0\0\1")
+    assert "is then to be enrolled" in the(examine_host(root=str(root)), "secure-boot").text
+    put(root, "var/lib/dkms/mok.pub")
+    assert "mokutil --import /var/lib/dkms/mok.pub" in the(examine_host(root=str(root)), "secure-boot").text
+    put(root, EFI, "\6\0\0\0\0")
+    assert the(examine_host(root=str(root)), "secure-boot").result == OK
+
+
+def test_a_kvmgt_without_a_gpu_for_it_is_odd(root: Path) -> None:
     put(root, "sys/module/kvmgt/initstate", "live")
     report = examine_host(root=str(root))
-    assert "enable_gvt=1" in the(report, "gvt").text
+    assert "no GPU here has GVT-g" in the(report, "gvt").text
     assert "kvm" not in results(report)
-    put(root, "sys/class/mdev_bus/0000:00:02.0/mdev_supported_types/i915-GVTg_V5_4/name", "GVTg_V5_4")
-    report = examine_host(root=str(root))
-    assert (the(report, "gvt").result, the(report, "kvm").result) == (NOTE, PROBLEM)
-    assert "scripts/kvmgt builds one that can" in the(report, "gvt").text
-    assert "load kvm_intel or kvm_amd" in the(report, "kvm").text
-    put(root, "dev/kvm")
-    put(root, "sys/module/kvmgt/parameters/migration", "rfc")
-    report = examine_host(root=str(root))
-    assert the(report, "gvt") == HostCheck("gvt", OK, "kvmgt on 0000:00:02.0")
-    assert the(report, "kvm") == HostCheck("kvm", OK, "/dev/kvm")
+    gpu(root)
+    put(root, "sys/module/i915/parameters/enable_gvt", "Y\n")
+    assert "offers no type of vGPU" in the(examine_host(root=str(root)), "gvt").text
 
 
 def test_a_node_that_may_not_be_opened_is_named_with_its_device(root: Path) -> None:

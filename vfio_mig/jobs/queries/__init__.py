@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Questions that change nothing: ``devices`` (list, info), ``doctor``."""
+"""Questions that change nothing: ``devices`` (list, info), ``doctor``, and of it ``gvt_host``."""

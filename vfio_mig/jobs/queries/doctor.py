@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from vfio_mig.errors import UsageError, VfioMigError
-from vfio_mig.jobs.engine.session import GVT_TYPES
 from vfio_mig.report import Report
 
 if TYPE_CHECKING:
@@ -135,28 +134,9 @@ def _devices(host: Host) -> Iterator[HostCheck]:
 
 
 def _gvt(host: Host) -> Iterator[HostCheck]:
-    """Look for what kvmgt needs: i915's consent, a KVM for whatever opens a vGPU, and a build that can migrate."""
-    offers = [name for name in host.names("sys/class/mdev_bus") if _offers_gvt(host, name)]
-    if not offers:
-        if host.names("sys/module/kvmgt"):
-            text = "kvmgt is loaded and offers no type of vGPU: load i915 with enable_gvt=1, on a GPU that has GVT-g"
-            yield HostCheck("gvt", NOTE, text)
-        return
-    if os.path.exists(host.path("sys/module/kvmgt/parameters/migration")):
-        yield HostCheck("gvt", OK, f"kvmgt on {', '.join(offers)}")
-    else:
-        text = "only an open vGPU tells whether it can be migrated: with the distributions' kvmgt none can"
-        yield HostCheck("gvt", NOTE, f"{text}, scripts/kvmgt builds one that can")
-    if os.access(host.path("dev/kvm"), os.R_OK | os.W_OK):
-        yield HostCheck("kvm", OK, "/dev/kvm")
-    else:
-        is_there = os.path.lexists(host.path("dev/kvm"))
-        what = "may not be opened by this user" if is_there else "is not there; load kvm_intel or kvm_amd"
-        yield HostCheck("kvm", PROBLEM, f"kvmgt opens a vGPU only for a process with a KVM VM, and /dev/kvm {what}")
+    from vfio_mig.jobs.queries.gvt_host import examine
 
-
-def _offers_gvt(host: Host, parent: str) -> bool:
-    return any(name.startswith(GVT_TYPES) for name in host.names(f"sys/class/mdev_bus/{parent}/mdev_supported_types"))
+    yield from (HostCheck(*one) for one in examine(host))
 
 
 def _capabilities(host: Host) -> int:
