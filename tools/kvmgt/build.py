@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tools.kvmgt import elf, series
+from tools.kvmgt import elf, mail, series
 from tools.kvmgt.series import Patch
-from tools.kvmgt.source import CHECKPATCH, GVT, I915, series_of
+from tools.kvmgt.source import CHECKPATCH, GVT, I915, series_of, version_of_source
 from tools.vm import module
 from tools.vm.cache import locked, populated, write_whole
 from tools.vm.errors import RunnerError
@@ -27,7 +27,7 @@ from tools.vm.kernels import Kernel, Log
 NAME: Final = "kvmgt"
 _CHECKOUT: Final = Path(__file__).resolve().parents[2]
 _CDEFS: Final = _CHECKOUT / "cdefs"
-_RECIPE: Final = b"2"  # to be raised when something else is built, or compared, from the same sources
+_RECIPE: Final = b"3"  # to be raised when something else is built, or compared, from the same sources
 _CHECKED: Final = re.compile(r"^  CHECK   ", re.MULTILINE)
 _COMPILED: Final = re.compile(r"^  CC \[M\]  \S*/gvt/\w+\.o", re.MULTILINE)
 _PLACE: Final = re.compile(r":\d+(?::\d+)?: ")
@@ -41,6 +41,19 @@ subdir-ccflags-y += -DI915 -I{root}/{i915} -I{root}/{i915}/../.. -I{root}/cdefs
 obj-m := kvmgt.o
 include $(src)/gvt/Makefile
 """
+# Beside the driver and in no series: who looks at a module, or at /sys/module/kvmgt, sees whose it is.
+_STAMP: Final = "vfio_mig_stamp"
+_STAMP_TEXT: Final = """\
+// SPDX-License-Identifier: MIT
+#include <linux/module.h>
+MODULE_VERSION("{version}");
+MODULE_INFO({field}, "{source}");
+"""
+SOURCE_FIELD: Final = "vfio_mig_source"
+"""What modinfo calls the source package that a module of ours was made from."""
+_VERSION: Final = re.compile(r'^__version__ = "([^"\n]+)"$', re.MULTILINE)
+_CONFIGURED: Final = re.compile(r'^CONFIG_CC_VERSION_TEXT="([^"\n]*)"$', re.MULTILINE)
+_DKMS_ARCHIVE: Final = "var/lib/dkms/vfio-mig-kvmgt/original_module"
 
 
 def warnings_in(log: str) -> list[str]:
@@ -66,9 +79,20 @@ def new_warnings(log: str, known: Sequence[str]) -> list[str]:
     return found
 
 
+def our_version() -> str:
+    """Return this project's version, which modules carry."""
+    found = _VERSION.search((_CHECKOUT / "vfio_mig/version.py").read_text("utf-8"))
+    if found is None:
+        raise RunnerError(f"{_CHECKOUT}/vfio_mig/version.py has no version")
+    return found[1]
+
+
 def stock_module(kernel: Kernel) -> Path:
-    """Return the distribution's own kvmgt."""
+    """Return the distribution's own kvmgt; where dkms has put it away for one of ours, from there."""
     found = sorted((kernel.tree / "lib/modules" / kernel.release / "kernel" / I915).glob(f"{NAME}.ko*"))
+    if not found:
+        archived = (kernel.tree / _DKMS_ARCHIVE / kernel.release).glob(f"*/{NAME}.ko*")
+        found = sorted(path for path in archived if path.suffix != ".origin")
     if len(found) != 1:
         raise RunnerError(f"kernel {kernel.release} has no {NAME}: its packages were built without GVT-g")
     return found[0]
@@ -79,14 +103,14 @@ class Setting:
     """What a build works with.
 
     :param source: the unmodified source, as :mod:`tools.kvmgt.source` fetched it.
-    :param sparse: the program.
+    :param sparse: the program; without it nothing is built again for more warnings.
     :param log: is told what takes long, and what was found.
     """
 
     kernel: Kernel
     source: Path
     cache: Path
-    sparse: Path
+    sparse: Path | None
     log: Log
 
     @property
@@ -118,6 +142,12 @@ class Tree:
             if target.exists():
                 raise RunnerError(f"{path}: kvmgt of {self.setting.kernel.release} has a file of this name")
             shutil.copyfile(path, target)
+        stamp = _STAMP_TEXT.format(
+            version=our_version(), field=SOURCE_FIELD, source=version_of_source(self.setting.source)
+        )
+        (self.root / GVT / f"{_STAMP}.c").write_text(stamp, "utf-8")
+        with (self.root / I915 / "Makefile").open("a", encoding="utf-8") as makefile:
+            makefile.write(f"kvmgt-y += gvt/{_STAMP}.o\n")
 
     def name_below(self, directory: str) -> None:
         """Have the compiler believe that the source is below *directory*, for names that no option of its maps.
@@ -144,15 +174,16 @@ class Tree:
         :param checks: with W=1 and sparse. That module is not to be used: some of W=1's options change the code.
         """
         options = ["W=1", "C=1", f"CHECK={self.setting.sparse}"] if checks else []
-        headers = (self.setting.kernel.tree / "usr/src").glob("linux-headers-*-common")
+        headers = self.setting.kernel.common_headers
         mapped = " ".join(
             f"-fmacro-prefix-map={place}="
-            for place in (f"{self.root}/", *(f"{path}/" for path in headers), below)
+            for place in (f"{self.root}/", *([f"{headers}/"] if headers else []), below)
             if place
         )
         log = module.make(
             self.setting.kernel, self.root / I915, what, *options,
             "CONFIG_DEBUG_INFO=", "CONFIG_DRM_I915_GVT=y", f"KCFLAGS={mapped}",
+            f"CC={compiler_of(self.setting.kernel)}",
         )  # fmt: skip
         log = log.replace(f"{self.root}/", "")
         checked, compiled = len(_CHECKED.findall(log)), len(_COMPILED.findall(log))
@@ -173,27 +204,43 @@ def _digest(*parts: bytes) -> str:
     return digest.hexdigest()[:16]
 
 
+def configured_compiler(kernel: Kernel) -> str:
+    """Return what the kernel's configuration says of the compiler that built it; empty where it says nothing."""
+    config = kernel.headers / ".config"
+    found = _CONFIGURED.search(config.read_text("utf-8", "replace")) if config.is_file() else None
+    return found[1] if found else ""
+
+
+def compiler_of(kernel: Kernel) -> str:
+    """Return the compiler to call: of the name that built the kernel if this host has it, else gcc."""
+    name = configured_compiler(kernel).partition(" ")[0]
+    return name if kernel.tools is None and re.fullmatch(r"[\w.+-]+", name) and shutil.which(name) else "gcc"
+
+
 def _compiler(kernel: Kernel) -> str:
-    gcc = "gcc" if kernel.tools is None else kernel.tools / "gcc"
+    gcc = compiler_of(kernel) if kernel.tools is None else kernel.tools / "gcc"
     done = subprocess.run([gcc, "--version"], capture_output=True, text=True, errors="replace", check=False)
     return done.stdout
 
 
-def _recipe(kernel: Kernel) -> list[bytes]:
+def _recipe(setting: Setting) -> list[bytes]:
     """Return what decides how things are built, other than the sources."""
-    return [_RECIPE, _compiler(kernel).encode()]
+    return [_RECIPE, b"" if setting.sparse is None else b"checked", _compiler(setting.kernel).encode()]
 
 
 def stock_key(setting: Setting) -> str:
-    """Return a name that changes with all that the gate depends on."""
+    """Return a name that changes with all that the gate depends on, every byte of the source among it."""
     kernel = setting.kernel
-    return _digest(os.fsencode(kernel.tree), kernel.release.encode(), setting.source.name.encode(), *_recipe(kernel))
+    files = sorted(path for path in (setting.source / "drivers").rglob("*") if path.is_file())
+    contents = [part for path in files for part in (os.fsencode(path.relative_to(setting.source)), path.read_bytes())]
+    whose = [os.fsencode(kernel.tree), kernel.release.encode(), setting.source.name.encode()]
+    return _digest(*whose, stock_module(kernel).read_bytes(), *_recipe(setting), *contents)
 
 
 def series_key(setting: Setting, checkout_files: Sequence[Path]) -> str:
     """Return a name that changes with all that the patched module depends on."""
     contents = [part for path in checkout_files for part in (path.name.encode(), path.read_bytes())]
-    return _digest(stock_key(setting).encode(), *contents)
+    return _digest(stock_key(setting).encode(), our_version().encode(), *contents)
 
 
 def files_of(name: str) -> list[Path]:
@@ -201,7 +248,7 @@ def files_of(name: str) -> list[Path]:
     return sorted(
         path
         for directory in (series.OURS, series.SERIES / name, series.MUTATIONS, _CDEFS)
-        for path in directory.iterdir()
+        for path in directory.glob("*")
         if path.suffix in {".c", ".h", ".patch"}
     )
 
@@ -221,7 +268,7 @@ def gate(setting: Setting) -> list[str]:
             setting.log(f"building {what}")
             tree = Tree.make(setting, work / "tree")
             verdict = _compare(setting, stock, tree, what)
-            warnings = warnings_in(tree.compile(what, checks=True))
+            warnings = warnings_in(tree.compile(what, checks=True)) if setting.sparse is not None else []
             write_whole(work / "warnings", "".join(f"{line}\n" for line in warnings))
             write_whole(work / "gate", f"{verdict}\n")
             shutil.rmtree(work / "tree")
@@ -241,6 +288,8 @@ def _compare(setting: Setting, stock: Path, tree: Tree, what: str) -> str:
     if different := elf.differences(theirs, ours):
         first = f"gate: {NAME} built from {setting.source.name} is not {stock}; nothing is built on it:"
         compiler = f"built by {_compiler(setting.kernel).splitlines()[0]}"
+        if configured := configured_compiler(setting.kernel):
+            compiler += f"; the kernel by {configured}"
         raise RunnerError("\n  ".join([first, *different, compiler]))
     size = sum(len(part) for part in ours.sections.values() if isinstance(part, bytes))
     relocations = sum(map(len, ours.relocations.values()))
@@ -286,7 +335,8 @@ def _build_missing(setting: Setting, missing: Sequence[str | None], directory: P
             tree.compile(what, checks=False)
             built = tree.built.rename(Path(work) / target.name)
             if wrong is None:
-                _compile_clean(tree, what, known)
+                if setting.sparse is not None:
+                    _compile_clean(tree, what, known)
             else:
                 wrong.apply(tree.root, reverse=True)
             built.replace(target)
@@ -311,22 +361,25 @@ def build(setting: Setting, mutations: Sequence[str | None]) -> Path:
 
 
 def check(setting: Setting) -> None:
-    """Build after every patch of the series, and show each, and our files, to checkpatch.pl.
+    """Build after every patch of the series in its form for the kernel's lists, and show each to checkpatch.pl.
+
+    Nothing is there but what the patches so far have brought.
 
     :raises RunnerError: what does not build, warns, or does not follow the kernel's style.
     """
     release = setting.kernel.release
-    patches = series.load(series_of(release))
-    ours = [path for path in files_of(series_of(release)) if path.suffix in {".c", ".h"} and path.parent != _CDEFS]
-    style(setting, [patch.path for patch in patches], ours)
-    known = gate(setting)
+    name = series_of(release)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=setting.modules) as work:
+        mails = mail.write(setting.source, name, Path(work) / "mails", version_of_source(setting.source))[1:]
+        style(setting, mails, [])
+        known = gate(setting)
         tree = Tree.make(setting, Path(work) / "tree")
-        tree.add_ours()
-        for number, patch in enumerate(patches, 1):
-            _apply(patch, tree)
+        shutil.rmtree(tree.root / "cdefs")
+        (tree.root / "cdefs").mkdir()  # or a compiler that looks there warns
+        for number, (sent, patch) in enumerate(zip(mails, series.load(name), strict=True), 1):
+            _apply(series.Patch(sent, patch.title, patch.targets), tree)
             _compile_clean(tree, f"{NAME} for {release} after {patch.path.name}", known)
-            setting.log(f"{number}/{len(patches)} builds: {patch.title}")
+            setting.log(f"{number}/{len(mails)} builds: {patch.title}")
 
 
 def style(setting: Setting, patches: Sequence[Path], files: Sequence[Path]) -> None:

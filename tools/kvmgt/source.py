@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from tools.vm import newest
-from tools.vm.apt import Apt
+from tools.vm.apt import Apt, HostApt
 from tools.vm.cache import populated
 from tools.vm.errors import RunnerError
 from tools.vm.kernels import Kernel, Log
@@ -33,6 +33,8 @@ _NEEDED: Final = re.compile(
 _TARBALL: Final = re.compile(r"(?:.*/)?linux-source-[^/]*\.tar\.[a-z0-9]+")
 _BANNER_BYTES: Final = 1 << 16
 _RECIPE: Final = 1  # to be raised when other files are kept
+_CACHED: Final = "kvmgt-"
+_ONCE: Final = "apt-once"  # lists of 200 MB, which a host that builds once in a while does not keep
 _SPARSE: Final = "sparse"
 
 
@@ -74,6 +76,12 @@ def _keep(tarball: tarfile.TarFile, directory: Path) -> int:
     return kept
 
 
+def _check(directory: Path, origin: str, kept: int) -> None:
+    for name in (GVT / "Makefile", GVT / "kvmgt.c", CHECKPATCH):
+        if not (directory / name).is_file():
+            raise RunnerError(f"{origin} has no {name} ({kept} files were taken)")
+
+
 def extract(package: Path, directory: Path) -> None:
     """Unpack of a source package, a tarball in a tarball, what a build needs; neither is written to the disk."""
     command: list[str | Path] = ["dpkg-deb", "--fsys-tarfile", package]
@@ -90,9 +98,28 @@ def extract(package: Path, directory: Path) -> None:
             raise RunnerError(f"{package.name} cannot be read: {error}") from None
         finally:
             dpkg.kill()  # what follows in the package is nobody's business
-    for name in (GVT / "Makefile", GVT / "kvmgt.c", CHECKPATCH):
-        if not (directory / name).is_file():
-            raise RunnerError(f"{package.name} has no {name} ({kept} files were taken)")
+    _check(directory, package.name, kept)
+
+
+def extract_installed(tarball: Path, directory: Path) -> None:
+    """Unpack what a build needs of the tarball that an installed source package has put there."""
+    try:
+        with tarfile.open(tarball, mode="r|*") as inner:
+            kept = _keep(inner, directory)
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+        raise RunnerError(f"{tarball} cannot be read: {error}") from None
+    _check(directory, str(tarball), kept)
+
+
+def installed_tarball(name: str, version: str, root: Path = Path("/")) -> Path | None:
+    """Return the tarball of the source package *name* if exactly *version* of it is installed on this host."""
+    done = subprocess.run(
+        ["dpkg-query", f"--root={root}", "-W", "-f", "${db:Status-Status} ${Version}", name],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    if done.returncode != 0 or done.stdout != f"installed {version}":
+        return None
+    return next(iter(sorted((root / "usr/src").glob(f"{name}.tar.*"))), None)
 
 
 def _download(apt: Apt, package: str, directory: Path) -> Path:
@@ -108,27 +135,60 @@ def _download(apt: Apt, package: str, directory: Path) -> Path:
     return found[0]
 
 
+def _sources(kernel: Kernel, cache: Path) -> list[Apt]:
+    """Return whom to ask for a source package: of a kernel that is installed here first the host's own lists."""
+    if suite := newest.suite_of(kernel, cache):
+        return [suite]
+    if kernel.is_installed:
+        return [HostApt(cache / _ONCE), Apt(cache / _ONCE)]
+    return [Apt(cache / "apt")]
+
+
+def _fill(kernel: Kernel, cache: Path, work: Path, log: Log, apt: Apt | None) -> None:
+    name, version = package_of(kernel)
+    package = f"{name}={version}"
+    if kernel.is_installed and (tarball := installed_tarball(name, version)):
+        log(f"taking {GVT} from {tarball}")
+        extract_installed(tarball, work)
+        return
+    log(f"fetching {package}, 150 MB, for {GVT}")
+    downloads = work / "download"
+    downloads.mkdir()
+    failure = ""
+    for one in [apt] if apt else _sources(kernel, cache):
+        try:
+            found = _download(one, package, downloads)
+            break
+        except RunnerError as error:
+            failure = str(error)
+    else:
+        where = (
+            f"the newest kernel of the distribution still has it; apt-get install {name} where {version} can be had"
+            if kernel.is_installed
+            else f"a kernel newer than the one in {cache} may still have it"
+        )
+        raise RunnerError(f"{failure}\n({where})")
+    extract(found, work)
+    shutil.rmtree(downloads)
+    shutil.rmtree(cache / _ONCE, ignore_errors=True)
+
+
 def fetch(kernel: Kernel, cache: Path, log: Log, apt: Apt | None = None) -> Path:
     """Return the directory with kvmgt's source as *kernel* has it, from the cache if it is there.
 
     :param apt: the package sources; by default those that the kernel came from.
     :raises RunnerError: the kernel does not name its source, or no package source has that version any more.
     """
-    name, version = package_of(kernel)
-    final = cache / "sources" / f"kvmgt-{version}-{_RECIPE}"
+    final = cache / "sources" / f"{_CACHED}{package_of(kernel)[1]}-{_RECIPE}"
     with populated(final) as work:
         if work is not None:
-            package = f"{name}={version}"
-            log(f"fetching {package}, 150 MB, for {GVT}")
-            downloads = work / "download"
-            downloads.mkdir()
-            try:
-                found = _download(apt or newest.suite_of(kernel, cache) or Apt(cache / "apt"), package, downloads)
-            except RunnerError as error:
-                raise RunnerError(f"{error}\n(a kernel newer than the one in {cache} may still have it)") from None
-            extract(found, work)
-            shutil.rmtree(downloads)
+            _fill(kernel, cache, work, log, apt)
     return final
+
+
+def version_of_source(directory: Path) -> str:
+    """Return the version of the source package that :func:`fetch` has made *directory* of."""
+    return directory.name.removeprefix(_CACHED).removesuffix(f"-{_RECIPE}")
 
 
 def fetch_sparse(cache: Path, log: Log, apt: Apt | None = None) -> Path:

@@ -73,6 +73,17 @@ class Apt:
             raise RunnerError(f"apt-get could not download {' '.join(packages)}:\n{last}")
 
 
+class HostApt(Apt):
+    """The system's package sources with the system's own lists, which are only read."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._options = ["-o", "APT::Sandbox::User=", "-o", "Acquire::Retries=3"]
+
+    def update(self) -> None:
+        """Leave the lists as they are: they are the administrator's."""
+
+
 def unpack(packages: Path, tree: Path) -> None:
     """Unpack the packages in the directory *packages* into *tree*; none is installed, no script of theirs runs."""
     for package in sorted(packages.glob("*.deb")):

@@ -28,6 +28,11 @@ class Kernel:
     release: str  # as uname -r says it
 
     @property
+    def is_installed(self) -> bool:
+        """Whether it is one of this host's, not one that is unpacked in a directory."""
+        return self.tree == Path("/")
+
+    @property
     def image(self) -> Path:
         """The bootable image."""
         return self.tree / "boot" / f"vmlinuz-{self.release}"
@@ -38,10 +43,16 @@ class Kernel:
         return self.tree / "usr" / "src" / f"linux-headers-{self.release}"
 
     @property
+    def common_headers(self) -> Path | None:
+        """The part of Debian's header packages that all flavours share; other kernels have none."""
+        shared = sorted(self.headers.parent.glob("linux-headers-*-common"))
+        own = self.headers.with_name(f"linux-headers-{self.release.rpartition('-')[0]}-common")
+        return own if own in shared else next(iter(shared), None)
+
+    @property
     def uapi(self) -> Path:
         """The directory of the headers for programs; in Debian's packages the part that all flavours share has it."""
-        shared = sorted(self.headers.parent.glob("linux-headers-*-common"))
-        return (shared[0] if shared else self.headers) / "include" / "uapi"
+        return (self.common_headers or self.headers) / "include" / "uapi"
 
     @property
     def tools(self) -> Path | None:
@@ -155,6 +166,13 @@ def from_directory(tree: Path) -> Kernel:
     if not (tree / "lib" / "modules" / kernel.release / "modules.dep").exists():
         make_dependencies(kernel)
     return kernel
+
+
+def installed(release: str) -> Kernel | None:
+    """Return the kernel of that release that is installed on this host, None if none is."""
+    kernel = Kernel(Path("/"), release)
+    there = re.fullmatch(r"\d[\w.+~-]*", release) and (kernel.tree / "lib" / "modules" / release).is_dir()
+    return kernel if there else None
 
 
 def find(wanted: str, cache: Path, log: Log) -> Kernel:

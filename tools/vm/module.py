@@ -65,14 +65,14 @@ def make_command(kernel: Kernel, directory: Path, *variables: str) -> list[str]:
     Debian's header directory has a Makefile of one or two lines, with absolute paths that hold only where the package
     is installed; ``-f`` goes around it.
     """
-    common = sorted((kernel.tree / "usr" / "src").glob("linux-headers-*-common"))
+    common = kernel.common_headers
     # From 6.13 on a build does not take the directory where make runs for the one with the configuration.
     makefile = kernel.headers / "Makefile"
     output = common and makefile.is_file() and "KBUILD_OUTPUT" in makefile.read_text()
     return [
         "make", f"-j{os.cpu_count() or 1}",
         "-C", str(kernel.headers),
-        *(["-f", str(common[0] / "Makefile")] if common else []),
+        *(["-f", str(common / "Makefile")] if common else []),
         *([f"KBUILD_OUTPUT={kernel.headers}"] if output else []),
         f"M={directory}",
         "CC=gcc",  # the default is the versioned compiler that built the kernel
