@@ -11,10 +11,10 @@ from tools.kvmgt.build import Setting
 from tools.kvmgt.source import CHECKPATCH
 from tools.vm.cache import cache_root
 from tools.vm.errors import RunnerError
-from tools.vm.kernels import Kernel
+from tools.vm.kernels import SERIES, Kernel
 
-FETCHED = sorted((cache_root(os.environ) / "sources").glob(f"kvmgt-*/{CHECKPATCH}"))
-"""The programs of the source packages that were fetched for kvmgt."""
+FETCHED = sorted((cache_root(os.environ) / "sources").glob(f"kvmgt-{SERIES[0]}.*/{CHECKPATCH}"))
+"""The program of the source package that was fetched for kvmgt; that of a newer kernel wants what older ones lack."""
 
 
 def setting_of(source: Path) -> Setting:
