@@ -307,7 +307,7 @@ def test_whose_note_makes_no_sense_is_another_vfio_mig(directory: Path, content:
 
 def test_a_good_note_is_one() -> None:
     """So that the bad ones above are refused for what is bad about them."""
-    assert module._left(note(), ME) == Leftover("save", 4711, STOPPED)
+    assert module._left(note(), module._identity(ME)) == Leftover("save", 4711, STOPPED)
 
 
 # --- where locks are

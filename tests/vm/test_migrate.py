@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tools.lab import cli
+from tools.lab.imports import stopped_window
 from tools.lab.sample import gpu, host
 from tools.lab.sample.held import Side, guest_view, queue_one, run_some_work, side
 from vfio_mig.image.archive import read_archive
@@ -143,6 +144,11 @@ def test_migrate_reaches_another_host_through_a_command(source: Side, target: Si
     report = move(source, f"ssh://other/{target.name}", "--rsh", str(rsh))
     assert report["target"] == f"ssh://other/{target.name}"
     assert (source.instance.run_state(), target.instance.run_state()) == ("stopped", "running")
+
+
+def test_what_can_be_imported_before_the_stop_is_imported_before_it(source: Side, target: Side, tmp_path: Path) -> None:
+    """On both sides, each of which is a new process here."""
+    assert stopped_window(tmp_path, source.name, target.name, *with_memory(source, target)) == ([], [])
 
 
 def stream_size(source: Side, directory: Path) -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from tools.demo import mainline as demo
 from tools.lab import cli
+from tools.lab.imports import stopped_window
 from tools.lab.mtty import STATE_SIZE, TWO_PORTS, held_mtty, scratch, set_scratch
 from tools.lab.sample import host
 
@@ -63,6 +64,10 @@ def test_list_info_and_status_know_it(source: str) -> None:
     assert [check["text"] for check in info["checks"]] == ["mainline-v2 (stop-copy, p2p, pre-copy, dma-logging)"]
     status = js("status", source)
     assert (status["type"], status["protocol"], status["state"]) == (TWO_PORTS, "mainline-v2", "running")
+
+
+def test_what_can_be_imported_before_the_stop_is_imported_before_it(source: str, target: str, tmp_path: Path) -> None:
+    assert stopped_window(tmp_path, source, target) == ([], [])
 
 
 @pytest.mark.parametrize("raw", [False, True], ids=["archive", "raw"])

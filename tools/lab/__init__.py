@@ -11,6 +11,7 @@
 ``drivers``      the sample driver and kvmgt behind one face
 ``qemu``         QEMU with a vGPU, its driver played through qtest
 ``cli``          the installed ``vfio-mig``, as users run it, or in a fork
+``imports``      ``vfio-mig``, and what it imports between two of its steps
 ``borrowing``    a second fd of a device that another process holds
 ``waiting``      polling, and how slow the machine is now
 ``fuse_server``  a file system that does not answer

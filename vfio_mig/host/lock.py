@@ -163,6 +163,11 @@ def _started(pid: int) -> int:
         return 0
 
 
+def _identity(holder: Holder | None) -> list[int] | None:
+    """Return what a note says of a holder: its PID, and when it was started."""
+    return None if holder is None else [holder.pid, _started(holder.pid)]
+
+
 class DeviceLock(Closing):
     """The right to work on a device; a context manager.
 
@@ -173,7 +178,7 @@ class DeviceLock(Closing):
 
     def __init__(self, found: HostDevice, job: Job) -> None:
         self._job = job
-        self._holder: Holder | None = None
+        self._holder: list[int] | None = None
         path = os.path.join(lock_directory(), f"{found.name}.lock")
         directory = _open_directory(os.path.dirname(path), make=True)
         try:
@@ -208,8 +213,9 @@ class DeviceLock(Closing):
 
         :param holder: who has the device open now; it is what keeps a device as it was left.
         """
-        self._holder = holder
-        self._effect = _left(self._before, holder)
+        # When the holder was started is asked once: notes are written while its device stands still
+        self._holder = _identity(holder)
+        self._effect = _left(self._before, self._holder)
         self._before = {}
         self._is_taken = True
         self._write()
@@ -236,14 +242,13 @@ class DeviceLock(Closing):
             os.close(fd)
 
     def _write(self) -> None:
-        holder = self._holder
         note = {
             "job": self._job,
             "pid": os.getpid(),
             "since": self._since,
             "step": self._step,
             "left": self._effect,
-            "holder": None if holder is None else [holder.pid, _started(holder.pid)],
+            "holder": self._holder,
         }
         # In one write and never shorter than before, so that a reader finds a whole note meanwhile
         text = json.dumps(note).encode().ljust(self._length)
@@ -268,9 +273,10 @@ def _is_job(job: object, pid: object) -> bool:
     return isinstance(job, str) and job.isalpha() and type(pid) is int
 
 
-def _left(note: dict[str, Any], holder: Holder | None) -> Leftover | None:
+def _left(note: dict[str, Any], holder: list[int] | None) -> Leftover | None:
+    """Take from a note what was left in a device, if the same process has had it open since."""
     left = note.get("left")
-    if holder is None or note.get("holder") != [holder.pid, _started(holder.pid)]:
+    if holder is None or note.get("holder") != holder:
         return None
     if not isinstance(left, list) or len(left) != len(Leftover._fields):
         return None
@@ -309,7 +315,7 @@ def left_behind(found: HostDevice, holder: Holder | None) -> Leftover | None:
     if fd < 0:
         return None
     try:
-        return None if _is_locked(fd) else _left(_read_note(fd), holder)
+        return None if _is_locked(fd) else _left(_read_note(fd), _identity(holder))
     finally:
         os.close(fd)
 

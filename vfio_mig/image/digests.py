@@ -12,6 +12,8 @@ from vfio_mig.interrupts import protected
 from vfio_mig.threads import spare_cpus, submit
 
 WORKERS_MAX: Final = 4
+SMALL: Final = 64 << 10
+"""Bytes: to hand less than this to a thread takes longer than to take its digest."""
 _READ: Final = 1 << 20
 
 
@@ -29,6 +31,8 @@ class Digests:
         self._pool = ThreadPoolExecutor(workers) if workers > 0 else None
 
     def __enter__(self) -> Self:
+        if self._pool is not None:
+            submit(self._pool, os.getpid)()  # the first thread is made now, and not while the device stands still
         return self
 
     @protected
@@ -38,6 +42,9 @@ class Digests:
 
     def of_memory(self, content: memoryview) -> Callable[[], str]:
         """Return what gives the digest; *content* must stay as it is until then."""
+        if len(content) < SMALL:
+            digest = hashlib.sha256(content).hexdigest()
+            return lambda: digest
         return self._submit(lambda: hashlib.sha256(content).hexdigest())
 
     def of_file(self, offset: int, size: int) -> Callable[[], str]:

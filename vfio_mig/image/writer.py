@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import time
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -42,6 +43,8 @@ class ArchiveWriter:
     :param digests: takes the digests of a streamed state beside the job; if it can read *file*, which is empty then,
         nothing of the state is kept in memory, and no digest is waited for before :meth:`finish`.
     :param mtime: of every member, seconds since 1970; now, if it is not said.
+    :param first: bytes of the first state member, at most CHUNK; each has twice as much as the one before. Small ones
+        give whoever reads the archive from a pipe something to do while the rest is gathered.
     :raises HostError: a write failed; what is in the file is not an archive.
     """
 
@@ -52,8 +55,10 @@ class ArchiveWriter:
         digests: Digests | None = None,
         *,
         mtime: int | None = None,
+        first: int = CHUNK,
     ) -> None:
         self._file = file
+        self._first = first
         self._digests = digests
         self._at = 0
         self._mtime = int(time.time()) if mtime is None else mtime
@@ -74,39 +79,45 @@ class ArchiveWriter:
         A piece is done with before the next one is asked for, so its buffer may be used again.
         """
         if isinstance(chunks, bytes | bytearray | memoryview):
-            view = memoryview(chunks).cast("B")
-            for at in range(0, len(view), CHUNK):
-                self._put(self._next("state"), [view[at : at + CHUNK]])
-            return len(view)
+            return self._add_whole(memoryview(chunks).cast("B"))
         views = (memoryview(chunk).cast("B") for chunk in chunks)
         return self._gather(views) if self._digests is None or self._digests.fd is None else self._stream(views)
+
+    def _add_whole(self, state: memoryview) -> int:
+        """Write a state that is in memory, and stays there."""
+        size, at = self._first, 0
+        while at < len(state):
+            self._put_state(state[at : at + size])
+            at, size = at + size, min(2 * size, CHUNK)
+        return len(state)
 
     def _gather(self, chunks: Iterable[memoryview]) -> int:
         """Gather members in memory, as a member's size stands in front of it: what a pipe needs."""
         total = filled = 0
-        # One is filled while the digest of the other is taken
-        buffers = [memoryview(bytearray(CHUNK)) for _ in range(1 if self._digests is None else 2)]
+        size = self._first
+        # One is filled while the digest of the other is taken. No page of them is touched before it is needed
+        buffers = [memoryview(mmap.mmap(-1, CHUNK)) for _ in range(1 if self._digests is None else 2)]
         for chunk in chunks:
             view = chunk
             total += len(view)
             while view:
-                piece = view[: CHUNK - filled]
+                piece = view[: size - filled]
                 buffers[0][filled : filled + len(piece)] = piece
                 filled, view = filled + len(piece), view[len(piece) :]
-                if filled == CHUNK:
-                    self._put_state(buffers[0])
+                if filled == size:
+                    self._put_state(buffers[0][:filled])
                     buffers.reverse()
-                    filled = 0
+                    self._settle(len(self._members) - len(buffers))  # whose buffer is to be filled again
+                    filled, size = 0, min(2 * size, CHUNK)
         if filled:
             self._put_state(buffers[0][:filled])
         return total
 
     def _put_state(self, content: memoryview) -> None:
-        """Write a state member, after the digest of the one before: its buffer is to be used again."""
+        """Write a state member; its digest is taken meanwhile."""
         if self._digests is None:
             self._put(self._next("state"), [content])
             return
-        self._settle()
         name = self._next("state")
         self._begin(name, len(content))
         digest = self._digests.of_memory(content)
@@ -114,11 +125,11 @@ class ArchiveWriter:
         self._pad()
         self._members.append((Member(name, len(content), "", 0, {}), digest))
 
-    def _settle(self) -> None:
-        """Wait for the digest of the last member."""
-        member, digest = self._members[-1]
+    def _settle(self, number: int) -> None:
+        """Wait for the digest of a member."""
+        member, digest = self._members[number]
         if digest is not None:
-            self._members[-1] = (member._replace(sha256=digest()), None)
+            self._members[number] = (member._replace(sha256=digest()), None)
 
     def _stream(self, chunks: Iterable[memoryview]) -> int:
         """Write members as they come: a size is put right, and a digest taken, when they are in the file."""

@@ -30,6 +30,7 @@ from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.live import Live
 from vfio_mig.jobs.engine.memory import ALL, NONE, Content, Wanted, memory_header, new_job_id
 from vfio_mig.jobs.engine.pause import Pause, announce_start
+from vfio_mig.jobs.engine.rehearsal import rehearse
 from vfio_mig.jobs.peer import Peer, number, seconds
 from vfio_mig.report import Report
 from vfio_mig.words import CLOSED, RUNNING, STOP
@@ -61,7 +62,7 @@ class MigrateReport(Report):
     :param state_read_time: reading the state.
     :param transfer_time: from there until the target had the whole image, verified it and loaded it.
     :param state_write_time: the part of it in which the target's device took the state.
-    :param start_time: from the request until the target ran, 0 when it was left stopped.
+    :param start_time: from the request until the target said that it ran, 0 when it was left stopped.
     :param downtime: from the STOP request until the target ran, or held the state.
     :param state: what the source is now; *target_state*: what the target is.
     :param pages_sent: pages with content that were sent, one of several rounds in each.
@@ -130,7 +131,8 @@ class _Sender:
         content = Content.expected(wanted, [session], has_memory=bool(guest.maps))
         header = memory_header(content, new_job_id(), None)
         self.pause = Pause(job, session)
-        self._source = Source(self.pause, begin_image(job, session, job.enter(self._output), header))
+        image = begin_image(job, session, job.enter(self._output), header, is_awaited=True)
+        self._source = Source(self.pause, image)
         self.export = Export(job, [self._source], guest, live, wanted)
 
     def run(self) -> None:
@@ -158,11 +160,18 @@ def _give_up(job: Job, session: Session) -> None:
     session.journal(MOVED)
 
 
-def _end_target(run: Run, peer: Peer, session: Session, *, start: bool) -> dict[str, Any]:
-    """Let the target start, or stay as it is; the state is its own by now."""
+def _end_target(run: Run, peer: Peer, session: Session, *, start: bool) -> tuple[dict[str, Any], float]:
+    """Let the target start, or stay as it is; the state is its own by now.
+
+    :returns: its report, and when it said that it runs, as time.perf_counter() has it: that its process ends takes as
+        long as all the rest, and is not its guest's time.
+    """
     name = session.device.name
     try:
         run.say("start" if start else "stay")
+        if start:
+            run.wait_for("after-start")
+        end = time.perf_counter()
         report = run.finish()
     except VfioMigError as error:
         raise DeviceError(f"{peer.target} has the state, but: {error}", device=name, hint=NEVER) from error
@@ -171,7 +180,7 @@ def _end_target(run: Run, peer: Peer, session: Session, *, start: bool) -> dict[
         raise
     if start and report.get("state") != RUNNING:
         raise DeviceError(f"{peer.target} has the state, but was not started", device=name, hint=NEVER)
-    return report
+    return report, end
 
 
 def _check_memory(memory: Sequence[MemoryMap], target_memory: Sequence[str], *, no_memory: bool) -> None:
@@ -230,6 +239,7 @@ def migrate(
         session = job.open(name, memory=guest.maps, force=force, held_for=held_for)
         _require_target(session, peer)
         run = job.enter(peer.start("restore", peer.name, "-", options=options, stdin=subprocess.PIPE))
+        rehearse(session)  # while the other end does the same
         run.wait_for("waiting")
         try:
             wanted = Wanted(ranges, all_memory, guest_paused, strict)
@@ -247,8 +257,7 @@ def migrate(
             announce_start(job, [session])
         _give_up(job, session)
         held = time.perf_counter()
-        restored = _end_target(run, peer, session, start=start)
-        end = time.perf_counter()
+        restored, end = _end_target(run, peer, session, start=start)
         job.commit()
         if start:
             job.step("after-start", session)

@@ -28,6 +28,7 @@ from vfio_mig.errors import (
     errno_text,
     excerpt,
 )
+from vfio_mig.host.pipe import widen
 from vfio_mig.interrupts import waiting
 from vfio_mig.threads import submit
 
@@ -149,6 +150,8 @@ class Peer:
             )
         except OSError as error:
             raise HostError(f"cannot reach {self.target}: {errno_text(error.errno or 0)}") from error
+        if process.stdin is not None:
+            widen(process.stdin.fileno())
         return Run(self, command, process)
 
     def call(self, command: str, *names: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from vfio_mig.jobs.check import MEMORY, fit_checks, require_fit
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.loading import MemoryLoad
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
+from vfio_mig.jobs.engine.rehearsal import rehearse
 from vfio_mig.jobs.files.input import STDIN, open_input, read_image
 from vfio_mig.report import Report
 
@@ -106,6 +107,8 @@ class _Target:
         if self._await_verdict:  # before the sender of an image stops anything
             self.require_own()
         self.pause = Pause(job, session)
+        if self._await_verdict:  # its sender's device stands still from some time on
+            rehearse(session)
         job.step("waiting", session)
         limit = None if session.protocol.streams else session.protocol.state_size_max
         self.image = image = job.enter(read_image(self._stream, limit, raw=raw, alone=not self._await_verdict))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from vfio_mig.jobs.engine.live import copy_live, falls_short
 from vfio_mig.jobs.engine.memory import ImageSink, MemoryCopy, last_round
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from vfio_mig.protocols.states import KnownState
 
 
+_AWAITED_FIRST: Final = 256 << 10
+"""Bytes of the first state member of an image that somebody waits for."""
+
+
 def describe_device(session: Session) -> dict[str, Any]:
     """Return what ``header.json`` says of a device, so that a restore can tell whether the image fits."""
     from vfio_mig.version import __version__
@@ -45,18 +49,28 @@ def describe_device(session: Session) -> dict[str, Any]:
 
 
 def begin_image(
-    job: Job, session: Session, stream: BinaryIO, memory: Mapping[str, Any], *, reread: int | None = None
+    job: Job,
+    session: Session,
+    stream: BinaryIO,
+    memory: Mapping[str, Any],
+    *,
+    reread: int | None = None,
+    is_awaited: bool = False,
 ) -> ArchiveWriter:
     """Begin a device's image; the digests of a streamed state are taken beside the job.
 
     :param memory: what its header says of guest memory.
     :param reread: an fd to read the image back by; None where that cannot be.
+    :param is_awaited: somebody reads the image from a pipe and waits for its end while the device stands still: the
+        digests of any state are taken beside the job, and its first members are small.
     """
     from vfio_mig.image.digests import Digests
+    from vfio_mig.image.layout import CHUNK
     from vfio_mig.image.writer import ArchiveWriter
 
-    digests = job.enter(Digests(reread)) if session.protocol.streams else None
-    return ArchiveWriter(stream, {**describe_device(session), "memory": memory}, digests)
+    digests = job.enter(Digests(reread)) if session.protocol.streams or is_awaited else None
+    header = {**describe_device(session), "memory": memory}
+    return ArchiveWriter(stream, header, digests, first=_AWAITED_FIRST if is_awaited else CHUNK)
 
 
 class Source:
