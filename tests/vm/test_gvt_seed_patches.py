@@ -23,6 +23,7 @@ from tools.lab.gvt import kvmgt
 from tools.lab.gvt.kvmgt import BATCH, HWSP, MEMORY, RESULT, RING, SEMAPHORE, TARGET, Engine, Vgpu
 from tools.lab.gvt.rfc import (
     BCS,
+    CONTEXTS,
     HALF_PTE,
     MODULES,
     QUEUED,
@@ -40,6 +41,7 @@ from tools.lab.gvt.rfc import (
     patched,
     queue_work,
     result_of,
+    ring_of,
     rmmod,
     sealed,
     stored,
@@ -276,6 +278,27 @@ def test_a_submission_to_an_engine_that_the_guest_has_not_turned_on_is_refused(v
         vgpu.run_contexts(RCS)
     vgpu.submit(BCS, 1, 2)
     vgpu.await_u32(RESULT, 2)
+
+
+def test_a_vgpu_works_again_after_queued_work_was_refused_and_a_reset(vgpu: Vgpu) -> None:
+    """What is queued behind other work is looked at when its turn comes. Refused, it kept a lock for ever."""
+    queue_work(vgpu)
+    for context in CONTEXTS[1::2]:
+        vgpu.put(ring_of(context), 0x1040_0002, 0x7FFF_F000, 0, 1)
+    vgpu.device.start()
+    for engine, values in QUEUED.items():
+        vgpu.await_u32(result_of(engine, 0), values[0])
+    vgpu.device.stop()
+    assert [vgpu.u32(result_of(engine, 1)) for engine in QUEUED] == [0, 0]
+    vgpu.device.reset()
+    assert vgpu.device.reg64(raw.PVINFO) == kvmgt.PV_MAGIC  # or its driver does not know that it is a vGPU
+    for engine in QUEUED:
+        vgpu.prepare(engine)
+        vgpu.submit(engine, 0x600D, 0x900D)
+        vgpu.await_u32(TARGET, 0x600D)
+        vgpu.await_u32(RESULT, 0x900D)
+        vgpu.put(TARGET, 0)
+        vgpu.put(RESULT, 0)
 
 
 # (5) the aperture at 0

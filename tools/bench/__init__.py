@@ -2,6 +2,7 @@
 """Benchmarks: ours against a reference, alternately in the same run, medians and ratios.
 
 ``native`` needs no kernel, and so ``window``, what a save does while the device is stopped; ``kernel`` and ``imports``
-run in the VM, and so ``scale``, how cost grows, and ``phases``, the main job on two drivers; ``startup`` times the
-command line; ``table`` is what their figures go through. ``c/reference.c`` is the reference.
+run in the VM, and so ``scale``, how cost grows, ``phases``, the main job on two drivers, and ``downtime``, how long a
+device stands still while we move it, or QEMU. ``startup`` times the command line. ``table`` is what their figures go
+through, and ``c/reference.c`` the reference.
 """

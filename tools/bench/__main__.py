@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``python -m tools.bench startup|imports|native|kernel|scale|phases|table``: one benchmark, or the table of phases.
+"""``python -m tools.bench NAME``: one benchmark, or the table of phases.
 
 Exit status 1 when a goal is missed.
 """
@@ -28,7 +28,9 @@ def _phases(file: Path | None, *, measures: bool) -> int:
 def main() -> int:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("which", choices=("startup", "imports", "native", "kernel", "scale", "phases", "table"))
+    parser.add_argument(
+        "which", choices=("startup", "imports", "native", "kernel", "scale", "phases", "table", "downtime")
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="append figures, a line each; table: read them")
     options = parser.parse_args()
     if options.which == "startup":
@@ -41,6 +43,10 @@ def main() -> int:
         from tools.bench import scale  # needs the VM
 
         return 0 if scale.measure() else 1
+    if options.which == "downtime":
+        from tools.bench import downtime  # needs the VM
+
+        return 0 if downtime.report() else 1
     if options.which in {"phases", "table"}:
         return _phases(options.json, measures=options.which == "phases")
     from tools.bench import table

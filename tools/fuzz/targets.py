@@ -465,8 +465,8 @@ def _memory(text: str) -> None:
 def _note(note: dict[str, Any], size: int) -> None:
     require_line(f"{note['pid']} {note['job']}", size)
     pid = os.getpid()
-    holder = Holder(pid, "x", is_hold=True, fd=3)
-    left = lock._left({**note, "holder": [pid, lock._started(pid)]}, holder)  # noqa: SLF001 -- as above
+    holder = lock._identity(Holder(pid, "x", is_hold=True, fd=3))  # noqa: SLF001 -- as above
+    left = lock._left({**note, "holder": holder}, holder)  # noqa: SLF001
     if left is not None:
         require_line(str(left), size)
         require_line(left.repair("x"))

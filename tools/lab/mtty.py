@@ -42,11 +42,17 @@ def set_scratch(name: str, value: int) -> None:
 
 
 @contextlib.contextmanager
-def held_mtty(kind: str = TWO_PORTS) -> Iterator[str]:
+def instance(kind: str = TWO_PORTS) -> Iterator[str]:
+    """Make one, and remove it at the end."""
     name = str(uuid.uuid4())
     (TYPES / kind / "create").write_text(name)
     try:
-        with cli.held(name):
-            yield name
+        yield name
     finally:
         (Path("/sys/bus/mdev/devices") / name / "remove").write_text("1")
+
+
+@contextlib.contextmanager
+def held_mtty(kind: str = TWO_PORTS) -> Iterator[str]:
+    with instance(kind) as name, cli.held(name):
+        yield name

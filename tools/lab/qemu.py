@@ -214,12 +214,18 @@ def running(
     ram: str = SHARED,
     megabytes: int = MEGABYTES,
     more: Sequence[str] = (),
+    behind: Sequence[str] = (),
     accel: str = "tcg",
+    program: Sequence[str] = (PROGRAM,),
+    device: str = "",
 ) -> Iterator[tuple[subprocess.Popen[bytes], Qtest]]:
     """Have a QEMU with the vGPU at *sysfs*; its sockets and files begin with *paths*.
 
     :param ram: the memory backend, as -object takes it, of as many *megabytes*.
     :param more: options in front of the vGPU's: an IOMMU has to be there before it.
+    :param behind: options behind it.
+    :param program: how QEMU is started.
+    :param device: more properties of the vGPU.
     """
     firmware = paths.with_suffix(".bin")
     firmware.write_bytes(HALT * 65536)
@@ -227,10 +233,11 @@ def running(
         listener.bind(str(paths.with_suffix(".qtest")))
         listener.listen()
         command = [
-            *(PROGRAM, "-accel", accel, "-nodefaults", "-no-user-config", "-display", "none"),
+            *(*program, "-accel", accel, "-nodefaults", "-no-user-config", "-display", "none"),
             *("-M", "q35,memory-backend=ram", "-m", str(megabytes), "-object", ram, "-bios", str(firmware)),
             *more,
-            *("-device", f"vfio-pci,sysfsdev={sysfs},addr={SLOT:#x}"),
+            *("-device", ",".join(filter(None, (f"vfio-pci,sysfsdev={sysfs},addr={SLOT:#x}", device)))),
+            *behind,
             *("-qmp", f"unix:{paths.with_suffix('.qmp')},server=on,wait=off"),
             *("-qmp", f"unix:{paths.with_suffix('.own')},server=on,wait=off"),
             *("-qtest", f"unix:{paths.with_suffix('.qtest')}", "-qtest-log", "none"),

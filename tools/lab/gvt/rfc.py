@@ -144,6 +144,11 @@ def result_of(engine: Engine, number: int) -> int:
     return RESULT + 0x100 + 16 * list(QUEUED).index(engine) + 8 * number
 
 
+def ring_of(context: int) -> int:
+    """Return the offset in guest memory of a context's ring."""
+    return RING if context == CONTEXT else context + _CONTEXT_PAGES * PAGE
+
+
 def queue_work(vgpu: Driver, *, wait: bool = False, stop: Callable[[], object] | None = None) -> None:
     """Leave on two engines a pair of contexts queued, and half a submission and half an entry of the GGTT pending.
 
@@ -167,8 +172,7 @@ def queue_work(vgpu: Driver, *, wait: bool = False, stop: Callable[[], object] |
         for turn, (context, value) in enumerate(zip(pair, values, strict=True)):
             ring = [] if turn else vgpu.run_batch()
             ring += [*store(vgpu, engine, result_of(engine, turn) - RESULT, value), _USER_INTERRUPT]
-            ring_at = RING if context == CONTEXT else context + _CONTEXT_PAGES * PAGE
-            vgpu.make_context(engine, ring, context=context, at=ring_at)
+            vgpu.make_context(engine, ring, context=context, at=ring_of(context))
         vgpu.run_contexts(engine, *pair)
     vgpu.device.set_reg(VCS.base + kvmgt.ELSP, 0)
     vgpu.device.set_reg(VCS.base + kvmgt.ELSP, 0)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""Stock QEMU migrates a running Linux guest with a vGPU of our kvmgt, loaded with ``migration=v2``.
+
+The guest's own i915 drives the vGPU, and its load looks at every result, old ones too (tools/l2/load.c). QEMU is the
+one that runs this VM, as Debian 12's does not speak protocol v2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tools.l2 import moves
+from tools.l2.image import Image
+from tools.l2.machine import L2, START_SECONDS
+from tools.lab.gvt import kvmgt
+from tools.lab.gvt.rfc import MODULES, load_ours, load_stock
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tools.l2.moves import Move
+
+pytestmark = [pytest.mark.gvt, pytest.mark.l2]
+
+KIND: Final = "i915-GVTg_V5_4"
+TIMES: Final = 10
+RESULTS: Final = 60
+
+if not MODULES.is_dir():
+    pytest.skip("VFIO_MIG_KVMGT is not the directory of a kvmgt that scripts/kvmgt built", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ours() -> Iterator[None]:
+    load_ours(None, "migration=v2")
+    yield
+    load_stock()
+
+
+def report(text: str) -> None:
+    """Tell about the run; pytest shows it when the test fails, and with -s."""
+    print(text, flush=True)  # noqa: T201
+
+
+class Bench:
+    """Two vGPUs, and the QEMUs that have them one after the other."""
+
+    def __init__(self, stack: contextlib.ExitStack, directory: Path) -> None:
+        self._stack: Final = stack
+        self._directory: Final = directory
+        self._image: Final = Image.of(Path(os.environ["VFIO_MIG_L2"]))
+        self._count = 0
+        self.vgpus: Final = [stack.enter_context(kvmgt.instance(KIND)) for _ in range(2)]
+
+    @property
+    def stream(self) -> Path:
+        return self._directory / "stream"
+
+    def start(self, vgpu: int, *more: str) -> L2:
+        """Start a QEMU with one of the vGPUs."""
+        self._count += 1
+        own = self._directory / str(self._count)
+        own.mkdir()
+        return self._stack.enter_context(
+            L2.started(
+                self._image, str(kvmgt.DEVICES / self.vgpus[vgpu]), own,
+                qemu=shlex.split(os.environ["VFIO_MIG_QEMU"]), device=moves.DEVICE, more=more,
+            )
+        )  # fmt: skip
+
+    def move(self, guest: L2, vgpu: int) -> tuple[L2, Move]:
+        """Have QEMU move a running guest to a new QEMU with that vGPU; the old one is ended."""
+        target = self.start(vgpu, *moves.INCOMING)
+        uri = f"unix:{target.console.parent / 'migration'}"
+        moves.receive(target.qmp, uri)
+        done = moves.migrate(guest.qmp, uri)
+        moves.await_running(target.qmp)
+        assert guest.status() == "postmigrate"
+        guest.end()
+        return target, done
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="l2-", dir="/run"))
+        yield Bench(stack, Path(directory))
+
+
+@pytest.mark.slow
+def test_a_running_guest_moves_ten_times_back_and_forth(bench: Bench) -> None:
+    guest = bench.start(0)
+    guest.await_ready(5 * START_SECONDS)
+    right = guest.await_right(RESULTS).right
+    for turn in range(TIMES):
+        guest, done = bench.move(guest, (turn + 1) % 2)
+        counts = guest.await_right(RESULTS)
+        report(f"{turn + 1}: {done}, {counts}")
+        assert counts.wrong == 0
+        assert counts.right > right  # the load's own count, which came along
+        right = counts.right
+        assert done.vfio_bytes > 3_000_000
+
+
+def test_a_guest_in_a_file_goes_on_with_another_vgpu(bench: Bench) -> None:
+    guest = bench.start(0)
+    guest.await_ready(5 * START_SECONDS)
+    before = guest.await_right(RESULTS)
+    done = moves.migrate(guest.qmp, f"file:{bench.stream}")
+    guest.end()
+    report(f"{done}, {bench.stream.stat().st_size} bytes")
+
+    guest = bench.start(1, *moves.INCOMING)
+    moves.receive(guest.qmp, f"file:{bench.stream}")
+    moves.await_running(guest.qmp)
+    counts = guest.await_right(RESULTS)
+    assert (counts.wrong, counts.right > before.right) == (0, True)
