@@ -53,9 +53,8 @@ class Figures(NamedTuple):
 
 
 def _migrate(source: str, target: str) -> dict[str, Any]:
-    """Move a state with processes of their own, as a user does; the source may be used again then."""
-    report: dict[str, Any] = json.loads(run("--json", "migrate", source, target, "--force"))
-    run("-q", "reset", source, "--force")
+    """Move a state, with processes of their own, as a user does."""
+    report: dict[str, Any] = json.loads(run("--json", "migrate", source, target))
     return report
 
 
