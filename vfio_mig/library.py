@@ -77,6 +77,7 @@ class SyncOptions(_Copied, total=False):
     max_downtime: float | None
     leave_running: bool
     progress: Callable[[Round], object]
+    copied: Callable[[int], object]
 
 
 class MigrateOptions(_Copied, total=False):

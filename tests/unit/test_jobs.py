@@ -958,3 +958,31 @@ def test_an_unverified_state_is_loaded_with_a_warning(gpu: Gpu, jobs: Jobs) -> N
     assert gpu.calls == []
     assert jobs.restore(verify_state=False).warnings == [UNVERIFIED]
     assert gpu.state == SAVED
+
+
+class Progress:
+    """What is told of a copy: how many bytes are to come, and each step."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.left: list[int] = []
+
+    def expect(self, size: int) -> None:
+        self.left.append(size)
+
+    def __call__(self, size: int) -> None:
+        self.done += size
+
+
+def test_every_copy_tells_how_many_bytes_are_to_come_and_then_of_each(gpu: Gpu, jobs: Jobs) -> None:
+    saved, synced, restored = Progress(), Progress(), Progress()
+    jobs.save(live=Live(progress=saved))
+    assert saved.left == [saved.done]
+    assert saved.done > 0
+    copy = str(jobs.directory / "copy")
+    sync_dirty(NAME, copy, jobs.settings, memory=jobs.maps, rounds=0, leave_running=True, copied=synced)
+    assert (synced.left, synced.done) == ([saved.done], saved.done)
+    report = jobs.restore(progress=restored)
+    assert restored.left == [restored.done]
+    assert restored.done == report.state_bytes + report.pages_written * PAGE
+    assert gpu.state == SAVED

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import json
 from pathlib import Path
 from typing import Any, Final
 
+import click
 import pytest
 
 from tests.unit.saved_images import HEADER, run, write
 from vfio_mig.cli import output
+from vfio_mig.cli.options import Options
 from vfio_mig.errors import json_text
 from vfio_mig.jobs.queries.devices import DeviceRow
 
@@ -101,7 +104,8 @@ def test_in_the_one_place_every_print_is_escaped_json_or_made_of_ours() -> None:
         for node in ast.walk(ast.parse(PLACE.read_text("utf-8")))
         if isinstance(node, ast.Call) and _name(node.func) == "_draw"
     ]
-    assert sorted(drawn) == ["'\\r\\x1b[K'", "f'\\rguest memory: {self._bytes >> 20} MiB copied'"]
+    line = "f'\\r{meter_line(self._bytes, self._total, now - began)}\\x1b[K'"
+    assert sorted(drawn) == ["'\\r\\x1b[K'", line]
 
 
 @pytest.mark.parametrize(
@@ -199,3 +203,68 @@ def test_a_process_cannot_forge_a_line_of_the_list_by_its_name(monkeypatch: pyte
     assert clean(result.stdout)
     (line,) = result.stdout.splitlines()
     assert len(line.split(" ")) == 9
+
+
+class Clock:
+    """Time that passes when it is told to, and a terminal."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, terminal: bool = True) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+        monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+
+
+def test_a_copy_is_shown_once_it_has_taken_a_second_and_then_cleared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    with output.Meter(Options()) as meter:
+        meter.expect(1 << 30)
+        meter(256 << 20)
+        assert capsys.readouterr().err == ""
+        clock.now += 2
+        meter(256 << 20)
+        line = capsys.readouterr().err
+        assert line == "\r[############------------]  50 %  512 of 1024 MiB  256 MiB/s  2 s left\033[K"
+        meter(1)
+        assert capsys.readouterr().err == ""  # too soon
+        clock.now += 1
+        meter.expect(1 << 20)
+        meter(2 << 20)
+        assert capsys.readouterr().err.startswith("\r514 MiB copied  ")  # more than was expected
+    assert capsys.readouterr().err == "\r\033[K"
+
+
+def test_words_meanwhile_have_a_line_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, options = Clock(monkeypatch), Options()
+    with click.Context(click.Command("x"), obj=options).scope(), output.Meter(options) as meter:
+        meter(1)
+        clock.now += 5
+        meter(1 << 20)
+        capsys.readouterr()
+        output.warn("look")
+        output.warn("again")
+        said = capsys.readouterr().err
+    assert said == "\r\033[Kvfio-mig: warning: look\nvfio-mig: warning: again\n"
+
+
+@pytest.mark.parametrize(("terminal", "quiet"), [(False, False), (True, True)])
+def test_nothing_is_shown_in_a_pipe_or_to_one_who_wants_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, terminal: bool, quiet: bool
+) -> None:
+    clock, options = Clock(monkeypatch, terminal=terminal), Options()
+    options.quiet = quiet
+    with output.Meter(options) as meter:
+        meter(1)
+        clock.now += 5
+        meter(1 << 30)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_examples_of_what_is_shown_are_true_and_fit() -> None:
+    result = doctest.testmod(output)
+    assert result.attempted > 0
+    assert result.failed == 0
+    assert len(output.meter_line(1 << 43, 1 << 44, 1e6)) < 80

@@ -17,6 +17,7 @@ from vfio_mig.dirty.memory import Memory
 from vfio_mig.dirty.ranges import PageRange
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs.engine.job import Job
+from vfio_mig.jobs.engine.live import Live
 from vfio_mig.jobs.engine.memory import MemoryCopy, Wanted, last_round
 from vfio_mig.jobs.engine.pause import Pause, stop_all
 from vfio_mig.jobs.engine.state import StateReader
@@ -73,7 +74,7 @@ def _ours(path: Path, size: int) -> Callable[[], float]:
             pause = Pause(job, cast("Session", _Session(protocol)))
             wanted = Wanted([PageRange(0, _PAGES)])
             copy = MemoryCopy(job, [pause], guest, None, wanted, remember=False)
-            reader = StateReader(pause, ArchiveWriter(io.BytesIO(), {}))
+            reader = StateReader(pause, ArchiveWriter(io.BytesIO(), {}), None, Live(), has_memory=False)
             protocol.prepare()
             copy.begin()
             stop_all([pause])

@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from vfio_mig.jobs.engine.events import Events, Hooks
     from vfio_mig.words import Via
+
+
+class Shown(Protocol):
+    """What is drawn on a terminal while a job goes on."""
+
+    def clear(self) -> None:
+        """Make room for a line of words."""
 
 
 class Options:
@@ -27,6 +34,8 @@ class Options:
         self.hooks: Hooks | None = None
         self.pid: int | None = None  # set by the options of a command, as is fd
         self.fd: int | None = None
+        self.meter: Shown | None = None
+        """What shows how far the job has come, while it does."""
         self.is_done = False
         self.has_report = False
         """Whether something stands on standard output already."""

@@ -97,6 +97,9 @@ def put(text: str, *, err: bool = False) -> None:
     :raises HostError: standard output does not take it, and nothing has been done yet. A lost standard error is no
         failure: only words about the job go there, and there is nowhere to complain.
     """
+    options = _options()
+    if options is not None and options.meter is not None:
+        options.meter.clear()
     with suppress(OSError) if err else _to_stdout(lambda: text):
         click.echo(printable(text), err=err)
 
@@ -128,37 +131,93 @@ def say(options: Options, text: str) -> None:
 
 
 class Meter:
-    """Shows on a terminal's stderr how far a long copy has come; silent elsewhere and for quick ones.
+    """Shows on a terminal's stderr how far a copy has come; silent elsewhere, and in the first second.
 
-    Called with the bytes of each step.
+    Called with the bytes of each step. The line is drawn here, and no library is loaded for it: that would prolong the
+    stop, and those that there are hide the cursor, which a job that is killed would leave hidden.
     """
 
     def __init__(self, options: Options) -> None:
+        self._options = options
         self._shown = sys.stderr.isatty() and not options.quiet
-        self._next = time.monotonic() + 0.5
+        self._began: float | None = None
+        self._next = 0.0
         self._bytes = 0
+        self._total = 0
         self._written = False
+
+    def expect(self, size: int) -> None:
+        """Take note that so many bytes are still to come."""
+        self._total = self._bytes + size
+        self._begin()
+
+    def _begin(self) -> float:
+        """Return when the first byte was about to come: what was done before that is no copying."""
+        if self._began is None:
+            self._began = time.monotonic()
+            self._next = self._began + _PATIENCE
+        return self._began
 
     def __call__(self, size: int) -> None:
         """Count one step."""
         self._bytes += size
-        if self._shown and time.monotonic() >= self._next:
-            self._next = time.monotonic() + 0.2
+        began = self._begin()
+        if self._shown and (now := time.monotonic()) >= self._next:
+            self._next = now + _REDRAWN
             self._written = True
-            self._draw(f"\rguest memory: {self._bytes >> 20} MiB copied")
+            self._draw(f"\r{meter_line(self._bytes, self._total, now - began)}\033[K")
+
+    def clear(self) -> None:
+        """Make room for a line of words."""
+        if self._written:
+            self._written = False
+            self._draw("\r\033[K")
 
     def __enter__(self) -> Self:
+        self._options.meter = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._written:
-            self._draw("\r\033[K")
+        self._options.meter = None
+        self.clear()
 
     @staticmethod
     def _draw(text: str) -> None:
         """Print what is meant to move the cursor: characters and numbers of ours alone."""
         with suppress(OSError):  # a terminal that has gone is not a reason to end a copy
             click.echo(text, err=True, nl=False)
+
+
+_PATIENCE: Final = 1.0
+"""Seconds before a copy is shown; *_REDRAWN*: before it is shown anew."""
+_REDRAWN: Final = 0.2
+_BAR: Final = 24
+_MIB: Final = 1 << 20
+_GIB: Final = 1 << 30
+_LONG: Final = 120
+"""Seconds that are told in minutes."""
+
+
+def meter_line(done: int, total: int, seconds: float) -> str:
+    """Return how far a copy has come, in less than 80 columns.
+
+    :param done: bytes; *total*: at the end, 0 where that is not known.
+
+    >>> meter_line(512 << 20, 1 << 30, 2.0)
+    '[############------------]  50 %  512 of 1024 MiB  256 MiB/s  2 s left'
+    >>> meter_line(512 << 20, 0, 2.0)
+    '512 MiB copied  256 MiB/s'
+    """
+    rate = done / seconds if seconds else 0.0
+    speed = f"{rate / _MIB:.0f} MiB/s"
+    if total <= 0 or done > total:
+        return f"{done // _MIB} MiB copied  {speed}"
+    filled = done * _BAR // total
+    bar = f"[{'#' * filled}{'-' * (_BAR - filled)}] {done * 100 // total:>3} %"
+    unit, name = (_GIB, "GiB") if total >= 10 * _GIB else (_MIB, "MiB")
+    left = (total - done) / rate if rate else 0.0
+    time_left = f"{left:.0f} s" if left < _LONG else f"{left / 60:.0f} min"
+    return f"{bar}  {done // unit} of {total // unit} {name}  {speed}  {time_left} left"
 
 
 memory_option = click.option(

@@ -421,20 +421,22 @@ def sync_command(
 
     device, file = device_first(device, file, "DEVICE FILE")
     prepare(plot)
-    report = sync_dirty(
-        device,
-        file,
-        settings_of(options),
-        memory=parse_memory(memory),
-        ranges=parse_ranges(ranges),
-        rounds=rounds,
-        max_downtime=None if max_downtime is None else max_downtime / 1e3,
-        leave_running=leave_running,
-        all_memory=all_memory,
-        strict=strict,
-        open_closed=open_closed,
-        progress=tell_round(options),
-    )
+    with Meter(options) as meter:
+        report = sync_dirty(
+            device,
+            file,
+            settings_of(options),
+            memory=parse_memory(memory),
+            ranges=parse_ranges(ranges),
+            rounds=rounds,
+            max_downtime=None if max_downtime is None else max_downtime / 1e3,
+            leave_running=leave_running,
+            all_memory=all_memory,
+            strict=strict,
+            open_closed=open_closed,
+            progress=tell_round(options),
+            copied=meter,
+        )
     options.done()
     if options.as_json and file != "-":
         print_json(report.as_dict())

@@ -13,6 +13,7 @@ from vfio_mig.jobs.check import MEMORY, fit_checks, require_fit
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.loading import MemoryLoad
 from vfio_mig.jobs.engine.pause import Pause, announce_start, require_p2p, stop_all, wake
+from vfio_mig.jobs.engine.progress import counted, expect
 from vfio_mig.jobs.engine.rehearsal import rehearse
 from vfio_mig.jobs.files.input import STDIN, open_input, read_image
 from vfio_mig.report import Report
@@ -136,10 +137,10 @@ class _Target:
         """Write down that the device, or its guest's memory, holds a part of an image from now on."""
         self.pause.change(LOADING, lambda: _abandon(self.session, force=self._force))
 
-    def write_state(self) -> None:
+    def write_state(self, progress: Callable[[int], object]) -> None:
         """Load the device's state."""
         with self.pause.phase("state_write_time"):
-            self.session.protocol.write_chunks(self._chunks)
+            self.session.protocol.write_chunks(counted(self._chunks, progress))
         self.pause.job.step("after-state", self.session)
 
     @waiting
@@ -210,6 +211,8 @@ def _require_memory_images(targets: list[_Target]) -> None:
 
 def _load(job: Job, targets: list[_Target], load: MemoryLoad | None, progress: Callable[[int], object]) -> None:
     """Stop all devices, then write memory and states."""
+    pages = 0 if load is None else load.bytes_planned
+    expect(progress, lambda: pages + sum(target.image.state_size for target in targets))
     stop_all([target.pause for target in targets])
     if load is not None:
         for target in targets:
@@ -221,7 +224,7 @@ def _load(job: Job, targets: list[_Target], load: MemoryLoad | None, progress: C
     for target in targets:
         if load is None:
             target.begin_to_load()
-        target.write_state()
+        target.write_state(progress)
 
 
 def _settle(targets: list[_Target]) -> list[Callable[[], object]]:

@@ -142,7 +142,7 @@ class _Pipe:
         from vfio_mig.jobs.engine.memory import ImageSink
 
         self._writer = ArchiveWriter(self._stream, {**describe_device(session), "memory": memory})
-        return ImageSink(self._writer, lambda _: None)
+        return ImageSink(self._writer)
 
     def finish(self) -> None:
         """Write the end of the image."""
@@ -181,6 +181,7 @@ def sync_dirty(
     strict: bool = False,
     open_closed: bool = False,
     progress: Callable[[Round], object] = lambda _: None,
+    copied: Callable[[int], object] = lambda _: None,
 ) -> SyncReport:
     """Copy the dirty pages of guest memory into a sparse file, at their guest-physical addresses, or as ``-`` into an
     image on standard output.
@@ -193,6 +194,7 @@ def sync_dirty(
     :param max_downtime: seconds; the device is stopped as soon as the last round is expected to take no longer.
     :param all_memory, guest_paused, strict, open_closed: as :func:`vfio_mig.save` has them.
     :param progress: called after each round.
+    :param copied: called with the bytes of each piece that was copied.
     """
     from vfio_mig.dirty.memory import Memory
     from vfio_mig.dirty.sync import ROUNDS
@@ -210,7 +212,7 @@ def sync_dirty(
         content = Content.expected(wanted, [session], has_memory=True)
         sink = destination.open_sink(session, guest, memory_header(content, new_job_id(), None))
         pause = Pause(job, session)
-        copy = MemoryCopy(job, [pause], guest, sink, wanted, remember=rounds > 0)
+        copy = MemoryCopy(job, [pause], guest, sink, wanted, remember=rounds > 0, progress=copied)
         job.step("opened", session)
         copy.begin()
 

@@ -87,7 +87,7 @@ class Source:
 
     def prepare(self, live: Live, *, has_memory: bool) -> None:
         """Do what need not wait for the stop."""
-        self.reader = StateReader(self.pause, self.writer, self._raw, precopy=live.precopy, has_memory=has_memory)
+        self.reader = StateReader(self.pause, self.writer, self._raw, live, has_memory=has_memory)
         self.session.protocol.prepare()
 
     def finish(self, dirty: Sequence[Dirty], statistics: Mapping[str, Any]) -> KnownState | None:
@@ -114,8 +114,10 @@ class Export:
         self._live = live
         self._pauses = [source.pause for source in sources]
         first = sources[0].writer
-        self._sink = ImageSink(first, live.progress) if guest.maps and first is not None else None
-        self._copy = MemoryCopy(job, self._pauses, guest, self._sink, wanted, remember=live.rounds > 0)
+        self._sink = ImageSink(first) if guest.maps and first is not None else None
+        self._copy = MemoryCopy(
+            job, self._pauses, guest, self._sink, wanted, remember=live.rounds > 0, progress=live.progress
+        )
         self.rounds: list[Round] = []
         for source in sources:
             source.prepare(live, has_memory=self._sink is not None)

@@ -62,6 +62,11 @@ class MemoryLoad:
                 interrupts.check()
                 self._guest.reserve(at, min(_RESERVE, end - at))
 
+    @property
+    def bytes_planned(self) -> int:
+        """Bytes that will be written."""
+        return self.pages_planned * PAGE
+
     def write(self, progress: Callable[[int], object]) -> None:
         """Write all pages; a signal is looked at between pieces of 16 MiB.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.errors import UnsupportedError
 from vfio_mig.jobs.engine.dirtylog import DirtyLog
+from vfio_mig.jobs.engine.progress import expect
 from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
@@ -74,13 +75,12 @@ class Wanted(NamedTuple):
 class ImageSink:
     """Puts guest memory into an image: content as such, zeros as ranges."""
 
-    def __init__(self, writer: ArchiveWriter, progress: Callable[[int], object]) -> None:
+    def __init__(self, writer: ArchiveWriter) -> None:
         # Imported here, before the device is stopped
         from vfio_mig.dirty.sync import zero_runs
 
         self._zero_runs = zero_runs
         self._writer = writer
-        self._progress = progress
         self._zero: list[tuple[int, int]] = []
         self.bytes_written = 0
         self.bytes_zero = 0
@@ -94,7 +94,6 @@ class ImageSink:
             else:
                 written += self._writer.put_pages(gpa + start * PAGE, view[start * PAGE : (start + count) * PAGE])
         self.bytes_written += written
-        self._progress(len(view))
         return written // PAGE
 
     def end_round(self) -> None:
@@ -102,6 +101,21 @@ class ImageSink:
         self._writer.flush_pages()
         self.bytes_zero += self._writer.add_zero(self._zero)
         self._zero.clear()
+
+
+class _Counted:
+    """A sink that tells how far it has come."""
+
+    def __init__(self, sink: Sink, progress: Callable[[int], object]) -> None:
+        self._sink = sink
+        self._progress = progress
+        self.end_round = sink.end_round
+
+    def write(self, gpa: int, view: memoryview) -> int:
+        """Pass pages on."""
+        written = self._sink.write(gpa, view)
+        self._progress(len(view))
+        return written
 
 
 def default_ranges(memory: Memory, ranges: Sequence[PageRange]) -> list[PageRange]:
@@ -118,12 +132,21 @@ class MemoryCopy:
     round's is the newest. Without guest memory it fetches the bitmaps alone.
 
     :param sink: where pages go; None: nowhere, as no memory is known.
+    :param progress: called with the bytes of each piece that was copied.
     :param remember: there will be rounds before the stop.
     :raises UnsupportedError: there are pages to copy, and a device cannot tell which.
     """
 
     def __init__(
-        self, job: Job, pauses: Sequence[Pause], guest: Memory, sink: Sink | None, wanted: Wanted, *, remember: bool
+        self,
+        job: Job,
+        pauses: Sequence[Pause],
+        guest: Memory,
+        sink: Sink | None,
+        wanted: Wanted,
+        *,
+        remember: bool,
+        progress: Callable[[int], object] = lambda _: None,
     ) -> None:
         # Imported here, before the device is stopped
         from vfio_mig.dirty.bitmap import preload, union
@@ -136,6 +159,7 @@ class MemoryCopy:
         self._logs = [DirtyLog(pause.session, default_ranges(guest, wanted.ranges)) for pause in pauses]
         self._ever: list[Dirty] = []
         self._remember = remember
+        self._progress = progress
         self._is_last = self._owes_all = False
         self._copy: LiveCopy | None = None
         self.dirty: list[list[Dirty]] = [[] for _ in self._logs]
@@ -147,7 +171,7 @@ class MemoryCopy:
         if sink is not None:
             from vfio_mig.dirty.sync import LiveCopy
 
-            self._copy = LiveCopy(guest, self._fetch, sink, remember=remember)
+            self._copy = LiveCopy(guest, self._fetch, _Counted(sink, progress), remember=remember)
 
     @property
     def copies(self) -> bool:
@@ -200,6 +224,12 @@ class MemoryCopy:
         pause.session.warn(f"{text}: they are not copied")
 
     def _fetch(self) -> list[Dirty]:
+        """Return which pages are to be copied now, and tell how many."""
+        found = self._find()
+        expect(self._progress, lambda: sum(chunk.total() for chunk in found) * PAGE)
+        return found
+
+    def _find(self) -> list[Dirty]:
         """Return what the devices have dirtied together.
 
         The RFC's bitmap has what is mapped now. A page that was mapped in an earlier round, and written again before

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, BinaryIO
 from vfio_mig.errors import UnsupportedError
 from vfio_mig.host.lock import LIVE
 from vfio_mig.jobs.engine.live import StateCopy
+from vfio_mig.jobs.engine.progress import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from vfio_mig.dirty.bitmap import Dirty
     from vfio_mig.image.writer import ArchiveWriter
-    from vfio_mig.jobs.engine.live import StateRound
+    from vfio_mig.jobs.engine.live import Live, StateRound
     from vfio_mig.jobs.engine.pause import Pause
 
 
@@ -23,7 +24,7 @@ class StateReader:
 
     :param writer: the image; None for a bare state, which has no bitmap.
     :param raw: where a bare state goes.
-    :param precopy: read what there is of it while the device runs.
+    :param live: what is read while the device runs, and who is told of it.
     :param has_memory: whether guest memory is copied while the device runs.
     :raises UnsupportedError: nothing can be read while the device runs, and that was asked for.
     """
@@ -32,20 +33,21 @@ class StateReader:
         self,
         pause: Pause,
         writer: ArchiveWriter | None,
-        raw: BinaryIO | None = None,
+        raw: BinaryIO | None,
+        live: Live,
         *,
-        precopy: bool = False,
-        has_memory: bool = False,
+        has_memory: bool,
     ) -> None:
         self._pause = pause
         self._protocol = pause.session.protocol
         self._writer = writer
         self._raw = raw
-        self._live = self._protocol.live if precopy else None
+        self._progress = live.progress
+        self._live = self._protocol.live if live.precopy else None
         self.live = None if self._live is None else StateCopy(self._live, self._pass_on)
         self.state = memoryview(b"")
         self.state_bytes = 0
-        if precopy and self.live is None and not has_memory:
+        if live.precopy and self.live is None and not has_memory:
             raise UnsupportedError(
                 "its state can be read only while it is stopped: it has no PRE_COPY",
                 device=pause.session.device.name,
@@ -82,6 +84,7 @@ class StateReader:
         self._pause.job.step("after-state", self._pause.session)
 
     def _pass_on(self, chunks: Iterable[bytes | memoryview]) -> int:
+        chunks = counted(chunks, self._progress)
         if self._writer is not None:
             return self._writer.add_state(chunks)
         return sum(self._raw.write(chunk) for chunk in chunks) if self._raw is not None else 0

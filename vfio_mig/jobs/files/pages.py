@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vfio_mig.errors import UsageError
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.loading import MemoryLoad
+from vfio_mig.jobs.engine.progress import expect
 from vfio_mig.jobs.files.input import open_input
 from vfio_mig.report import Report
 
@@ -51,6 +52,7 @@ def load_pages(
         archive = job.enter(read_archive(stream))
         load = MemoryLoad([MemoryImage(file, archive)], guest)
         load.prove()
+        expect(progress, lambda: load.bytes_planned)
         try:
             load.write(progress)
         except BaseException as error:
