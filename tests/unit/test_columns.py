@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import doctest
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -14,16 +15,17 @@ from vfio_mig.cli import columns, devices, render, vm
 from vfio_mig.cli.main import COLUMNS, COMMANDS, PROGRAM, cli
 from vfio_mig.conform.registry import select
 from vfio_mig.dirty.bitmap import Dirty
+from vfio_mig.jobs.queries.devices import DeviceRow
 from vfio_mig.pictures.terminal import dirty_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEVICE = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
-_FULL = "mdev sample-GVTg_V4_8 sample /dev/vfio/12 12345:qemu-system-x86 yes stop-copy /dev/vfio/devices/vfio12"
+_FULL = "mdev sample-GVTg_V4_8 sample /dev/vfio/12 12345:qemu-system-x86 yes stop-copy /dev/vfio/devices/vfio12 -"
 ROWS = [
     [DEVICE, *_FULL.split()],
-    ["0000:3b:00.1", "pci", "8086:56c0", "vfio-pci", "/dev/vfio/noiommu-0", "-", "no", "-", "-"],
+    ["0000:3b:00.1", "pci", "8086:56c0", "vfio-pci", "/dev/vfio/noiommu-0", "-", "no", "-", "-", "save:after-stop"],
 ]
 
 
@@ -80,18 +82,40 @@ def table(width: int | None, *, chosen: list[int] | None = None, header: bool = 
 
 def test_a_list_has_the_columns_that_fit_on_a_terminal() -> None:
     assert table(80) == [
-        "NAME                                 HOLDER                MIGRATABLE STATE",
-        f"{DEVICE} 12345:qemu-system-x86 yes        stop-copy",
-        "0000:3b:00.1                         -                     no         -",
+        "NAME                                 HOLDER                STATE",
+        f"{DEVICE} 12345:qemu-system-x86 stop-copy",
+        "0000:3b:00.1                         -                     -",
     ]
     assert table(40)[0] == "NAME"
+    assert table(90)[0].split() == ["NAME", "HOLDER", "STATE", "JOB"]
     assert table(400)[0].split() == list(devices.COLUMNS)
 
 
 def test_a_list_for_scripts_has_every_column_and_no_header_unless_it_is_asked_for() -> None:
-    assert table(None) == [" ".join(row) for row in ROWS]
-    assert table(None, header=True) == [" ".join(devices.COLUMNS), *(" ".join(row) for row in ROWS)]
+    assert table(None) == [" ".join(row[:9]) for row in ROWS]
+    assert table(None, header=True) == [" ".join(devices.FOR_SCRIPTS), *(" ".join(row[:9]) for row in ROWS)]
+    assert table(None, chosen=[9]) == ["-", "save:after-stop"]
     assert table(None, chosen=[5, 0]) == [f"12345:qemu-system-x86 {DEVICE}", "- 0000:3b:00.1"]
+
+
+def test_a_list_is_shown_again_until_a_signal_with_the_job_that_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = DeviceRow(
+        device="one", kind="mdev", type="t", parent="p", driver="d", node=None, holder_pid=7, holder="a",
+        migratable=True, state=None, cdev=None,
+    )  # fmt: skip
+    rows = iter([[row], [replace(row, job="save", job_pid=9, job_step="after-stop")], [replace(row, job="")]])
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("vfio_mig.jobs.queries.devices.list_devices", lambda: next(rows))
+    monkeypatch.setattr("time.sleep", wait)
+    done = runner().invoke(cli, ["list", "--watch", "-o", "name,job"])
+    assert (done.exit_code, done.stdout) == (0, "one -\none save:after-stop\none ?\n")
+    assert waits == [devices.WATCH_SECONDS] * 3
 
 
 def test_a_column_that_there_is_not_is_wrong_usage() -> None:

@@ -291,7 +291,7 @@ def test_a_column_of_list_has_no_spaces() -> None:
         state="running",
         cdev="/dev/cdev",
     )
-    assert " ".join(_words(full)) == "name pci 1:2 vfio-pci /dev/vfio/1 42:a_b_c no running /dev/cdev"
+    assert " ".join(_words(full)) == "name pci 1:2 vfio-pci /dev/vfio/1 42:a_b_c no running /dev/cdev -"
     empty = DeviceRow(
         device="name",
         kind="mdev",
@@ -305,9 +305,9 @@ def test_a_column_of_list_has_no_spaces() -> None:
         state=None,
         cdev=None,
     )
-    assert " ".join(_words(empty)) == "name mdev - - - - ? - -"
+    assert " ".join(_words(empty)) == "name mdev - - - - ? - - -"
     unseen = replace(empty, holder="?", migratable=True, state="?")
-    assert " ".join(_words(unseen)) == "name mdev - - - ? yes ? -"
+    assert " ".join(_words(unseen)) == "name mdev - - - ? yes ? - -"
 
 
 @pytest.fixture

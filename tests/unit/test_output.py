@@ -92,13 +92,13 @@ def test_no_module_prints_but_through_the_one_place(path: Path) -> None:
 
 
 def test_in_the_one_place_every_print_is_escaped_json_or_made_of_ours() -> None:
-    """Three calls: a line that is escaped, JSON, and the meter's own characters."""
+    """Four calls: a line that is escaped, JSON, what clears a terminal, and the meter's own characters."""
     calls = [
         ast.unparse(node.args[0])
         for node in ast.walk(ast.parse(PLACE.read_text("utf-8")))
         if isinstance(node, ast.Call) and _name(node.func) in PRINTERS
     ]
-    assert calls == ["printable(text)", "json_text(value)", "text"]
+    assert sorted(calls) == ["'\\x1b[H\\x1b[J'", "json_text(value)", "printable(text)", "text"]
     drawn = [
         ast.unparse(node.args[0])
         for node in ast.walk(ast.parse(PLACE.read_text("utf-8")))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from vfio_mig.cli import complete
-from vfio_mig.cli.output import borrow_options, print_json, put, settings_of
+from vfio_mig.cli.output import borrow_options, print_json, put, repeat, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
@@ -24,16 +24,26 @@ def _yes_or_no(migratable: bool | None) -> str:
     return "?" if migratable is None else "yes" if migratable else "no"
 
 
-COLUMNS: Final = ("NAME", "KIND", "TYPE", "DRIVER", "NODE", "HOLDER", "MIGRATABLE", "STATE", "CDEV")
-_WANTED: Final = ("NAME", "HOLDER", "MIGRATABLE", "STATE", "TYPE", "DRIVER", "KIND", "NODE", "CDEV")
+COLUMNS: Final = ("NAME", "KIND", "TYPE", "DRIVER", "NODE", "HOLDER", "MIGRATABLE", "STATE", "CDEV", "JOB")
+FOR_SCRIPTS: Final = COLUMNS[:9]
+"""Those that a script gets without asking: they stay."""
+_WANTED: Final = ("NAME", "HOLDER", "STATE", "JOB", "MIGRATABLE", "TYPE", "DRIVER", "KIND", "NODE", "CDEV")
 """Which columns a terminal that is too narrow for all of them has: the first ones."""
+WATCH_SECONDS: Final = 1.0
 
 
 def _words(one: DeviceRow) -> list[str]:
     """Return a device's words, one for each of COLUMNS."""
     holder = one.holder if one.holder_pid is None else f"{one.holder_pid}:{one.holder}"
     words = (one.device, one.kind, one.type, one.driver, one.node, holder, _yes_or_no(one.migratable), one.state)
-    return [_word(word) for word in (*words, one.cdev)]
+    return [_word(word) for word in (*words, one.cdev, _job(one))]
+
+
+def _job(one: DeviceRow) -> str | None:
+    """Return the job that is at work on a device, with its last step."""
+    if one.job is None:
+        return None
+    return ":".join(filter(None, (one.job or "?", one.job_step)))
 
 
 def _columns(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
@@ -56,7 +66,7 @@ def _table(rows: list[list[str]], columns: list[int] | None, *, header: bool) ->
     every = [list(COLUMNS), *rows]
     if columns is None:
         order = [COLUMNS.index(name) for name in _WANTED]
-        columns = list(range(len(COLUMNS))) if width is None else fitting(every, order, width)
+        columns = list(range(len(FOR_SCRIPTS))) if width is None else fitting(every, order, width)
     chosen = [[row[column] for column in columns] for row in every]
     if width is None:
         return [" ".join(row) for row in (chosen if header else chosen[1:])]
@@ -72,27 +82,34 @@ def _table(rows: list[list[str]], columns: list[int] | None, *, header: bool) ->
     help="Print these columns only, in this order.",
 )
 @click.option("--header", is_flag=True, help="Name the columns in a first line, as on a terminal.")
+@click.option("--watch", is_flag=True, help="Show them anew each second until a signal comes, with the jobs at work.")
 @click.pass_obj
-def list_command(options: Options, columns: list[int] | None, *, header: bool) -> None:
+def list_command(options: Options, columns: list[int] | None, *, header: bool, watch: bool) -> None:
     """List VFIO devices, one per line: NAME KIND TYPE DRIVER NODE HOLDER MIGRATABLE STATE CDEV.
 
     HOLDER is PID:COMMAND, - for none, ? where not every process can be seen. MIGRATABLE (yes, no, ?) and STATE are what
     the kernel and the driver's name tell without opening anything; ? means that only an open device tells, or that a
-    driver does not answer. A terminal gets a header, and the columns that fit.
+    driver does not answer. A terminal gets a header, and the columns that fit; JOB, which -o can have as well, is the
+    command of ours that is at work on the device, with its last step.
 
     \b
     Examples:
       vfio-mig list | awk '$6 == "-" { print $1 }'
-      vfio-mig list -o name,type,holder
+      vfio-mig list -o name,type,holder,job
     """
     from vfio_mig.jobs.queries.devices import list_devices
 
-    found = list_devices()
-    if options.as_json:
-        print_json([one.as_dict() for one in found])
-        return
-    for line in _table([_words(one) for one in found], columns, header=header):
-        put(line)
+    def show(found: list[DeviceRow]) -> None:
+        if options.as_json:
+            print_json([one.as_dict() for one in found])
+            return
+        for line in _table([_words(one) for one in found], columns, header=header):
+            put(line)
+
+    if watch:
+        repeat(list_devices, show, WATCH_SECONDS)
+    else:
+        show(list_devices())
 
 
 def _print_regions(info: DeviceInfo) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
@@ -62,6 +62,7 @@ def _options() -> Options | None:
     return None if context is None else context.find_object(Options)
 
 
+_Seen = TypeVar("_Seen")
 _SHOWN: Final = 500
 """Characters of what was lost that a warning repeats."""
 
@@ -128,6 +129,19 @@ def say(options: Options, text: str) -> None:
     """Print a sentence on what was done, unless the user wants quiet; to stderr, as stdout may be the image."""
     if not options.quiet:
         put(text, err=True)
+
+
+def repeat(look: Callable[[], _Seen], show: Callable[[_Seen], object], seconds: float) -> None:
+    """Print what there is to see, again and again until a signal ends that; a terminal is cleared before each time."""
+    terminal = sys.stdout.isatty()
+    with suppress(KeyboardInterrupt):  # that is how it ends
+        while True:
+            seen = look()
+            if terminal:
+                click.echo("\033[H\033[J", nl=False)
+            show(seen)
+            sys.stdout.flush()
+            time.sleep(seconds)
 
 
 class Meter:

@@ -28,6 +28,7 @@ class DeviceRow(Report):
     :param state: its migration state by QEMU's name where the kernel shows it (debugfs, root's), ``?`` when its driver
         does not answer, None when it is not known.
     :param cdev: its own node, None on kernels without them.
+    :param job: that is at work on it, empty if it does not say which, None for none; *job_step*: its last step.
     """
 
     device: str
@@ -41,6 +42,9 @@ class DeviceRow(Report):
     migratable: bool | None
     state: str | None
     cdev: str | None
+    job: str | None = None
+    job_pid: int | None = None
+    job_step: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +87,14 @@ class DeviceInfo(Report):
 
 def list_devices() -> list[DeviceRow]:
     """Return all VFIO devices of this host with who has them open."""
+    from vfio_mig.host.lock import at_work
     from vfio_mig.host.offline import look
 
     seen = survey()
     unseen = None if seen.unseen is None else "?"
     listed = []
     for found, known in zip(seen.devices, look(seen.devices, seen.host), strict=True):
-        holder = seen.holder_of(found)
+        holder, work = seen.holder_of(found), at_work(found)
         listed.append(
             DeviceRow(
                 device=found.name,
@@ -103,6 +108,9 @@ def list_devices() -> list[DeviceRow]:
                 migratable=known.migratable,
                 state=known.state,
                 cdev=found.cdev,
+                job=None if work is None else work.job,
+                job_pid=None if work is None else work.pid,
+                job_step=None if work is None else work.step,
             )
         )
     return listed
