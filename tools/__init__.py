@@ -18,6 +18,7 @@
 ``bench``         ``scripts/bench``
 ``gen_uapi``      makes ``vfio_mig/uapi/_generated.py`` of ``cdefs/``
 ``uapi_diff``     shows how two ``vfio.h`` differ
+``docs_site``     ``scripts/docs``: what makes a site of the documentation
 ``man``           makes ``man/`` of the commands' help
 ``schemas``       makes docs/schemas of the reports' annotations
 ``conform_table`` makes the tables of docs/conform.md
