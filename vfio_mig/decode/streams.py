@@ -8,14 +8,14 @@ driver: ``tools/kmod/README.md``. A stream that nothing is known of is its lengt
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vfio_mig.decode import gvt as gvt_words
 from vfio_mig.decode.section import LISTED_MAX, Decoded, Section, listed
 from vfio_mig.uapi.profile import IMAGE_LARGEST
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from vfio_mig.decode.commands import PageReader
     from vfio_mig.image.bytesource import ByteSource
@@ -205,26 +205,44 @@ def _rfc(stream: ByteSource, read_page: PageReader) -> Decoded:
     return gvt_words.decode(stream.read(0, IMAGE_LARGEST), read_page)
 
 
-def _candidates(first: bytes, driver: str) -> Iterator[Callable[[ByteSource, PageReader], Decoded]]:
-    """Yield what a stream may be, the surest first."""
-    if gvt_words.is_image(first):
-        yield _rfc
-    if first.startswith(GVT_SAMPLE_MAGIC):
-        yield _gvt_sample
-    if first.startswith(MTTY_MAGIC) and len(first) >= _MTTY_HEADER.size:
-        yield _mtty
-    if first.startswith(QAT_MAGIC):
-        yield _qat
-    if len(first) >= 8 and struct.unpack_from("<Q", first)[0] in _HISI:  # noqa: PLR2004 -- a u64
-        yield _hisi
-    if first.startswith(bytes((1, _XE_DESCRIPTOR))) and len(first) >= _XE.size:
-        yield _xe
-    if len(first) >= _TAGGED.size:
-        size, flags, tag = _TAGGED.unpack_from(first)
-        if (size, flags, tag) == (8, 1, 1) or "mlx5" in driver:
-            yield _mlx5
-        elif (flags, tag) == (0, 0) and size:
-            yield _tagged
+def _magic(magic: bytes, size: int = 0) -> Callable[[bytes, str], bool]:
+    """Return what knows a stream by its first bytes; *size*: how many there must be at least."""
+    return lambda first, _: first.startswith(magic) and len(first) >= size
+
+
+def _is_mlx5(first: bytes, driver: str) -> bool:
+    return len(first) >= _TAGGED.size and (_TAGGED.unpack_from(first) == (8, 1, 1) or "mlx5" in driver)
+
+
+def _is_tagged(first: bytes, _driver: str) -> bool:
+    """Tell records of mlx5's layout, which virtio has, too, by a first one that has no flag and no tag."""
+    if len(first) < _TAGGED.size:
+        return False
+    size, flags, tag = _TAGGED.unpack_from(first)
+    return (flags, tag) == (0, 0) and size > 0
+
+
+class Layout(NamedTuple):
+    """A layout that can be decoded.
+
+    :param begins: takes a stream's first FIRST bytes and the driver's name, and tells whether it is one.
+    """
+
+    begins: Callable[[bytes, str], bool]
+    decode: Callable[[ByteSource, PageReader], Decoded]
+
+
+LAYOUTS: Final = (
+    Layout(lambda first, _: gvt_words.is_image(first), _rfc),
+    Layout(_magic(GVT_SAMPLE_MAGIC), _gvt_sample),
+    Layout(_magic(MTTY_MAGIC, _MTTY_HEADER.size), _mtty),
+    Layout(_magic(QAT_MAGIC), _qat),
+    Layout(lambda first, _: int.from_bytes(first[:8], "little") in _HISI, _hisi),
+    Layout(_magic(bytes((1, _XE_DESCRIPTOR)), _XE.size), _xe),
+    Layout(_is_mlx5, _mlx5),
+    Layout(_is_tagged, _tagged),
+)
+"""The surest first: a stream is of the first layout that it begins as."""
 
 
 def decode(stream: ByteSource, read_page: PageReader = gvt_words.no_page, *, driver: str = "") -> Decoded:
@@ -233,8 +251,11 @@ def decode(stream: ByteSource, read_page: PageReader = gvt_words.no_page, *, dri
     :param read_page: gives pages of guest memory, for what a GVT-g vGPU has queued.
     :param driver: the driver that the image's header names; some drivers' records look alike.
     """
-    for one in _candidates(stream.read(0, FIRST), driver):
-        decoded = one(stream, read_page)
+    first = stream.read(0, FIRST)
+    for layout in LAYOUTS:
+        if not layout.begins(first, driver):
+            continue
+        decoded = layout.decode(stream, read_page)
         # Two zero words are not a magic number: without a good first record it is nobody's
         if decoded.layout == "mlx5-or-virtio":
             if not decoded.sections[0].values["records"]["count"]:
