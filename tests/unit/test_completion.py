@@ -33,7 +33,8 @@ def test_the_committed_script_is_the_one_that_click_makes(shell: str, name: str)
     done = subprocess.run(
         [program()], env={**os.environ, "_VFIO_MIG_COMPLETE": f"{shell}_source"}, capture_output=True, check=True
     )
-    assert (ROOT / "completions" / name).read_bytes() == done.stdout
+    made = f"run _VFIO_MIG_COMPLETE={shell}_source vfio-mig >completions/{name}"
+    assert (ROOT / "completions" / name).read_bytes() == done.stdout, made
 
 
 def in_bash(*words: str) -> list[str]:

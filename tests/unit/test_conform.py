@@ -428,7 +428,8 @@ def test_the_documentation_s_table_is_the_list_of_the_checks() -> None:
     rows = re.findall(
         r"^\| `((?:v2|rfc)\.[^`]+)` \| (.+?) \| (.+?) \| (.+?) \|$", DOCS.read_text("utf-8"), re.MULTILINE
     )
-    assert rows == [(check.id, check.rule, check.expected, check.source) for check in all_checks()]
+    made = [(check.id, check.rule, check.expected, check.source) for check in all_checks()]
+    assert rows == made, "run python -m tools.conform_table"
 
 
 def test_every_finding_that_the_documentation_prints_is_explained_in_it() -> None:

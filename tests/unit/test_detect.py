@@ -654,5 +654,5 @@ def test_a_new_protocol_is_one_module_and_one_line_in_the_registry() -> None:
         ("state-content", "note", "it is made up"),
     ]
     assert [finding.text for finding in check.state_checks(one, b"other")] == ["not made up at 0x0"]
-    with pytest.raises(UsageError, match="choose one of auto, mainline-v2, gvt-rfc, made-up"):
+    with pytest.raises(UsageError, match=r"choose one of auto, mainline-v2, .*made-up"):
         session.open_session("fake", session.Settings(abi="another"))

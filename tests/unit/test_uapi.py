@@ -98,7 +98,7 @@ def test_the_committed_bindings_are_those_of_a_fresh_run(tmp_path: Path, name: s
     text = declarations()
     write_module(text, tmp_path)
     write_stub(text, tmp_path)
-    assert (UAPI / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert (UAPI / name).read_bytes() == (tmp_path / name).read_bytes(), "run python -m tools.gen_uapi"
 
 
 def test_every_header_is_in_the_bindings() -> None:
