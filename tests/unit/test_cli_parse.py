@@ -384,3 +384,14 @@ def test_help_says_that_global_options_may_stand_there() -> None:
 @pytest.mark.parametrize("number", ["0", "1", "2"])
 def test_a_device_is_not_taken_from_where_our_words_go(number: str) -> None:
     assert invoke("stop", MISSING, "--fd", number).exit_code == 2
+
+
+def test_help_is_a_command_and_one_that_there_is_not_is_told_from_one_that_is_like_it() -> None:
+    assert invoke("help", "save").output == invoke("save", "--help").output
+    assert invoke("help", "mdev", "create").output == invoke("mdev", "create", "--help").output
+    assert invoke("help").output == invoke("--help").output
+    assert "No such command 'sav' (did you mean 'save'?)" in invoke("sav").output
+    unlike = invoke("qqq")
+    assert unlike.exit_code == 2
+    assert "No such command 'qqq'" in unlike.output
+    assert "did you mean" not in unlike.output

@@ -218,6 +218,18 @@ def test_what_is_no_name_of_a_device_is_wrong_usage(tree: Tree, name: str) -> No
     assert str(caught.value).isprintable()
 
 
+def test_an_mdev_is_found_by_as_much_of_its_uuid_as_no_other_has(tree: Tree) -> None:
+    other = "0123abcd" + ONE[8:]
+    tree.mdev(other, group=9)
+    for begin in (other[:4], other[:8].upper(), other[:14]):
+        assert tree.host.find(begin).name == other
+    with pytest.raises(UsageError) as caught:
+        tree.host.find(ONE[:8])
+    assert str(caught.value) == f"{ONE[:8]!r} is the beginning of several mdevs: {ONE}, {TWO}; give more of it"
+    with pytest.raises(DeviceNotFoundError, match="no mdev whose UUID begins so"):
+        tree.host.find("0124")
+
+
 def test_a_group_with_several_devices_names_them(tree: Tree) -> None:
     with pytest.raises(UsageError) as caught:
         tree.host.find("/dev/vfio/12")

@@ -98,7 +98,7 @@ def test_in_the_one_place_every_print_is_escaped_json_or_made_of_ours() -> None:
         for node in ast.walk(ast.parse(PLACE.read_text("utf-8")))
         if isinstance(node, ast.Call) and _name(node.func) in PRINTERS
     ]
-    assert sorted(calls) == ["'\\x1b[H\\x1b[J'", "json_text(value)", "printable(text)", "text"]
+    assert sorted(calls) == ["'\\x1b[H\\x1b[J'", "f'{before}{printable(text)}{behind}'", "json_text(value)", "text"]
     drawn = [
         ast.unparse(node.args[0])
         for node in ast.walk(ast.parse(PLACE.read_text("utf-8")))
@@ -268,3 +268,32 @@ def test_the_examples_of_what_is_shown_are_true_and_fit() -> None:
     assert result.attempted > 0
     assert result.failed == 0
     assert len(output.meter_line(1 << 43, 1 << 44, 1e6)) < 80
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variables", "shown"),
+    [
+        (True, {}, "\033[31mproblem\033[0m\n"),
+        (True, {"NO_COLOR": "1"}, "problem\n"),
+        (True, {"TERM": "dumb"}, "problem\n"),
+        (False, {}, "problem\n"),
+    ],
+)
+def test_what_is_wrong_is_red_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    terminal: bool,
+    variables: dict[str, str],
+    shown: str,
+) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    output.put("problem", alarm=True)
+    output.put("ok")
+    output.put_lines("pass  a\nFAIL  b", alarm="FAIL ")
+    red = "\033[31mFAIL  b\033[0m" if "\033" in shown else "FAIL  b"
+    assert capsys.readouterr().out == f"{shown}ok\npass  a\n{red}\n"

@@ -71,7 +71,7 @@ def conform_command(
         )
         text = FORMATS[form or ("json" if options.as_json else "table")](report)
         if file is None:
-            put_lines(text)
+            put_lines(text, alarm="FAIL ")
         else:
             file.write(text.encode())
     _judge(report)

@@ -112,9 +112,17 @@ def list_command(options: Options, columns: list[int] | None, *, header: bool, w
         show(list_devices())
 
 
+_PCI_FLAG: Final = 1 << 1
+"""VFIO_DEVICE_FLAGS_PCI."""
+_PCI_REGIONS: Final = (*(f"BAR{number}" for number in range(6)), "ROM", "config", "VGA")
+
+
 def _print_regions(info: DeviceInfo) -> None:
+    is_pci = bool((info.flags or 0) & _PCI_FLAG)
     for region in info.regions:
-        parts = [f"{region.size} bytes at {region.offset:#x}", region.access]
+        known = is_pci and region.number < len(_PCI_REGIONS)
+        parts = [_PCI_REGIONS[region.number]] if known else []
+        parts += [f"{region.size} bytes at {region.offset:#x}", region.access]
         parts += [f"mmap {area[0]:#x}+{area[1]:#x}" for area in region.sparse_areas]
         if region.type is not None:
             parts.append(f"type {region.type:#x} subtype {region.subtype}")
@@ -155,7 +163,7 @@ def _print_info(info: DeviceInfo) -> None:
         put(f"flags     {info.flags:#x}")
         _print_regions(info)
         for check in info.checks:
-            put(f"{'ok ' if check.ok else 'NO '} {check.name}: {check.text}")
+            put(f"{'ok ' if check.ok else 'NO '} {check.name}: {check.text}", alarm=not check.ok)
         put(f"protocol  {info.described or 'none'}")
         others = [name for name in info.speaks if name != info.protocol]
         if others:

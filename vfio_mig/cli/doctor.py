@@ -34,6 +34,6 @@ def doctor_command(options: Options) -> None:
         print_json(report.as_dict())
     else:
         for one in report.checks:
-            put(f"{one.result:<8} {one.name}: {one.text}")
+            put(f"{one.result:<8} {one.name}: {one.text}", alarm=one.result == "problem")
     if report.problems:
         sys.exit(UNFIT)

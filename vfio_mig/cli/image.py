@@ -83,7 +83,7 @@ def check_command(options: Options, file: str, device: str, *, raw: bool) -> Non
     else:
         for one in report.checks:
             forcible = " (forcible)" if one.forcible and one.result == "mismatch" else ""
-            put(f"{one.result:<8} {one.name}: {one.text}{forcible}")
+            put(f"{one.result:<8} {one.name}: {one.text}{forcible}", alarm=one.result == "mismatch")
     if not report.fits:
         sys.exit(MISFIT)
 

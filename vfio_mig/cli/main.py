@@ -153,6 +153,25 @@ class Group(click.Group):
 class Lazy(Group):
     """A group that imports a command's module only to run it, or to tell about it."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take ``help COMMAND`` for ``COMMAND --help``."""
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that a command line names; of one that there is not, say which is like it."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            like = get_close_matches(name, COMMANDS, n=1)
+            more = f" (did you mean '{like[0]}'?)" if like else ""
+            ctx.fail(f"No such command {name!r}{more}")
+        return super().resolve_command(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """Name every command."""
         return sorted(COMMANDS)
@@ -178,8 +197,8 @@ class Lazy(Group):
 def cli() -> None:
     """Stop, save and restore VFIO devices without a VMM in the way.
 
-    DEVICE is an mdev's UUID, a PCI address, a path in /sys, /dev/vfio/devices/vfioN, or /dev/vfio/N for a group of one
-    device.
+    DEVICE is an mdev's UUID (or as much of its beginning as no other has), a PCI address, a path in /sys,
+    /dev/vfio/devices/vfioN, or /dev/vfio/N for a group of one device. `vfio-mig help COMMAND` tells about a command.
 
     \b
     Example: move a vGPU's state from one device to another

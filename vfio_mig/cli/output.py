@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -88,12 +89,22 @@ def _to_stdout(lost: Callable[[], str]) -> Iterator[None]:
             options.has_report = True
 
 
-def put(text: str, *, err: bool = False) -> None:
-    """Print one line, to stderr with *err*. Every text of the command line goes through here, and nothing goes around.
+_RED: Final = "\033[31m"
+_PLAIN: Final = "\033[0m"
 
-    Names of files, devices, processes and drivers, and all that images and streams hold, were written by others. What
-    would move the cursor, break the line, or speak to the terminal in another way is escaped here, so no caller has
-    to think of it. tests/unit/test_output.py sees to it that nothing else in the package prints.
+
+def _takes_colours() -> bool:
+    """Tell whether standard output is a terminal whose user has not asked for none (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def put(text: str, *, err: bool = False, alarm: bool = False) -> None:
+    """Print one line, to stderr with *err*; with *alarm* in red on a terminal's stdout.
+
+    Every text of the command line goes through here, and nothing goes around. Names of files, devices, processes and
+    drivers, and all that images and streams hold, were written by others. What would move the cursor, break the line,
+    or speak to the terminal in another way is escaped here, so no caller has to think of it.
+    tests/unit/test_output.py sees to it that nothing else in the package prints.
 
     :raises HostError: standard output does not take it, and nothing has been done yet. A lost standard error is no
         failure: only words about the job go there, and there is nowhere to complain.
@@ -101,14 +112,18 @@ def put(text: str, *, err: bool = False) -> None:
     options = _options()
     if options is not None and options.meter is not None:
         options.meter.clear()
+    before, behind = (_RED, _PLAIN) if alarm and not err and _takes_colours() else ("", "")
     with suppress(OSError) if err else _to_stdout(lambda: text):
-        click.echo(printable(text), err=err)
+        click.echo(f"{before}{printable(text)}{behind}", err=err)
 
 
-def put_lines(text: str, *, err: bool = False) -> None:
-    """Print a text of several lines of ours, each as :func:`put` does. What others wrote must have no newline in it."""
+def put_lines(text: str, *, err: bool = False, alarm: str | None = None) -> None:
+    """Print a text of several lines of ours, each as :func:`put` does. What others wrote must have no newline in it.
+
+    :param alarm: how a line begins that is in red.
+    """
     for line in text.splitlines():
-        put(line, err=err)
+        put(line, err=err, alarm=alarm is not None and line.startswith(alarm))
 
 
 def warn(text: str) -> None:

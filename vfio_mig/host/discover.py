@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vfio_mig.host.holders import Unseen, View
 
 UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_UUID_BEGIN: Final = re.compile(r"[0-9a-f]{4,8}|[0-9a-f]{8}-[0-9a-f-]{0,26}")
 PCI_ADDRESS: Final = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _GROUP_NODE: Final = re.compile(r"/dev/vfio/(?:noiommu-)?[0-9]{1,9}")
 
@@ -165,7 +166,7 @@ class Host:
         )
 
     def find(self, name: str, devices: Sequence[HostDevice] | None = None) -> HostDevice:
-        """Find a device by UUID, PCI address, path in /sys, or /dev/vfio/N of a group with one device.
+        """Find a device by UUID or its beginning, PCI address, path in /sys, or /dev/vfio/N of a group with one device.
 
         :param devices: those there are, where that is known already.
         :raises DeviceNotFoundError: there is none.
@@ -201,10 +202,22 @@ class Host:
         for device in self._others():
             if device.name == name:
                 return device
+        if _UUID_BEGIN.fullmatch(wanted):
+            return self._find_by_begin(name, wanted)
         raise UsageError(
             f"{name!r} is not a device name",
             hint="give an mdev UUID, a PCI address, a path in /sys, /dev/vfio/devices/vfioN, or /dev/vfio/N",
         )
+
+    def _find_by_begin(self, name: str, wanted: str) -> HostDevice:
+        found = [uuid for uuid in self.names("sys/bus/mdev/devices") if uuid.startswith(wanted)]
+        if len(found) > 1:
+            raise UsageError(f"{name!r} is the beginning of several mdevs: {', '.join(found)}", hint="give more of it")
+        if not found:
+            raise DeviceNotFoundError(
+                "there is no mdev whose UUID begins so", device=name, hint="'vfio-mig list' shows those there are"
+            )
+        return self._mdev(found[0])
 
     def _find_pci(self, name: str, address: str) -> HostDevice:
         if not os.path.isdir(self.path("sys/bus/pci/devices", address)):
