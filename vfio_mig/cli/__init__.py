@@ -2,9 +2,10 @@
 """The command line: parses, calls one job, prints. No ioctls here.
 
 ``main`` is the frame: global options, commands loaded when they are called, errors, exit codes. ``options`` is what
-every command finds in its context, ``output`` what commands have in common and the one place that prints,
-``streams`` are the standard ones, ``names`` tells devices from files, ``render`` makes lines of decoded states,
-``columns`` fits text to a terminal, ``pictures`` is ``--plot``, ``complete`` what shells ask for.
+every command finds in its context, ``output`` what commands have in common and the one place that prints, ``streams``
+are the standard ones, ``names`` tells devices from files, ``render`` makes lines of decoded states, ``copying`` is
+what those have in common that copy guest memory, ``columns`` fits text to a terminal, ``pictures`` is ``--plot``,
+``complete`` what shells ask for.
 The others have the commands:
 
 =============  ==================================

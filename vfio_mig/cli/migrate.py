@@ -8,28 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from vfio_mig.cli import complete
-from vfio_mig.cli.output import (
-    Meter,
-    borrow_options,
-    memory_option,
-    parse_memory,
-    parse_ranges,
-    print_json,
-    range_option,
-    say,
-    settings_of,
-)
-from vfio_mig.cli.transfer import (
-    all_memory_option,
-    live_of,
-    live_option,
-    max_downtime_option,
-    no_memory_option,
-    open_option,
-    pages_of_memory,
-    rounds_option,
-    strict_option,
-)
+from vfio_mig.cli.copying import Copying, copy_options, live_option, no_memory_option, pages_of_memory
+from vfio_mig.cli.output import Meter, borrow_options, print_json, say, settings_of
+from vfio_mig.cli.transfer import open_option
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
@@ -47,19 +28,14 @@ def _words(command: str) -> list[str]:
 @click.command("migrate", short_help="Move DEVICE's state to another device.")
 @click.argument("device", shell_complete=complete.device)
 @click.argument("target", metavar="DEVICE|ssh://HOST/DEVICE", shell_complete=complete.device)
-@memory_option
 @click.option(
     "--target-memory",
     multiple=True,
     metavar="FILE@GPA[:SIZE]",
     help="Memory of the target's guest, as its host knows it (repeatable).",
 )
-@range_option
 @live_option
-@rounds_option
-@max_downtime_option
-@all_memory_option
-@strict_option
+@copy_options
 @no_memory_option
 @click.option("--no-start", is_flag=True, help="Leave the target stopped.")
 @click.option("--force", is_flag=True, help="Also if DEVICE's state was moved before, and may go on elsewhere.")
@@ -78,14 +54,9 @@ def migrate_command(
     device: str,
     target: str,
     *,
-    memory: tuple[str, ...],
+    copying: Copying,
     target_memory: tuple[str, ...],
-    ranges: tuple[str, ...],
     live: bool,
-    rounds: int | None,
-    max_downtime: float | None,
-    all_memory: bool,
-    strict: bool,
     no_memory: bool,
     no_start: bool,
     force: bool,
@@ -115,16 +86,13 @@ def migrate_command(
             device,
             target,
             settings_of(options),
-            memory=parse_memory(memory),
+            **copying.wanted(),
             target_memory=target_memory,
-            ranges=parse_ranges(ranges),
+            live=copying.live(options, meter, precopy=live),
             start=not no_start,
-            live=live_of(options, rounds, max_downtime, meter, precopy=live),
             rsh=_words(rsh),
             force=force,
             no_memory=no_memory,
-            all_memory=all_memory,
-            strict=strict,
             open_closed=open_closed,
         )
     options.done()
@@ -134,7 +102,7 @@ def migrate_command(
     say(
         options,
         f"{report.device}: moved {report.state_bytes} bytes of state, "
-        f"{pages_of_memory(report.pages_written, report.memory)} to "
+        f"{pages_of_memory(report)} to "
         f"{report.target}, which is {'running' if report.target_state == 'running' else 'left stopped'}; "
         f"down for {report.downtime * 1e3:.1f} ms "
         f"(stop {report.stop_time * 1e3:.1f}, bitmap {report.bitmap_time * 1e3:.1f}, "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from vfio_mig.cli import complete
+from vfio_mig.cli.copying import Copying, copy_options, live_option, no_memory_option, pages_of_memory, tell_round
 from vfio_mig.cli.names import device_first, parse_pairs
 from vfio_mig.cli.output import (
     Meter,
@@ -31,33 +32,6 @@ if TYPE_CHECKING:
 
     from vfio_mig.cli.options import Options
     from vfio_mig.dirty.bitmap import Dirty
-    from vfio_mig.dirty.sync import Round
-    from vfio_mig.jobs.engine.live import Live, StateRound
-
-rounds_option = click.option(
-    "--rounds",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Copy rounds before the stop, at most; 30 with --max-downtime.",
-)
-max_downtime_option = click.option(
-    "--max-downtime",
-    type=click.FloatRange(min=0),
-    metavar="MS",
-    help="Stop as soon as the last round is expected to take no longer.",
-)
-live_option = click.option(
-    "--live", is_flag=True, help="Read the state while DEVICE runs (PRE_COPY), and copy pages in rounds; stop it late."
-)
-all_memory_option = click.option(
-    "--all-memory",
-    is_flag=True,
-    help="Copy every page of --memory once, also what the guest's CPUs write: right only while the VM is paused.",
-)
-strict_option = click.option(
-    "--strict", is_flag=True, help="End with 4 if pages that DEVICE may have written are not in --memory."
-)
-no_memory_option = click.option("--no-memory", is_flag=True, help="Leave guest memory out: the state alone.")
 
 
 def open_option(what: str) -> Callable[..., Any]:
@@ -69,82 +43,18 @@ def open_option(what: str) -> Callable[..., Any]:
 NOW: Final = {"running": "it runs", "stop": "left stopped", "closed": "closed, as nobody else has it open"}
 
 
-def tell_round(options: Options) -> Callable[[Round], None]:
-    """Say what each round did, to a terminal or with -v."""
-
-    def tell(one: Round) -> None:
-        if sys.stderr.isatty() or options.verbose:
-            state = "stopped" if one.stopped else "running"
-            say(
-                options,
-                f"round ({state}): {one.pages_dirty} pages dirty, {one.pages_written} written, "
-                f"{one.pages_unchanged} unchanged, {one.rate / 1e6:.0f} MB/s; "
-                f"a stop now: {one.estimated_downtime * 1e3:.1f} ms",
-            )
-
-    return tell
-
-
-def tell_state_round(options: Options) -> Callable[[StateRound], None]:
-    """Say what each round of the state did, to a terminal or with -v."""
-
-    def tell(one: StateRound) -> None:
-        if sys.stderr.isatty() or options.verbose:
-            say(
-                options,
-                f"state (running): {one.bytes_read} bytes read at {one.rate / 1e6:.0f} MB/s, "
-                f"initial {one.initial_bytes}, dirty {one.dirty_bytes}; "
-                f"a stop now: {one.rest_bytes} bytes, {one.estimated_downtime * 1e3:.1f} ms",
-            )
-
-    return tell
-
-
-def live_of(
-    options: Options, rounds: int | None, max_downtime: float | None, meter: Meter, *, precopy: bool = False
-) -> Live:
-    """Turn the options of a live save into what the job takes: no rounds unless one of them is given."""
-    from vfio_mig.jobs.engine.live import ROUNDS_LIVE, Live
-
-    if rounds is None:
-        rounds = ROUNDS_LIVE if precopy or max_downtime is not None else 0
-    return Live(
-        rounds,
-        None if max_downtime is None else max_downtime / 1e3,
-        meter,
-        tell_round(options),
-        precopy=precopy and rounds > 0,
-        on_state_round=tell_state_round(options),
-    )
-
-
 def print_reports(targets: Sequence[str], reports: list[dict[str, Any]]) -> None:
     """Print one report as such, those of DEVICE=FILE as a list."""
     print_json(reports if "=" in targets[0] else reports[0])
-
-
-def pages_of_memory(number: int, content: str) -> str:
-    """Say how many pages were copied, and where that is not all of the memory, which they are.
-
-    >>> pages_of_memory(8, "dirty"), pages_of_memory(0, "none")
-    ('8 pages of memory (that the device may have written, no others)', '0 pages of memory')
-    """
-    which = " (that the device may have written, no others)" if content == "dirty" else ""
-    return f"{number} pages of memory{which}"
 
 
 @click.command("save", short_help="Save DEVICE to a file.")
 @click.argument(
     "targets", nargs=-1, required=True, metavar="DEVICE FILE | DEVICE=FILE...", shell_complete=complete.target
 )
-@memory_option
-@range_option
 @live_option
-@rounds_option
-@max_downtime_option
+@copy_options
 @p2p_option
-@all_memory_option
-@strict_option
 @click.option("--leave-running", is_flag=True, help="Let the device go on as it was found once everything is read.")
 @click.option("--raw", is_flag=True, help="Write the bare device state: no bitmap, no pages, no integrity.")
 @click.option(
@@ -158,15 +68,10 @@ def pages_of_memory(number: int, content: str) -> str:
 def save_command(
     options: Options,
     targets: tuple[str, ...],
-    memory: tuple[str, ...],
-    ranges: tuple[str, ...],
     *,
+    copying: Copying,
     live: bool,
-    rounds: int | None,
-    max_downtime: float | None,
     without_p2p: bool,
-    all_memory: bool,
-    strict: bool,
     leave_running: bool,
     raw: bool,
     force: bool,
@@ -199,15 +104,12 @@ def save_command(
         reports = save_all(
             pairs,
             settings_of(options),
-            memory=parse_memory(memory),
-            ranges=parse_ranges(ranges),
+            **copying.wanted(),
+            live=copying.live(options, meter, precopy=live),
             leave_running=leave_running,
             raw=raw,
             force=force,
-            live=live_of(options, rounds, max_downtime, meter, precopy=live),
             without_p2p=without_p2p,
-            all_memory=all_memory,
-            strict=strict,
             open_closed=open_closed,
         )
     options.done()
@@ -218,7 +120,7 @@ def save_command(
         say(
             options,
             f"{report.device}: saved {report.state_bytes} bytes of state, {report.pages_dirty} dirty pages, "
-            f"{pages_of_memory(report.pages_written + report.pages_zero, report.memory)} to {report.file}; "
+            f"{pages_of_memory(report)} to {report.file}; "
             f"stopped for {report.stopped_time * 1e3:.1f} ms (stop {report.stop_time * 1e3:.1f}, "
             f"bitmap {report.bitmap_time * 1e3:.1f}, state {report.state_read_time * 1e3:.1f}); {NOW[report.state]}",
         )
@@ -379,12 +281,7 @@ def dirty_command(
 @click.command("sync", short_help="Copy the pages that DEVICE may have written.")
 @click.argument("device", shell_complete=complete.device)
 @click.argument("file", shell_complete=complete.file)
-@memory_option
-@range_option
-@rounds_option
-@max_downtime_option
-@all_memory_option
-@strict_option
+@copy_options
 @click.option("--leave-running", is_flag=True, help="Let the device go on as it was found after the last round.")
 @open_option("sync")
 @rounds_plot_option
@@ -394,13 +291,8 @@ def sync_command(
     options: Options,
     device: str,
     file: str,
-    memory: tuple[str, ...],
-    ranges: tuple[str, ...],
     *,
-    rounds: int | None,
-    max_downtime: float | None,
-    all_memory: bool,
-    strict: bool,
+    copying: Copying,
     leave_running: bool,
     open_closed: bool,
     plot: str | None,
@@ -426,13 +318,10 @@ def sync_command(
             device,
             file,
             settings_of(options),
-            memory=parse_memory(memory),
-            ranges=parse_ranges(ranges),
-            rounds=rounds,
-            max_downtime=None if max_downtime is None else max_downtime / 1e3,
+            **copying.wanted(),
+            rounds=copying.rounds,
+            max_downtime=copying.seconds,
             leave_running=leave_running,
-            all_memory=all_memory,
-            strict=strict,
             open_closed=open_closed,
             progress=tell_round(options),
             copied=meter,
