@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
+from tests.unit.saved_images import write
+from tools.fuzz import builders
 from vfio_mig.cli import complete
 from vfio_mig.host import discover
 
@@ -49,6 +51,15 @@ def in_bash(*words: str) -> list[str]:
 def test_bash_completes_commands_and_options() -> None:
     assert in_bash("st") == ["start", "state", "status", "stop"]
     assert "--max-downtime" in in_bash("save", "--m")
+
+
+def test_bash_completes_what_only_some_options_take(tmp_path: Path) -> None:
+    path = write(tmp_path / "image.vfm", builders.mtty())
+    assert "v2.size.covers" in in_bash("conform", "--check", "v2.size.")
+    assert in_bash("--hook", "before-sto") == ["before-stop="]
+    assert in_bash("list", "-o", "name,ho") == ["name,HOLDER"]
+    assert in_bash("inspect", str(path), "--section", "port") == ["port0", "port1"]
+    assert in_bash("inspect", str(tmp_path / "none"), "--section", "port") == []
 
 
 def test_a_device_comes_first_and_then_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,7 @@ def test_list_and_status_name_device_type_and_holder(source: Side) -> None:
             "migratable": None,
             "state": None,
             "cdev": Host().find(source.name).cdev,
+            **dict.fromkeys(("job", "job_pid", "job_step")),
         }
         assert lines[source.name][6:] == ["?", "-", entry["cdev"] or "-"]
         status = js("status", source.name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a shell may complete: devices, as sysfs has them, and files."""
+"""What a shell may complete: devices, as sysfs has them, files, and names that only some options take."""
 
 from __future__ import annotations
 
@@ -27,3 +27,36 @@ def file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Co
 def target(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str] | list[CompletionItem]:
     """Name a device, then a file."""
     return file(ctx, param, incomplete) if ctx.params.get(param.name or "") else device(ctx, param, incomplete)
+
+
+def check(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
+    """Name the checks of ``conform``."""
+    from vfio_mig.conform.registry import all_checks
+
+    return [one.id for one in all_checks() if one.id.startswith(incomplete)]
+
+
+def hook(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001
+    """Name the steps of a job, each with the ``=`` that a command follows."""
+    from click.shell_completion import CompletionItem
+
+    from vfio_mig.jobs.engine.steps import NAMES
+
+    return [CompletionItem(f"{name}=") for name in sorted(NAMES) if name.startswith(incomplete)]
+
+
+def section(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
+    """Name the sections of the file that the command line has, as ``inspect`` finds them."""
+    from vfio_mig.errors import VfioMigError
+    from vfio_mig.jobs.files.inspect import image_sections, inspect_image
+
+    # Behind an option that still lacks its value click has not told arguments apart
+    name = ctx.params.get("file") or next(iter(ctx.args), "-")
+    if name == "-":
+        return []
+    try:
+        report = inspect_image(name)
+    except VfioMigError:  # there is nobody to tell
+        return []
+    found = [one.name for one in (*image_sections(report), *report.sections)]
+    return [one for one in found if one.startswith(incomplete)]

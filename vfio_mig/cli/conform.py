@@ -20,7 +20,14 @@ SHOWN = 3
 
 @click.command("conform", short_help="Check DEVICE's migration driver against the kernel's rules.")
 @click.argument("device", required=False, shell_complete=complete.device)
-@click.option("--check", "checks", multiple=True, metavar="PATTERN", help="Run these checks only (repeatable).")
+@click.option(
+    "--check",
+    "checks",
+    multiple=True,
+    metavar="PATTERN",
+    shell_complete=complete.check,
+    help="Run these checks only (repeatable).",
+)
 @click.option(
     "--format",
     "form",

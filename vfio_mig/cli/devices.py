@@ -58,6 +58,12 @@ def _columns(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     return [COLUMNS.index(name) for name in names]
 
 
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
+    """Name a column, behind those that are there."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in COLUMNS if name.startswith(last.upper())]
+
+
 def _table(rows: list[list[str]], columns: list[int] | None, *, header: bool) -> list[str]:
     """Lay the words of devices out: on a terminal below each other, with a header and what fits; else as they are."""
     from vfio_mig.cli.columns import aligned, fitting, terminal_width
@@ -79,6 +85,7 @@ def _table(rows: list[list[str]], columns: list[int] | None, *, header: bool) ->
     "--columns",
     metavar="NAME[,...]",
     callback=_columns,
+    shell_complete=_complete,
     help="Print these columns only, in this order.",
 )
 @click.option("--header", is_flag=True, help="Name the columns in a first line, as on a terminal.")

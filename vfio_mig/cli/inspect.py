@@ -26,7 +26,12 @@ _JSON_HEX_MAX: Final = 16 << 20
 
 @click.command("inspect", short_help="Look inside an image, a bare state, or a QEMU stream.")
 @click.argument("file", shell_complete=complete.file)
-@click.option("--section", metavar="NAME", help="Show this part of the state only, and all of it.")
+@click.option(
+    "--section",
+    metavar="NAME",
+    shell_complete=complete.section,
+    help="Show this part of the state only, and all of it.",
+)
 @click.option("--hex", "as_hex", is_flag=True, help="Show the bytes of --section, as 'hexdump -C' does.")
 @click.option(
     "--plot", metavar="PICTURE", help="Draw a vGPU's graphics memory to PICTURE (.png or .svg; needs matplotlib)."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 
 from vfio_mig import interrupts
-from vfio_mig.cli import streams
+from vfio_mig.cli import complete, streams
 from vfio_mig.cli.options import Options
 from vfio_mig.cli.output import print_json, put, put_lines, warn
 from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text
@@ -107,6 +107,7 @@ def _global_options(*, hidden: bool) -> list[click.Parameter]:
             "hook_texts",
             multiple=True,
             metavar="STEP=COMMAND",
+            shell_complete=complete.hook,
             help="Run COMMAND (no shell) at before-stop, after-stop, before-start, after-start or any other step of "
             "the job (repeatable; docs/scripting.md).",
         ),
