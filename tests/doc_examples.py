@@ -29,7 +29,6 @@ ELSEWHERE: Final = {
     "scripts/test": "is what runs these examples",
     "scripts/demo": "starts a VM of its own; scripts/test runs it",
     "systemctl ": "no systemd in the VM; tests/vm/test_cli.py plays its side of Type=notify",
-    "mkfifo ready;": "waits for its holder by itself; tests/vm/test_cli.py holds one so",
     "scripts/package": "builds packages; tests/package does and installs them",
     "sudo apt ": "installs these packages; tests/package does, in a Debian of its own",
     "T=$(ls ": "needs the source of a driver of the reader's own",
@@ -141,13 +140,16 @@ def inputs_and_outputs(block: Block) -> tuple[list[str], list[str]]:
 
 def script(block: Block) -> str:
     """Return what bash is to run: each line must end with 0, or with what its comment says (`# 1 if …`)."""
-    steps = ["set -e -o pipefail", "trap 'code=$?; kill $(jobs -p) 2>/dev/null || :; wait; exit $code' EXIT"]
+    ends = "kill $(jobs -p) $(cat held.*.pid 2>/dev/null) 2>/dev/null || :; wait; rm -f held.*.pid"
+    steps = ["set -e -o pipefail", f"trap 'code=$?; {ends}; exit $code' EXIT"]
     for line in block.to_run():
         command, said = line.partition("  #")[0].rstrip(), _SAID.search(line)
         for old, new in {**_PCI, **(_WITHOUT_LOG if block.speaks_v2 else {})}.items():
             command = command.replace(old, new)
         # It is to be open before the next line, for which some examples see themselves
-        if re.search(rf"\b{PROGRAM} hold ", command) and "--ready-fd" not in command:
+        if "--daemon" in command and "--pidfile" not in command:
+            steps.append(f"{command} --pidfile held.{len(steps)}.pid")
+        elif re.search(rf"\b{PROGRAM} hold ", command) and "--daemon" not in command:
             steps += [f"{command.removesuffix('&')} >held &", "until grep -q 'held open' held; do"]
             steps += ["  kill -0 $!; sleep 0.1", "done"]
         elif said is not None:

@@ -32,6 +32,7 @@ from vfio_mig.jobs.files.diff import DiffReport
 from vfio_mig.jobs.files.extract import ExtractReport, PackReport
 from vfio_mig.jobs.files.inspect import InspectReport, SectionBytes
 from vfio_mig.jobs.files.pages import PagesReport
+from vfio_mig.jobs.hold import HoldReport
 from vfio_mig.jobs.migrate import MigrateReport
 from vfio_mig.jobs.queries.devices import DeviceInfo, DeviceRow
 from vfio_mig.jobs.queries.doctor import DoctorReport, HostCheck
@@ -80,7 +81,7 @@ DOCUMENTS: Final[dict[str, Shown]] = {
     "dirty": Shown((DirtyReport,)),
     "doctor": Shown((DoctorReport,)),
     "extract": Shown((ExtractReport,)),
-    "hold": Shown(({"device": str, "pid": int, "protocol": str | None},)),
+    "hold": Shown((HoldReport, list[HoldReport])),
     "info": Shown((DeviceInfo,)),
     "inspect": Shown((InspectReport, Section, SectionBytes)),
     "list": Shown((list[DeviceRow],)),

@@ -74,7 +74,9 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.files.inspect import inspect_image as inspect_image
     from vfio_mig.jobs.files.pages import PagesReport as PagesReport
     from vfio_mig.jobs.files.pages import load_pages as load_pages
+    from vfio_mig.jobs.hold import HoldReport as HoldReport
     from vfio_mig.jobs.hold import hold_device as hold_device
+    from vfio_mig.jobs.hold import hold_devices as hold_devices
     from vfio_mig.jobs.migrate import MigrateReport as MigrateReport
     from vfio_mig.jobs.migrate import migrate as migrate
     from vfio_mig.jobs.queries.devices import DeviceInfo as DeviceInfo
@@ -140,7 +142,7 @@ _HOMES = {
     "jobs.files.extract": ("ExtractReport", "PackReport", "extract_image", "pack_image"),
     "jobs.files.inspect": ("InspectReport", "inspect_image"),
     "jobs.files.pages": ("PagesReport", "load_pages"),
-    "jobs.hold": ("hold_device",),
+    "jobs.hold": ("HoldReport", "hold_device", "hold_devices"),
     "jobs.migrate": ("MigrateReport", "migrate"),
     "jobs.queries.devices": ("DeviceInfo", "DeviceRow", "device_info", "list_devices"),
     "jobs.queries.doctor": ("DoctorReport", "examine_host"),

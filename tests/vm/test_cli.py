@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ from tools.lab import cli
 from tools.lab.sample import gpu, host
 from tools.lab.sample.held import Side, guest_view, queue_one, run_some_work, side
 from tools.lab.vfio.raw import PAGE
+from tools.lab.waiting import wait_until
 from vfio_mig.host.discover import Host
 
 if TYPE_CHECKING:
@@ -347,6 +349,23 @@ def test_mdevs_are_listed_created_and_removed() -> None:
         cli.run("mdev", "remove", uuid, warm=True)
     assert not {made, wanted} & {one["device"] for one in js("list")}
     assert host.available("GVTg_V4_8") == offered["available"]
+
+
+def test_hold_in_the_background_returns_once_all_are_held(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    with host.instance() as one, host.instance() as two:
+        done = cli.run("hold", one.uuid, two.uuid, "--daemon", "--pidfile", pid_file)
+        pid = int(pid_file.read_text())
+        try:
+            assert done.stdout.decode().splitlines() == [f"{vgpu.uuid}: held open by PID {pid}" for vgpu in (one, two)]
+            assert [js("status", vgpu.uuid)["holder_pid"] for vgpu in (one, two)] == [pid, pid]
+            cli.run("stop", one.uuid, two.uuid)
+            assert (one.run_state(), two.run_state()) == ("stopped", "stopped")
+            cli.refused("hold", one.uuid, "--daemon", code=3, words=(f"it is open in PID {pid}",))
+        finally:
+            os.kill(pid, signal.SIGTERM)
+        wait_until("the end of the holder", lambda: not pid_file.exists())
+        assert js("status", one.uuid)["state"] == "closed"
 
 
 @pytest.mark.usefixtures("warm_demonstrations")

@@ -155,7 +155,6 @@ def repeat(look: Callable[[], _Seen], show: Callable[[_Seen], object], seconds: 
             if terminal:
                 click.echo("\033[H\033[J", nl=False)
             show(seen)
-            sys.stdout.flush()
             time.sleep(seconds)
 
 

@@ -6,16 +6,31 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vfio_mig.errors import DeviceBusyError, HostError, UsageError, errno_text
-from vfio_mig.interrupts import ENDING
+from vfio_mig.interrupts import ENDING, waiting
 from vfio_mig.jobs.engine.session import Session, Settings, open_session, survey
+from vfio_mig.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from vfio_mig.dirty.memory import MemoryMap
+    from vfio_mig.dirty.memory import Memory, MemoryMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldReport(Report):
+    """A device that is kept open.
+
+    :param pid: of the process that has it.
+    :param protocol: what it speaks, None if it cannot be migrated.
+    """
+
+    device: str
+    pid: int
+    protocol: str | None
 
 
 def hold_device(
@@ -33,7 +48,42 @@ def hold_device(
     :param ready: called once other commands can borrow the device.
     :raises OpenError: the device cannot be opened, or another process has it.
     """
+    hold_devices([name], settings, memory=memory, ready=lambda sessions: ready(sessions[0]))
+
+
+def hold_devices(
+    names: Sequence[str],
+    settings: Settings | None = None,
+    *,
+    memory: Sequence[MemoryMap] = (),
+    ready: Callable[[Sequence[Session]], object],
+) -> None:
+    """Open several devices, and keep them open as :func:`hold_device` does with one.
+
+    :param memory: of the one guest that has all of them.
+    :param ready: called once all are open.
+    """
     from vfio_mig.dirty.memory import Memory
+
+    # Blocked from here on, so that a signal between ready() and the wait is not lost
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        with contextlib.ExitStack() as stack:
+            guest = stack.enter_context(Memory(memory, writable=True))
+            sessions = [_open(stack, name, settings, guest) for name in names]
+            for session in sessions:
+                if session.refusal is not None:
+                    session.warn(f"{session.refusal}; it is held all the same")
+            ready(sessions)
+            notify("READY=1")
+            signal.sigwait(ENDING)
+            notify("STOPPING=1")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _open(stack: contextlib.ExitStack, name: str, settings: Settings | None, guest: Memory) -> Session:
+    """Open a device that nobody has open, and mark it as held by this process."""
     from vfio_mig.host.holders import mark_hold
 
     seen = survey(name)
@@ -43,24 +93,50 @@ def hold_device(
         raise DeviceBusyError(
             f"it is open in {holder}", device=found.name, hint="every command borrows it there; nothing to hold"
         )
-    # Blocked from here on, so that a signal between ready() and the wait is not lost
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     mark = mark_hold(found)
-    try:
-        with (
-            Memory(memory, writable=True) as guest,
-            open_session(found.name, settings, memory=guest.maps, seen=seen, any_device=True) as session,
-        ):
-            if session.refusal is not None:
-                session.warn(f"{session.refusal}; it is held all the same")
-            ready(session)
-            notify("READY=1")
-            signal.sigwait(ENDING)
-            notify("STOPPING=1")
-    finally:
-        if mark >= 0:
-            os.close(mark)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if mark >= 0:
+        stack.callback(os.close, mark)
+    return stack.enter_context(open_session(found.name, settings, memory=guest.maps, seen=seen, any_device=True))
+
+
+class Background:
+    """Lets a process go on without the one that started it, which ends once this one is ready.
+
+    :ivar is_starter: whether this is the process that was started; it has to call :meth:`wait` and to end.
+    """
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        self._child = os.fork()
+        self.is_starter = self._child != 0
+        os.close(self._write if self.is_starter else self._read)
+        if not self.is_starter:
+            os.setsid()  # what ends the terminal's processes does not end it
+
+    @waiting
+    def wait(self) -> int:
+        """Wait until the other process is ready, or has failed; returns its exit code.
+
+        :raises KeyboardInterrupt: the other process has been ended.
+        """
+        try:
+            if os.read(self._read, 1):
+                return 0
+        except KeyboardInterrupt:
+            os.kill(self._child, signal.SIGTERM)
+            os.waitpid(self._child, 0)
+            raise
+        code = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+        return code if code >= 0 else 128 - code
+
+    def ready(self) -> None:
+        """Let the starter end; nothing more of this process reaches its terminal."""
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for fd in range(3):
+            os.dup2(nothing, fd)
+        os.close(nothing)
+        os.write(self._write, b"\n")
+        os.close(self._write)
 
 
 def notify(state: str) -> None:
