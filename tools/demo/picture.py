@@ -2,7 +2,7 @@
 """A picture that moves, of what a command prints: ``python -m tools.demo.picture FILE.svg COMMAND…``.
 
 COMMAND is run, and its output goes to stderr meanwhile. FILE is an SVG in which the lines come as they came, pauses cut
-short, on a terminal of 80 columns; it repeats. docs/demo.svg is ``scripts/demo --gvt``.
+short, on a terminal of 80 columns; it repeats.
 """
 
 from __future__ import annotations
