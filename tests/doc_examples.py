@@ -140,7 +140,9 @@ def inputs_and_outputs(block: Block) -> tuple[list[str], list[str]]:
 
 def script(block: Block) -> str:
     """Return what bash is to run: each line must end with 0, or with what its comment says (`# 1 if …`)."""
-    ends = "kill $(jobs -p) $(cat held.*.pid 2>/dev/null) 2>/dev/null || :; wait; rm -f held.*.pid"
+    # What holds devices in the background is no job of the shell's; it removes its file at its end
+    ends = "kill $(jobs -p) $(cat held.*.pid 2>/dev/null) 2>/dev/null || :; wait; "
+    ends += 'while compgen -G "h[eo]ld*.pid" >/dev/null; do sleep 0.1; done'
     steps = ["set -e -o pipefail", f"trap 'code=$?; {ends}; exit $code' EXIT"]
     for line in block.to_run():
         command, said = line.partition("  #")[0].rstrip(), _SAID.search(line)
