@@ -12,7 +12,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig.errors import VfioMigError
-from vfio_mig.protocols.registry import parse_state
 
 if TYPE_CHECKING:
     from vfio_mig.jobs.engine.session import Session
@@ -46,4 +45,4 @@ def rehearse(session: Session) -> None:
                 pass
             with suppress(VfioMigError):  # that it does not fit is known
                 fit_checks(session, _STATE, image.archive)
-                parse_state(session.protocol.name, _STATE)
+                session.protocol.parse_state(memoryview(_STATE))
