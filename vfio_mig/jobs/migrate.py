@@ -60,7 +60,8 @@ class MigrateReport(Report):
     :param stop_time: from the STOP request to the source's answer.
     :param bitmap_time: fetching the dirty bitmap.
     :param state_read_time: reading the state.
-    :param transfer_time: from there until the target had the whole image, verified it and loaded it.
+    :param transfer_time: all else until the target had the whole image, verified it and loaded it, with the notes and
+        hooks of both sides' steps: so these times add up to the downtime.
     :param state_write_time: the part of it in which the target's device took the state.
     :param start_time: from the request until the target said that it ran, 0 when it was left stopped.
     :param downtime: from the STOP request until the target ran, or held the state.
@@ -250,7 +251,6 @@ def migrate(
             if not error.problem.startswith(CONNECTION):
                 raise
             raise run.error() from error
-        read = time.perf_counter()
         run.wait_for("loaded")
         job.step("restored", session)
         if start:
@@ -258,10 +258,11 @@ def migrate(
         _give_up(job, session)
         held = time.perf_counter()
         restored, end = _end_target(run, peer, session, start=start)
+        end = end if start else held
         job.commit()
         if start:
             job.step("after-start", session)
-        return _report(target, sender, session, restored, read=read, held=held, end=end, start=start)
+        return _report(target, sender, session, restored, held=held, end=end, start=start)
 
 
 def _report(
@@ -270,7 +271,6 @@ def _report(
     session: Session,
     restored: dict[str, Any],
     *,
-    read: float,
     held: float,
     end: float,
     start: bool,
@@ -282,7 +282,7 @@ def _report(
         state=session.state_after(started=False),
         target_state=RUNNING if start else STOP,
         **times,
-        transfer_time=held - read,
+        transfer_time=held - sender.pause.began - sum(times.values()),
         state_write_time=seconds(restored.get("state_write_time")),
         start_time=end - held if start else 0.0,
         downtime=end - sender.pause.began,
