@@ -90,7 +90,7 @@ class Bench:
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="l2-", dir="/run"))
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="l2-", dir="/dev/shm"))
         yield Bench(stack, Path(directory))
 
 
