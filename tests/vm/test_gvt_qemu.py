@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from tools.l2.moves import Move
 
-pytestmark = [pytest.mark.gvt, pytest.mark.l2]
+pytestmark = [pytest.mark.gvt, pytest.mark.l2, pytest.mark.slow]
 
 KIND: Final = "i915-GVTg_V5_4"
 TIMES: Final = 10
@@ -56,7 +56,7 @@ class Bench:
         self._stack: Final = stack
         self._directory: Final = directory
         self._image: Final = Image.of(Path(os.environ["VFIO_MIG_L2"]))
-        self._count = 0
+        self.guests: Final[list[L2]] = []
         self.vgpus: Final = [stack.enter_context(kvmgt.instance(KIND)) for _ in range(2)]
 
     @property
@@ -65,15 +65,16 @@ class Bench:
 
     def start(self, vgpu: int, *more: str) -> L2:
         """Start a QEMU with one of the vGPUs."""
-        self._count += 1
-        own = self._directory / str(self._count)
+        own = self._directory / str(len(self.guests))
         own.mkdir()
-        return self._stack.enter_context(
+        guest = self._stack.enter_context(
             L2.started(
                 self._image, str(kvmgt.DEVICES / self.vgpus[vgpu]), own,
                 qemu=shlex.split(os.environ["VFIO_MIG_QEMU"]), device=moves.DEVICE, more=more,
             )
         )  # fmt: skip
+        self.guests.append(guest)
+        return guest
 
     def move(self, guest: L2, vgpu: int) -> tuple[L2, Move]:
         """Have QEMU move a running guest to a new QEMU with that vGPU; the old one is ended."""
@@ -90,11 +91,13 @@ class Bench:
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="l2-", dir="/dev/shm"))
-        yield Bench(stack, Path(directory))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2-", dir="/dev/shm")))
+        made = Bench(stack, directory)
+        yield made
+        for guest in made.guests:  # pytest shows it if the test has failed
+            report(f"QEMU {guest.process.poll()}: {guest.log.read_text(errors='replace')[-2000:]}")
 
 
-@pytest.mark.slow
 def test_a_running_guest_moves_ten_times_back_and_forth(bench: Bench) -> None:
     guest = bench.start(0)
     guest.await_ready(5 * START_SECONDS)
