@@ -48,4 +48,11 @@ struct vfio_pci_get_dirty_bitmap {
 /* Size of the device state region, bytes; an image must be shorter */
 #define MIGRATION_IMG_MAX_SIZE 0x900000
 
+/*
+ * What the kvmgt of vfio_mig adds to the RFC: where a state does not fit into
+ * that, as of the types _1, the vGPU has a region of this size instead. All
+ * else is the same, so the size of the region tells one from the other.
+ */
+#define MIGRATION_IMG_LARGE_SIZE 0x1000000
+
 #endif

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The series in its form for the kernel's lists, of made-up patches."""
+"""The series in its form for the kernel's lists, of made-up patches and of the real ones' texts."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +14,7 @@ from tools.kvmgt import mail, series
 from tools.kvmgt.source import GVT
 from tools.vm.errors import RunnerError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+REAL = Path(series.SERIES)
 MAKEFILE = """\
 Subject: drm/i915/gvt: Have a file of ours built
 
@@ -104,3 +102,13 @@ def test_a_directory_with_other_patches_is_left_alone(source: Path, tmp_path: Pa
     (tmp_path / "0001-mine.patch").write_text("mine")
     with pytest.raises(RunnerError, match="has patches already"):
         mail.write(source, "6.12", tmp_path, "Linux 6.12")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in REAL.iterdir() if path.is_dir()))
+def test_every_patch_has_a_text_that_fits_a_mail(name: str) -> None:
+    for patch in series.load(name, REAL):
+        head, found, _ = patch.path.read_text("utf-8").partition("\n---\n")
+        assert found, patch.path
+        _title, text = head.split("\n\n", 1)
+        assert text.strip(), patch.path
+        assert max(map(len, text.splitlines())) <= 75, patch.path

@@ -28,7 +28,7 @@ struct intel_vgpu_workload;
 
 /* The module parameter "migration" */
 enum intel_gvt_migration {
-	INTEL_GVT_MIGRATION_OFF,	/* as without these patches, in every respect */
+	INTEL_GVT_MIGRATION_OFF,	/* none; only what is wrong without it is mended */
 	INTEL_GVT_MIGRATION_RFC,	/* the interface of the RFC of 2017 */
 	INTEL_GVT_MIGRATION_V2,		/* protocol v2 of <linux/vfio.h> */
 };
@@ -123,6 +123,7 @@ int intel_vgpu_get_dirty(struct intel_vgpu *vgpu, void __user *arg);
 	_IO(VFIO_TYPE, VFIO_BASE + VFIO_DEVICE_PCI_GET_DIRTY_BITMAP_NR)
 
 /* migrate_region.c */
+size_t intel_vgpu_image_max(struct intel_vgpu *vgpu);
 ssize_t intel_vgpu_state_rw(struct intel_vgpu *vgpu, char __user *buf, size_t count, u64 off,
 			    bool write);
 

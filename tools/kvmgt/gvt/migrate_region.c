@@ -2,6 +2,7 @@
 /*
  * The RFC's state region: reading it saves a vGPU, writing it restores one.
  */
+#include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
@@ -10,6 +11,24 @@
 #include "gvt.h"
 #include "migrate_image.h"
 
+/* Of a state all but the GTT: registers, configuration space, lists, headers */
+#define STATE_FIXED_SIZE	(2 * GVT_IMAGE_REG_SIZE + SZ_256K)
+
+/**
+ * intel_vgpu_image_max - how large is the state region of a vGPU?
+ * @vgpu: a vGPU that has its resources
+ *
+ * Returns: bytes: what the RFC has, or more if the GTT's entries do not fit in
+ */
+size_t intel_vgpu_image_max(struct intel_vgpu *vgpu)
+{
+	u64 pages = (vgpu_aperture_sz(vgpu) + vgpu_hidden_sz(vgpu)) >> I915_GTT_PAGE_SHIFT;
+
+	if (STATE_FIXED_SIZE + pages * sizeof(u64) < MIGRATION_IMG_MAX_SIZE)
+		return MIGRATION_IMG_MAX_SIZE;
+	return MIGRATION_IMG_LARGE_SIZE;
+}
+
 static int read_state(struct intel_vgpu *vgpu, char __user *buf, size_t count, void *image)
 {
 	ssize_t size;
@@ -17,7 +36,7 @@ static int read_state(struct intel_vgpu *vgpu, char __user *buf, size_t count, v
 	if (mutex_lock_killable(&vgpu->migration.lock))
 		return -EINTR;
 	mutex_lock(&vgpu->vgpu_lock);
-	size = intel_vgpu_save(vgpu, image, MIGRATION_IMG_MAX_SIZE);
+	size = intel_vgpu_save(vgpu, image, intel_vgpu_image_max(vgpu));
 	mutex_unlock(&vgpu->vgpu_lock);
 	mutex_unlock(&vgpu->migration.lock);
 
@@ -63,14 +82,15 @@ static int write_state(struct intel_vgpu *vgpu, const char __user *buf, size_t c
 ssize_t intel_vgpu_state_rw(struct intel_vgpu *vgpu, char __user *buf, size_t count, u64 off,
 			    bool write)
 {
+	size_t max = intel_vgpu_image_max(vgpu);
 	void *image;
 	int ret;
 
-	if (off || (write && count > MIGRATION_IMG_MAX_SIZE))
+	if (off || (write && count > max))
 		return -EFAULT;
-	count = min_t(size_t, count, MIGRATION_IMG_MAX_SIZE);
+	count = min_t(size_t, count, max);
 
-	image = __vmalloc(MIGRATION_IMG_MAX_SIZE, GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+	image = __vmalloc(max, GFP_KERNEL_ACCOUNT | __GFP_ZERO);
 	if (!image)
 		return -ENOMEM;
 
