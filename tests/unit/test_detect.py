@@ -25,7 +25,7 @@ from vfio_mig.protocols.gvt_rfc import DIRTY_PAGES_MAX, GvtRfc
 from vfio_mig.protocols.mainline_v2 import MainlineV2
 from vfio_mig.protocols.registry import detect, explain, spoken
 from vfio_mig.uapi import Request, vfio_request
-from vfio_mig.uapi.profile import DEFAULT_PROFILE, RfcProfile
+from vfio_mig.uapi.profile import BUILT_IN, DEFAULT_PROFILE, KVMGT_PROFILE, RfcProfile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -196,6 +196,74 @@ def test_another_trees_numbers_decide_when_they_are_given() -> None:
 )
 def test_each_check_alone_forbids_it(device: FakeDevice, name: str) -> None:
     assert failing(device) == [name]
+
+
+LARGE: Final = 0x1000000
+OPREGION: Final = (0x80008086, 1)
+
+
+def test_our_kvmgt_is_known_by_the_size_of_its_region_and_the_rfc_s_own_by_its() -> None:
+    for size, expected in ((LARGE, KVMGT_PROFILE), (SIZE, DEFAULT_PROFILE)):
+        device = FakeDevice(flags=0x23, num_regions=12, replies={9: reply(size=size)})
+        protocol = detect(device, DEFAULT_PROFILE)
+        assert isinstance(protocol, GvtRfc)
+        assert protocol.profile is expected
+        assert protocol.state_size_max == size - 1
+        assert set(device.requests) <= HARMLESS
+    assert [one.image_max for one in BUILT_IN] == [SIZE, LARGE]
+
+
+def test_a_header_s_numbers_are_the_only_ones() -> None:
+    given = DEFAULT_PROFILE._replace(source="vfio.h")
+    assert failing(FakeDevice(replies={9: reply(size=LARGE)}), given) == ["state-region"]
+
+
+# What each driver answers: flags, regions, their infos, mainline's migration flags.
+OTHERS: Final = {
+    "stock kvmgt 6.1": FakeDevice(flags=3, num_regions=11, replies={9: reply(type_cap(*OPREGION), flags=1, size=8192)}),
+    "stock kvmgt 6.12": FakeDevice(
+        flags=3, num_regions=11, replies={9: reply(type_cap(*OPREGION), flags=1, size=8192)}, feature=0
+    ),
+    "our kvmgt with v2": FakeDevice(
+        flags=3, num_regions=11, replies={9: reply(type_cap(*OPREGION), flags=1, size=8192)}, feature=3
+    ),
+    "mtty 6.12": FakeDevice(flags=2, num_regions=9, replies={0: reply(size=8)}, feature=5),
+    "mtty 6.1": FakeDevice(flags=2, num_regions=9, replies={0: reply(size=8)}),
+    "vfio-pci": FakeDevice(flags=0x83, num_regions=9, replies={0: reply(flags=RWM, size=LARGE)}),
+    "vfio-pci of an integrated GPU": FakeDevice(
+        flags=0x83, num_regions=12, replies={9: reply(type_cap(*OPREGION), flags=1, size=8192)}
+    ),
+    "vfio-pci with a large region of its own": FakeDevice(
+        flags=0x83, num_regions=10, replies={9: reply(type_cap(0x80000000 | 0x10DE, 1), size=LARGE)}
+    ),
+    "an s390 AP queue": FakeDevice(flags=0x20, num_regions=0, replies={}),
+    "kvmgt of 2017": FakeDevice(flags=2, num_regions=9, silent=(uapi.DEVICE_FEATURE,)),
+    "a driver that answers 0 to everything": FakeDevice(silent=tuple(HARMLESS)),
+    "a driver that answers 0 to all but GET_INFO": FakeDevice(
+        silent=(uapi.DEVICE_GET_REGION_INFO, uapi.DEVICE_FEATURE)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_other_driver_is_taken_for_one_of_the_rfc_or_asked_anything_that_could_mean_something(name: str) -> None:
+    device = OTHERS[name]
+    assert "gvt-rfc" not in spoken(device, DEFAULT_PROFILE)
+    assert set(device.requests) <= HARMLESS
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        (FakeDevice(flags=3, replies={9: reply(size=LARGE)}), "migratable"),
+        (FakeDevice(flags=0x21, replies={9: reply(size=LARGE)}), "pci"),
+        (FakeDevice(replies={9: reply(size=LARGE - 4096)}), "state-region"),
+        (FakeDevice(replies={9: reply(size=LARGE, flags=1)}), "state-region"),
+        (FakeDevice(replies={9: reply(type_cap(7, 7), size=LARGE)}), "no-region-type"),
+    ],
+)
+def test_each_check_forbids_a_large_region_too(device: FakeDevice, name: str) -> None:
+    assert [one.name for one in explain(device, DEFAULT_PROFILE) if not one.ok] == [name]
 
 
 @pytest.mark.parametrize("feature", [1, 7])

@@ -167,6 +167,20 @@ def _state_region(device: Device, profile: RfcProfile) -> Region | None:
         return None
 
 
+def _of_device(device: Device, profile: RfcProfile) -> RfcProfile:
+    """Return which of the built-in profiles a device's state region has the size of; *profile* if a header gave it.
+
+    Nothing but GET_INFO and GET_REGION_INFO is sent, and all conditions are still to be tried.
+    """
+    from vfio_mig.uapi.profile import BUILT_IN
+
+    if profile not in BUILT_IN or device.info().num_regions <= profile.state_index:
+        return profile
+    region = _state_region(device, profile)
+    same = [one for one in BUILT_IN if region is not None and region.size == one.image_max]
+    return same[0] if same else profile
+
+
 def _region_conditions(region: Region | None, profile: RfcProfile) -> Iterator[Condition]:
     if region is None:
         yield Condition("state-region", False, f"region {profile.state_index} cannot be asked for")
@@ -221,6 +235,7 @@ class _GvtRfcFamily(Family):
 
     def conditions(self, device: Device, profile: RfcProfile) -> list[Condition]:
         """Try every condition of the RFC's rule."""
+        profile = _of_device(device, profile)
         info = device.info()
         flag = profile.migratable_flag
         conditions = [
@@ -245,6 +260,7 @@ class _GvtRfcFamily(Family):
 
     def open(self, device: Device, profile: RfcProfile) -> GvtRfc:
         """Return what drives the vGPU."""
+        profile = _of_device(device, profile)
         return GvtRfc(device, profile, device.region(profile.state_index))
 
 

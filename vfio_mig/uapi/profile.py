@@ -135,6 +135,15 @@ DEFAULT_PROFILE: Final = RfcProfile(
     source="built in",
 )
 
+KVMGT_PROFILE: Final = DEFAULT_PROFILE._replace(
+    image_max=ffi.integer_const("MIGRATION_IMG_LARGE_SIZE"),
+    source="built in, of vfio_mig's kvmgt",
+)
+"""What the kvmgt of tools/kvmgt adds: states that do not fit into the RFC's region have a larger one."""
+
+BUILT_IN: Final = (DEFAULT_PROFILE, KVMGT_PROFILE)
+"""Told apart by the size of the state region. Where a header is given, its numbers are the only ones."""
+
 _DEFINE: Final = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+([^\n]+)$", re.MULTILINE)
 _ENUM: Final = re.compile(r"\benum\b")
 _BRACE: Final = re.compile(r"[{};]")
