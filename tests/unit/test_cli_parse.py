@@ -16,7 +16,7 @@ import pytest
 
 from tests.unit.click_runner import runner
 from vfio_mig import __version__
-from vfio_mig.cli.main import COMMANDS, cli
+from vfio_mig.cli.main import COMMANDS, _outcome, cli
 from vfio_mig.cli.options import Options
 from vfio_mig.device import Device
 from vfio_mig.errors import DeviceNotFoundError, UsageError, VfioMigError
@@ -396,3 +396,24 @@ def test_help_is_a_command_and_one_that_there_is_not_is_told_from_one_that_is_li
     assert unlike.exit_code == 2
     assert "No such command 'qqq'" in unlike.output
     assert "did you mean" not in unlike.output
+
+
+@pytest.mark.parametrize("command", ["info", "stop", "save"])
+def test_one_who_names_no_device_is_told_which_there_are(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    def error() -> str:
+        monkeypatch.setattr("sys.argv", ["vfio-mig", command])
+        code, caught = _outcome(Options())
+        assert code == 2
+        return str(caught)
+
+    devices: list[Found] = []
+    monkeypatch.setattr("vfio_mig.host.discover.Host.devices", lambda _: devices)
+    assert f"; there is no VFIO device here; see 'vfio-mig {command} --help'" in error()
+    devices += [Found(f"one{number}") for number in range(3)]
+    assert "; there are one0, one1, one2; see" in error()
+    devices += [Found("many")] * 9
+    assert "many, …; see" in error()

@@ -53,6 +53,9 @@ COMMANDS = {  # command: module below vfio_mig.cli
     "sync": "transfer",
     "verify": "image",
 }
+_DEVICES: Final = frozenset({"device", "devices", "targets"})
+"""Arguments that are, or begin with, a device."""
+_SHOWN: Final = 8
 STDOUT_IS_DATA: Final = frozenset({"save", "sync"})
 """Commands whose FILE may be - for standard output; no other document is put there then."""
 
@@ -248,13 +251,26 @@ def _error_of(caught: BaseException) -> VfioMigError:
     if isinstance(caught, click.ClickException):
         context = getattr(caught, "ctx", None)
         command = PROGRAM if context is None else context.command_path
-        return UsageError(caught.format_message().rstrip("."), hint=f"see '{command} --help'")
+        return UsageError(caught.format_message().rstrip("."), hint=f"{_choice(caught)}see '{command} --help'")
     if isinstance(caught, KeyboardInterrupt):
         notes = getattr(caught, "__notes__", ())  # of a job that could not undo everything
         return InterruptedJobError(f"interrupted; {'; '.join(notes) or 'what was begun has been undone'}")
     if isinstance(caught, OSError):  # jobs have errors of their own: this is click's help
         return HostError(f"{caught.filename or 'standard output'}: {errno_text(caught.errno or 0)}")
     return HostError("out of memory")
+
+
+def _choice(caught: click.ClickException) -> str:
+    """Say which devices there are to one who has not said which is meant."""
+    if not isinstance(caught, click.MissingParameter) or caught.param is None:
+        return ""
+    if caught.param.name not in _DEVICES:
+        return ""
+    from vfio_mig.host.discover import Host
+
+    names = [one.name for one in Host().devices()]
+    more = ", …" if len(names) > _SHOWN else ""
+    return f"there are {', '.join(names[:_SHOWN])}{more}; " if names else "there is no VFIO device here; "
 
 
 def _end(options: Options, code: int, error: VfioMigError | None) -> int:
