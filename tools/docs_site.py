@@ -38,6 +38,7 @@ _PLACES: Final = {
     **ELSEWHERE,
     "docs/schemas": _SCHEMAS,
     **{f"docs/{path.name}": path.name for path in (ROOT / "docs").glob("*.md")},
+    "docs/demo.svg": "demo.svg",
 }
 _PATH: Final = re.compile(r"(?<![\w/`\[(.-])`?(" + "|".join(map(re.escape, _PLACES)) + r")`?(?![\w/`\])-])")
 _LINK: Final = re.compile(r"\]\((" + "|".join(map(re.escape, _PLACES)) + r")\)")
