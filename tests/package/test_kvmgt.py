@@ -23,7 +23,7 @@ TREE: Final = f"/usr/src/{NAME}-{__version__}"
 CACHE: Final = f"/var/cache/{NAME}"
 GVT: Final = "drivers/gpu/drm/i915/gvt"
 INCLUDED: Final = "ca-certificates dkms python3-pyelftools patch xz-utils kmod linux-headers-amd64 linux-image-amd64"
-# The kernel that comes later: of Debian 12 a newer one besides, of Debian 13 the same once more.
+# The kernel that comes later: of Debian 12 a newer one besides, of Debian 13 the same once more, which changes nothing.
 UPDATES: Final = {
     "bookworm": "linux-image-6.12-amd64 linux-headers-6.12-amd64",
     "trixie": '--reinstall "linux-image-$first"',
@@ -88,6 +88,14 @@ step killed again
 step update apt-get install -y --no-install-recommends @UPDATE@
 newest=$(ls -v /lib/modules | tail -n 1)
 loaded "$newest" >/out/update.newest
+
+# a kernel of another version and the same name: its image says that it is, and no source of it can be had
+image=/boot/vmlinuz-$first
+cp "$image" /root/image
+sed -i -E 's/(Debian [0-9.]+-)[0-9] \\(/\\19 (/' "$image"
+step changed /etc/kernel/postinst.d/{NAME} "$first"
+stock >/out/changed.stock
+cp /root/image "$image"
 step purge apt-get purge -y {NAME}-dkms
 stock >/out/purge.stock
 loaded "$newest" >/out/purge.newest
@@ -169,9 +177,14 @@ def test_it_is_built_where_the_gate_is_passed_and_refused_elsewhere(debian: Path
 
 def test_it_follows_the_kernel_and_leaves_it_as_it_was(debian: Path) -> None:
     stock = (debian / "stock").read_text()
-    assert f"vfio_mig {__version__} for" in said(debian, "update")
+    is_new = (debian / "update.newest").read_text().split("/")[3] not in loaded(debian, "update")
+    assert (f"vfio_mig {__version__} for" in said(debian, "update")) is is_new
     assert "/updates/dkms/kvmgt.ko" in loaded(debian, "update")
     assert "/updates/dkms/kvmgt.ko" in (debian / "update.newest").read_text()
+    assert "has changed since its kvmgt was built" in said(debian, "changed")
+    assert "-9" in said(debian, "changed")
+    assert is_stock(loaded(debian, "changed"))
+    assert (debian / "changed.stock").read_text() == stock
     said(debian, "purge")
     assert is_stock(loaded(debian, "purge"))
     assert is_stock((debian / "purge.newest").read_text())
