@@ -51,11 +51,8 @@ class _Session:
         self.protocol = protocol
         self.device = protocol.device
 
-    def note(self, effect: str) -> None:
+    def journal(self, effect: str) -> None:
         """Write nothing down: that is not part of the window."""
-
-    def step(self, job: str, name: str) -> None:
-        """Tell nobody."""
 
     def journal_step(self, name: str) -> None:
         """Write nothing down."""
