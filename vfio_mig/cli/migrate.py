@@ -68,7 +68,8 @@ def migrate_command(
     Some process must hold the target open (`vfio-mig hold`). DEVICE is left stopped, and start, save and migrate refuse
     it from then on without --force, as its state goes on elsewhere. It runs on if anything fails before the target has
     the whole, verified state. Never do both run. The pages of --memory go to --target-memory. On another host the
-    target is ssh://[USER@]HOST[:PORT]/DEVICE, an IPv6 address in brackets.
+    target is ssh://[USER@]HOST[:PORT]/DEVICE, an IPv6 address in brackets. ssh asks nothing there: HOST takes a key of
+    this user's, and its own key is known here.
 
     A vGPU's page tables and queued work are in guest memory that it only reads, and are not dirty: the target's has to
     have them, or --all-memory moves all.

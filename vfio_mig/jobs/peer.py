@@ -30,6 +30,7 @@ from vfio_mig.errors import (
 )
 from vfio_mig.host.pipe import widen
 from vfio_mig.interrupts import waiting
+from vfio_mig.jobs.reach import Way, prefix
 from vfio_mig.threads import submit
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ class Peer:
         if destination and not rsh:
             raise UsageError("no command to reach another host with", hint="leave out --rsh, or name one")
         self.is_remote: Final = bool(destination)
-        self._prefix: Final = [*rsh, destination] if destination else []
+        self._prefix: Final = prefix(rsh, destination) if destination else []
+        self.way: Final = Way(rsh, destination) if destination else None
 
     def _command(self, words: Sequence[str]) -> list[str]:
         if not self._prefix:
@@ -342,9 +344,15 @@ class Run:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
         code = self._process.wait()
-        lines = self._errors.close().strip().splitlines()
+        errors, way = self._errors.close(), self._peer.way
+        lines = errors.strip().splitlines()
         words = _words(lines[-1]).removeprefix("vfio-mig: ") if lines else f"ended with status {code}"
-        return _ERRORS.get(code, HostError)(f"{self._peer.target}: '{self._what}' failed there: {words}")
+        there = f"'{self._what}' failed there"
+        failed = way.failure(code, self._what) if way else None
+        return _ERRORS.get(code, HostError)(
+            f"{self._peer.target}: {failed or there}: {words.removesuffix('.')}",
+            hint=way.hint(code, errors) if way else None,
+        )
 
 
 def number(value: object) -> int:
