@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Make ``vfio_mig/uapi/_generated.py`` and its stub from the headers in ``cdefs/``.
+"""Make ``vfio_mig/uapi/_generated.py`` and its stub from the headers in ``cdefs/``, and ``vfio_mig/dirty/_gmp.py``.
 
 Usage: python -m tools.gen_uapi [OUTPUT_DIRECTORY]
 
@@ -18,6 +18,9 @@ ROOT: Final = Path(__file__).parent.parent
 CDEFS: Final = ROOT / "cdefs"
 HEADERS: Final = ("vfio_mainline.h", "iommufd.h", "kvm.h", "gvt_rfc.h", "gvt_image.h", "gvt_pvinfo.h")
 MODULE: Final = "vfio_mig.uapi._generated"
+GMP_MODULE: Final = "vfio_mig.dirty._gmp"
+GMP: Final = "unsigned long __gmpn_popcount(const unsigned long *, long);"
+"""GMP's mpn_popcount as its library has it: <gmp.h>, where mp_limb_t, mp_size_t and mp_bitcnt_t are longs."""
 
 TYPES: Final = """
 typedef uint8_t __u8;
@@ -45,10 +48,19 @@ def declarations(cdefs: Path = CDEFS) -> str:
 
 def write_module(text: str, directory: Path) -> None:
     """Let cffi write the module."""
+    _emit(MODULE, TYPES + text, directory)
+
+
+def write_gmp(directory: Path) -> None:
+    """Let cffi write the bindings of GMP."""
+    _emit(GMP_MODULE, GMP, directory)
+
+
+def _emit(module: str, text: str, directory: Path) -> None:
     ffi = FFI()
-    ffi.cdef(TYPES + text)
-    ffi.set_source(MODULE, None)
-    ffi.emit_python_code(str(directory / "_generated.py"))
+    ffi.cdef(text)
+    ffi.set_source(module, None)
+    ffi.emit_python_code(str(directory / (module.rpartition(".")[2] + ".py")))
 
 
 def _field_type(kind: str, array: str | None) -> str:
@@ -111,11 +123,13 @@ def write_stub(text: str, directory: Path) -> None:
 
 
 def main() -> None:
-    """Write both files."""
-    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "vfio_mig" / "uapi"
+    """Write all three files."""
+    package = ROOT / "vfio_mig"
+    uapi, dirty = (Path(sys.argv[1]),) * 2 if len(sys.argv) > 1 else (package / "uapi", package / "dirty")
     text = declarations()
-    write_module(text, directory)
-    write_stub(text, directory)
+    write_module(text, uapi)
+    write_stub(text, uapi)
+    write_gmp(dirty)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfio_mig.dirty import bitmap as module
+from vfio_mig.dirty import popcount
 from vfio_mig.dirty.bitmap import Dirty
 from vfio_mig.dirty.fetch import MIN_PAGES, fetch
 from vfio_mig.dirty.ranges import PageRange
@@ -63,6 +64,23 @@ def test_a_bitmap_that_is_too_short_is_a_value_error() -> None:
             call(b"\xff", 9)
 
 
+def test_bits_are_counted_by_gmp_where_it_is_and_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(256)) * 5 + b"\x01\x80\xff"
+    expected = sum(byte.bit_count() for byte in data)
+    by_gmp = popcount._gmp()
+    assert by_gmp is not None, "every Debian has libgmp10"
+    assert by_gmp(data[:16], 2) == sum(byte.bit_count() for byte in data[:16])
+    assert popcount.popcount(data) == popcount.popcount(memoryview(data)) == expected
+    monkeypatch.setattr(popcount, "_gmp", lambda: None)
+    assert popcount.popcount(data) == expected
+
+
+@pytest.mark.parametrize("name", ["libgmp-of-nobody.so.10", "libc.so.6"])  # not there; there, but without the function
+def test_a_host_without_gmp_counts_by_python(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(popcount, "_LIBRARY", name)
+    assert popcount._gmp.__wrapped__() is None
+
+
 def test_counting_and_fetching_load_no_numpy() -> None:
     script = (
         "import sys; from vfio_mig.dirty.fetch import fetch; from vfio_mig.dirty.ranges import PageRange\n"
@@ -70,7 +88,7 @@ def test_counting_and_fetching_load_no_numpy() -> None:
         "print(sum(d.total() for d in fetch(lambda s, n: b'\\xff' * n, [PageRange(0, 9)])))\n"
         "print([m for m in ('numpy', 'rich', 'tempfile', 'tarfile', 'pathlib', 'dataclasses') if m in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-Sc", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "9\n[]\n"
 
 

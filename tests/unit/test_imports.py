@@ -135,11 +135,10 @@ def test_every_module_stands_in_a_room() -> None:
     assert [path for path in MODULES if name_of(path) != PACKAGE and not room_of(name_of(path))] == []
 
 
-def test_the_program_s_entry_is_nothing_but_the_command_line() -> None:
+def test_the_program_s_entry_takes_nothing_of_the_house_but_the_command_line() -> None:
     source = (ROOT / PACKAGE / "__main__.py").read_text("utf-8")
-    assert {name for node in ast.walk(ast.parse(source)) for name in imported(PACKAGE, node, is_package=False)} == {
-        f"{PACKAGE}.cli.main"
-    }
+    names = {name for node in ast.walk(ast.parse(source)) for name in imported(PACKAGE, node, is_package=False)}
+    assert {name for name in names if name.startswith(PACKAGE)} == {f"{PACKAGE}.cli.main"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import compileall
 import shutil
 import statistics
 import subprocess
@@ -11,11 +12,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import vfio_mig
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RUNS: Final = 41
-LIMIT: Final = 1.3
+LIMIT: Final = 1.0
 
 
 def seconds(command: Sequence[str]) -> float:
@@ -35,7 +38,9 @@ def measure(runs: int = RUNS) -> bool:
     """Run both alternately, print medians and ratio; tell whether the limit is kept."""
     reference = [sys.executable, "-c", "import click"]
     ours = [program(), "--version"]
-    for command in (reference, ours):  # once unmeasured: byte code and page cache
+    # As pip leaves a package that it installs; where PYTHONDONTWRITEBYTECODE is set, no run would do it
+    compileall.compile_dir(Path(vfio_mig.__file__).parent, quiet=1)
+    for command in (reference, ours):  # once unmeasured: the page cache
         seconds(command)
     times = [(seconds(reference), seconds(ours)) for _ in range(runs)]
     base = statistics.median(reference_time for reference_time, _ in times)

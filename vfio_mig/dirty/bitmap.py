@@ -5,10 +5,10 @@
 Counting needs no numpy, because every save counts; the rest loads it.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from vfio_mig.dirty.popcount import popcount
 from vfio_mig.dirty.ranges import PageRange
 
 if TYPE_CHECKING:
@@ -62,13 +62,15 @@ def trim(bitmap: Buffer, nr_pages: int) -> bytes:
 
 
 def count(bitmap: Buffer, nr_pages: int) -> int:
-    """Return how many of the first *nr_pages* bits are set; faster where numpy, from 2.0 on, is loaded already."""
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and hasattr(numpy, "bitwise_count") and nr_pages % 64 == 0:
-        words = numpy.frombuffer(memoryview(bitmap)[: size(nr_pages)], "<u8")
-        if len(words) * 64 == nr_pages:
-            return int(numpy.bitwise_count(words).sum(dtype="u8"))
-    return int.from_bytes(trim(bitmap, nr_pages), "little").bit_count()
+    """Return how many of the first *nr_pages* bits are set.
+
+    :raises ValueError: there are fewer bits.
+    """
+    if len(bitmap) < size(nr_pages):
+        raise ValueError(f"{len(bitmap)} bytes are not a bitmap of {nr_pages} pages")
+    whole, rest = divmod(nr_pages, 8)
+    last = bitmap[whole] & ((1 << rest) - 1) if rest else 0
+    return popcount(memoryview(bitmap)[:whole]) + last.bit_count()
 
 
 def ranges(bitmap: Buffer, start_page: int, nr_pages: int) -> Iterator[PageRange]:
