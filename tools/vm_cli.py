@@ -150,7 +150,8 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     out = Path(os.environ.get("VFIO_MIG_VM_OUT") or cache / "out").absolute()
     out.mkdir(parents=True, exist_ok=True)
     by_kvm = kvm.usable(kernel.image, cache)
-    need = gvt.NEED if options.gvt else qemu.KVM if by_kvm else qemu.EMULATION
+    # mtty's protocol is spoken by a QEMU that is new enough for emulation, too
+    need = gvt.NEED if options.gvt else qemu.KVM if by_kvm and not options.mtty else qemu.EMULATION
     machine_options = machine.Options(
         kernel=kernel, kvm=by_kvm, qemu=qemu.find(need, cache, log, say), gpu=options.gpu,
         memory=options.memory, cpus=options.cpus, timeout=options.timeout, second_start=options.repeat is None,
@@ -159,7 +160,7 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     environment = guest.environment(
         os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release,
         gpu=options.gpu, gvt=host_driver, uapi=kernel.uapi, l2=_guest_of_vgpu(cache, log) if options.l2 else None,
-        qemu=machine_options.qemu.shell_words() if options.l2 else None,
+        qemu=machine_options.qemu.shell_words(),
     )  # fmt: skip
     what = guest.Guest(
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,
