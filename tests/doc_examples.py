@@ -35,6 +35,9 @@ ELSEWHERE: Final = {
     "make -C ": "needs the same",
     "vfio-mig inspect state.vfm --section stream --hex": "shows a layout that the reader has added",
     "cp scripts/": "installs the unit for that systemd",
+    "vfio-mig inspect vm.mig --section": "needs what a QEMU has written; tests/vm/test_qemu_stream.py",
+    "vfio-mig extract vm.mig gpu.vfm": "needs the same",
+    "vfio-mig pack gpu.vfm new.mig --into": "needs the same",
     "vfio-mig save $UUID gpu.vfm --fd 9": "fd 9 is of whoever owns the group; tests/vm/test_cli_rights.py",
 }
 """Beginnings of lines that are not run, with the reason."""

@@ -32,6 +32,7 @@ from vfio_mig.jobs.files.diff import DiffReport
 from vfio_mig.jobs.files.extract import ExtractReport, PackReport
 from vfio_mig.jobs.files.inspect import InspectReport, SectionBytes
 from vfio_mig.jobs.files.pages import PagesReport
+from vfio_mig.jobs.files.qemu import DeviceExtractReport, StreamPackReport
 from vfio_mig.jobs.hold import HoldReport
 from vfio_mig.jobs.migrate import MigrateReport
 from vfio_mig.jobs.queries.devices import DeviceInfo, DeviceRow
@@ -80,7 +81,7 @@ DOCUMENTS: Final[dict[str, Shown]] = {
     "diff": Shown((DiffReport,)),
     "dirty": Shown((DirtyReport,)),
     "doctor": Shown((DoctorReport,)),
-    "extract": Shown((ExtractReport,)),
+    "extract": Shown((ExtractReport, DeviceExtractReport)),
     "hold": Shown((HoldReport, list[HoldReport])),
     "info": Shown((DeviceInfo,)),
     "inspect": Shown((InspectReport, Section, SectionBytes)),
@@ -88,7 +89,7 @@ DOCUMENTS: Final[dict[str, Shown]] = {
     "mdev-create": Shown(({"device": str},)),
     "mdev-types": Shown((list[MdevType],)),
     "migrate": Shown((MigrateReport,)),
-    "pack": Shown((PackReport,)),
+    "pack": Shown((PackReport, StreamPackReport)),
     "pages": Shown((PagesReport,)),
     "reset": Shown((ActionReport,)),
     "restore": Shown((RestoreReport, list[RestoreReport])),
@@ -100,7 +101,8 @@ DOCUMENTS: Final[dict[str, Shown]] = {
     "sync": Shown((SyncReport,)),
     "verify": Shown((VerifyReport,)),
 }
-"""By command; more than one: of several devices a list, and what ``--section``, ``--hex`` and ``--list`` make of it."""
+"""By command; more than one: of several devices a list, and what options make of it: ``--section``, ``--hex``,
+``--list``, ``extract --device``, ``pack --into``."""
 
 
 def _words(report: type) -> dict[str, str]:

@@ -74,6 +74,10 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.files.inspect import inspect_image as inspect_image
     from vfio_mig.jobs.files.pages import PagesReport as PagesReport
     from vfio_mig.jobs.files.pages import load_pages as load_pages
+    from vfio_mig.jobs.files.qemu import DeviceExtractReport as DeviceExtractReport
+    from vfio_mig.jobs.files.qemu import StreamPackReport as StreamPackReport
+    from vfio_mig.jobs.files.qemu import extract_device as extract_device
+    from vfio_mig.jobs.files.qemu import pack_stream as pack_stream
     from vfio_mig.jobs.hold import HoldReport as HoldReport
     from vfio_mig.jobs.hold import hold_device as hold_device
     from vfio_mig.jobs.hold import hold_devices as hold_devices
@@ -142,6 +146,7 @@ _HOMES = {
     "jobs.files.extract": ("ExtractReport", "PackReport", "extract_image", "pack_image"),
     "jobs.files.inspect": ("InspectReport", "inspect_image"),
     "jobs.files.pages": ("PagesReport", "load_pages"),
+    "jobs.files.qemu": ("DeviceExtractReport", "StreamPackReport", "extract_device", "pack_stream"),
     "jobs.hold": ("HoldReport", "hold_device", "hold_devices"),
     "jobs.migrate": ("MigrateReport", "migrate"),
     "jobs.queries.devices": ("DeviceInfo", "DeviceRow", "device_info", "list_devices"),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.files.extract import ExtractReport
     from vfio_mig.jobs.files.inspect import InspectReport
     from vfio_mig.jobs.files.pages import PagesReport
+    from vfio_mig.jobs.files.qemu import DeviceExtractReport, StreamPackReport
     from vfio_mig.jobs.migrate import MigrateReport
     from vfio_mig.jobs.queries.devices import DeviceInfo, DeviceRow
     from vfio_mig.jobs.queries.doctor import DoctorReport
@@ -327,6 +328,27 @@ class Image:
         from vfio_mig.jobs.files.extract import extract_image
 
         return extract_image(self.file, os.fspath(directory))
+
+    def extract_device(
+        self, image: str | os.PathLike[str], *, device: str | None = None, force: bool = False
+    ) -> DeviceExtractReport:
+        """Make an image of a VFIO device in it; it is a QEMU stream."""
+        from vfio_mig.jobs.files.qemu import extract_device
+
+        return extract_device(self.file, os.fspath(image), device=device, force=force)
+
+    def pack_into(
+        self,
+        stream: str | os.PathLike[str],
+        file: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        force: bool = False,
+    ) -> StreamPackReport:
+        """Make the QEMU stream *file* of another one, *stream*, in which a device has this image's state."""
+        from vfio_mig.jobs.files.qemu import pack_stream
+
+        return pack_stream(self.file, os.fspath(file), stream=os.fspath(stream), device=device, force=force)
 
     def pages(self, memory: Sequence[MemoryMap]) -> PagesReport:
         """Write its guest pages, and nothing else, into guest memory."""

@@ -63,6 +63,7 @@ def test_a_stream_of_qemus_own_is_understood_to_its_end(name: str) -> None:
         ("shared72", ["x-ignore-shared"]),
         ("mtty_shared", ["x-ignore-shared"]),
         ("mtty_mapped", ["mapped-ram"]),
+        ("mtty_multifd11", ["mapped-ram"]),
         ("mappedoff10", ["mapped-ram"]),
         ("mappedshared10", ["x-ignore-shared", "mapped-ram"]),
         ("huge72", []),
@@ -75,7 +76,15 @@ def test_the_capabilities_that_a_stream_names_are_kept(name: str, capabilities: 
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("mtty_pc", [96]), ("mtty_two", [96, 60]), ("mtty_mapped", [96]), ("mtty_shared", [96]), ("mtty_suppress", [96])],
+    [
+        ("mtty_pc", [96]),
+        ("mtty_two", [96, 60]),
+        ("mtty_mapped", [96]),
+        ("mtty_shared", [96]),
+        ("mtty_suppress", [96]),
+        ("mtty_file11", [96]),
+        ("mtty_multifd11", [96]),
+    ],
 )
 def test_the_real_devices_in_it_are_taken_out_whole(name: str, sizes: list[int]) -> None:
     content, found = stream(name), read_own(name)

@@ -38,7 +38,8 @@ def _fd() -> int:
     return os.memfd_create("fuzz-inspection")
 
 
-def _path(content: bytes | bytearray) -> str:
+def path_of(content: bytes | bytearray) -> str:
+    """Return the path of a file in memory that has this content until the next call."""
     os.ftruncate(_fd(), 0)
     os.pwrite(_fd(), content, 0)
     return f"/proc/self/fd/{_fd()}"
@@ -49,7 +50,7 @@ def look(content: bytes | bytearray, *, more: int = 0) -> None:
 
     :param more: bytes of memory that it may take besides.
     """
-    path = _path(content)
+    path = path_of(content)
     with bounded(len(content) + more // INPUT_FACTOR):
         _check(inspect_image(path), len(content))
 

@@ -9,18 +9,27 @@ import io
 import json
 import lzma
 import struct
-from typing import TYPE_CHECKING, Final, NamedTuple
+import tempfile
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, cast
 
 from tools.fuzz import builders, inspection
 from tools.fuzz.builders import be64, named, part
 from tools.fuzz.corpus import Choices
 from tools.fuzz.limits import bounded, require, require_linear
 from vfio_mig.decode import qemu
+from vfio_mig.decode.qemu_replace import PIECE
+from vfio_mig.errors import VfioMigError
+from vfio_mig.image.archive import read_archive
 from vfio_mig.image.bytesource import BufferSource
 from vfio_mig.image.wrapped import HEADER_SIZE
+from vfio_mig.jobs.files import qemu as qemu_job
+from vfio_mig.jobs.files.open_file import open_saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from vfio_mig.decode.qemu_parts import QemuStream, VfioDevice
+    from vfio_mig.jobs.files.open_file import Saved
 
 _HEAD: Final = b"QEVM\0\0\0\3"
 _MIB: Final = 1 << 20
@@ -165,6 +174,65 @@ def qemu_capabilities(data: bytes) -> None:
             for at, size in device.frames:
                 require(0 <= at <= at + size <= len(changed), "what a device has is in the stream")
         require_linear(stream.work, len(changed))
+
+
+def qemu_pack(data: bytes) -> None:
+    """Take a device out of a stream as an image, and put another state into it: a good stream, or a changed one."""
+    choices = Choices(data)
+    state = choices.text()
+    content = bytearray(b"\0" * (8 * (choices.number() % 3)))  # a hole in front, as with an offset
+    content += _Maker(choices).make().content
+    is_good = bool(state) and not choices
+    while choices:
+        at = choices.number(3) % len(content)
+        change = choices.text()
+        content[at : at + len(change)] = change[: len(content) - at]
+    path = inspection.path_of(content)
+    try:
+        with bounded(2 * len(content)), open_saved(path) as saved:
+            require(saved.stream is not None or not is_good, "a good stream is one")
+            if saved.stream is not None:
+                _take_and_replace(saved, saved.stream, state, bytes(content))
+    except VfioMigError as error:
+        require(not is_good, f"a good stream is taken: {error}")
+
+
+def _take_and_replace(saved: Saved, stream: QemuStream, state: bytes, content: bytes) -> None:
+    device = qemu_job.choose_device(stream, "vfio0")
+    old = b"".join(saved.source.read(at, size) for at, size in device.frames)
+    with tempfile.TemporaryFile() as file:
+        image = cast("BinaryIO", file)
+        require(qemu_job.write_image(saved, device, image) == image.tell(), "an image has its size")
+        image.seek(0)
+        with read_archive(image) as archive:
+            require(archive.state() == old, "the image has the device's state")
+    with tempfile.TemporaryFile() as file:
+        made = cast("BinaryIO", file)
+        size = qemu_job.write_stream(saved, device, BufferSource(state), made)
+        made.seek(0)
+        new = made.read()
+    require(size == len(new), "a stream has its size")
+    require(new.startswith(content[: saved.size - saved.source.size]), "what was in front is there")
+    _require_replaced(saved, device, state, new)
+
+
+def _require_replaced(saved: Saved, device: VfioDevice, state: bytes, new: bytes) -> None:
+    """See to it that nothing but one device's state is different."""
+    again = qemu.read_stream(BufferSource(new[saved.size - saved.source.size :]))
+    require(saved.stream is not None and saved.stream.complete and again.complete, "both are whole")
+    heads = 16 * -(-len(state) // PIECE)
+    without = saved.source.size - sum(16 + size for _, size in device.frames)
+    require(len(new) - (saved.size - saved.source.size) == without + heads + len(state), "nothing else has changed")
+
+
+def pack_seeds() -> list[bytes]:
+    """Return inputs for `qemu-pack`: other states, with and without something in front, and changes."""
+    return [
+        bytes([len(state)]) + state + bytes([hole]) + seed
+        for state in (b"", b"another state", b"\xff" * 200)
+        for hole in (0, 1)
+        for seed in capability_seeds()[:: 1 + len(state) % 3]
+    ]
 
 
 def libvirt(data: bytes) -> None:

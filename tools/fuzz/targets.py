@@ -499,6 +499,7 @@ TARGETS: Final = {
         ),
         Target("qemu-stream", inspection.qemu_stream, builders.qemu_seeds, 16384, builders.QEMU_WORDS),
         Target("qemu-capabilities", streams.qemu_capabilities, streams.capability_seeds, 4096),
+        Target("qemu-pack", streams.qemu_pack, streams.pack_seeds, 4096),
         Target("libvirt", streams.libvirt, streams.libvirt_seeds, 16384, (b"<name>", b"\x1f\x8b\x08")),
         Target("compressed", streams.compressed, streams.compressed_seeds, 4096),
         Target("uapi-header", uapi_header, corpus.header_seeds, 16384, corpus.HEADER_WORDS),

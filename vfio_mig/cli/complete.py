@@ -60,3 +60,18 @@ def section(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
         return []
     found = [one.name for one in (*image_sections(report), *report.sections)]
     return [one for one in found if one.startswith(incomplete)]
+
+
+def stream_device(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
+    """Name the VFIO devices of the QEMU stream that the command line has."""
+    from vfio_mig.errors import VfioMigError
+    from vfio_mig.jobs.files.qemu import device_names
+
+    name = ctx.params.get("into") or ctx.params.get("file") or next(iter(ctx.args), "-")
+    if name == "-":
+        return []
+    try:
+        found = device_names(name)
+    except VfioMigError:  # there is nobody to tell
+        return []
+    return [one for one in found if one.startswith(incomplete)]

@@ -47,7 +47,8 @@ def verify_command(options: Options, file: str, *, raw: bool, no_verify_state: b
     if options.as_json:
         print_json(report.as_dict())
         return
-    what = "bare state" if raw else f"{report.protocol} image of a {report.type}, {report.members} members"
+    of = "" if report.type is None else f" of a {report.type}"
+    what = "bare state" if raw else f"{report.protocol} image{of}, {report.members} members"
     if not options.quiet:
         text = f"{file}: good: {what}, {report.state_bytes} bytes of state, {report.pages} pages of memory"
         put(text)

@@ -121,11 +121,18 @@ def _print_hex(options: Options, file: str, section: str) -> None:
         warn(f"{file}: {problem}")
 
 
-@click.command("extract", short_help="Write what is in an image to files.")
+@click.command("extract", short_help="Take an image or a QEMU stream apart.")
 @click.argument("file", shell_complete=complete.file)
-@click.argument("directory", shell_complete=complete.file)
+@click.argument("target", metavar="DIRECTORY|IMAGE", shell_complete=complete.file)
+@click.option(
+    "--device",
+    metavar="NAME",
+    shell_complete=complete.stream_device,
+    help="Write IMAGE: this VFIO device of a QEMU stream, by its section's name, or vfio0, vfio1, …",
+)
+@click.option("--force", is_flag=True, help="With --device: replace an existing IMAGE.")
 @click.pass_obj
-def extract_command(options: Options, file: str, directory: str) -> None:
+def extract_command(options: Options, file: str, target: str, *, device: str | None, force: bool) -> None:
     """Write the members of FILE (- is stdin) to files in DIRECTORY, which is new or empty. Only you can read them.
 
     Of an image: header.json, state.bin, dirty/0000, pages/0000, …, statistics.json and layout.json; `pack` makes the
@@ -134,20 +141,29 @@ def extract_command(options: Options, file: str, directory: str) -> None:
     off or not understood, what there is: a state that is not whole is called vfioN.state.incomplete, and the exit code
     is 6.
 
+    With --device, FILE is a QEMU migration stream, and IMAGE becomes an image of one of its VFIO devices, which
+    `restore` and `check` take; `inspect` lists the devices. The stream must be whole.
+
     \b
-    Example:
+    Examples:
       vfio-mig extract gpu.vfm parts
       vfio-mig pack parts again.vfm && cmp gpu.vfm again.vfm
+      vfio-mig extract vm.mig gpu.vfm --device 0000:00:03.0/vfio
     """
+    if device is not None:
+        _extract_device(options, file, target, device, force=force)
+        return
+    if force:
+        raise UsageError("--force needs --device: a directory is never replaced")
     from vfio_mig.jobs.files.extract import INCOMPLETE, extract_image
 
-    report = extract_image(file, directory)
+    report = extract_image(file, target)
     if report.complete:
         options.done()
     if options.as_json:
         print_json(report.as_dict())
     else:
-        say(options, f"{directory}: {len(report.files)} files, {report.kind}")
+        say(options, f"{target}: {len(report.files)} files, {report.kind}")
     for problem in report.problems:
         warn(f"{file}: {problem}")
     if not report.complete:
@@ -158,27 +174,80 @@ def extract_command(options: Options, file: str, directory: str) -> None:
         raise error
 
 
-@click.command("pack", short_help="Make an image of extracted files.")
-@click.argument("directory", shell_complete=complete.file)
+def _extract_device(options: Options, file: str, image: str, device: str, *, force: bool) -> None:
+    from vfio_mig.jobs.files.qemu import extract_device
+
+    report = extract_device(file, image, device=device, force=force)
+    options.done()
+    if options.as_json:
+        print_json(report.as_dict())
+    else:
+        say(options, f"{image}: {report.device}, {report.state_bytes} bytes of state: {report.layout}")
+    for problem in report.problems:
+        warn(f"{file}: {problem}")
+
+
+@click.command("pack", short_help="Make an image of its parts, or put one into a QEMU stream.")
+@click.argument("source", metavar="DIRECTORY|IMAGE", shell_complete=complete.file)
 @click.argument("file", shell_complete=complete.file)
+@click.option(
+    "--into",
+    metavar="STREAM",
+    shell_complete=complete.file,
+    help="Write FILE as this QEMU stream is, with IMAGE's state in the place of a VFIO device's own.",
+)
+@click.option(
+    "--device",
+    metavar="NAME",
+    shell_complete=complete.stream_device,
+    help="With --into: which device of STREAM, by its section's name, or vfio0, vfio1, …; may be left out if there is "
+    "one only.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing FILE.")
 @click.pass_obj
-def pack_command(options: Options, directory: str, file: str, *, force: bool) -> None:
+def pack_command(
+    options: Options, source: str, file: str, *, into: str | None, device: str | None, force: bool
+) -> None:
     """Make the image FILE of what `extract` has written to DIRECTORY. It is verified before it gets its name.
 
     Checksums are computed anew, so what was changed in the files is in the image.
 
+    With --into, FILE becomes a QEMU migration stream: STREAM, which QEMU has written of the same VM, with the state of
+    IMAGE for one VFIO device. Guest memory, the other devices and what QEMU itself knows of this one stay as they are
+    in STREAM, so both should be of the same moment of a paused VM. QEMU loads FILE with -incoming file:FILE.
+
     \b
-    Example: vfio-mig pack parts gpu.vfm
+    Examples:
+      vfio-mig pack parts gpu.vfm
+      vfio-mig pack gpu.vfm new.mig --into vm.mig --device 0000:00:03.0/vfio
     """
+    if into is not None:
+        _pack_stream(options, source, file, into, device, force=force)
+        return
+    if device is not None:
+        raise UsageError("--device needs --into: it names a device of a QEMU stream")
     from vfio_mig.jobs.files.extract import pack_image
 
-    report = pack_image(directory, file, force=force)
+    report = pack_image(source, file, force=force)
     options.done()
     if options.as_json:
         print_json(report.as_dict())
     else:
         say(options, f"{file}: {report.members} members, {report.size} bytes")
+
+
+def _pack_stream(options: Options, image: str, file: str, into: str, device: str | None, *, force: bool) -> None:
+    from vfio_mig.jobs.files.qemu import pack_stream
+
+    report = pack_stream(image, file, stream=into, device=device, force=force)
+    options.done()
+    if options.as_json:
+        print_json(report.as_dict())
+    else:
+        sizes = f"{report.state_bytes} bytes of state instead of {report.old_state_bytes}"
+        say(options, f"{file}: {report.size} bytes; {report.device} has {sizes}")
+    for warning in report.warnings:
+        warn(warning)
 
 
 @click.command("diff", short_help="Say what differs between two saved devices.")

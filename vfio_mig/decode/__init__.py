@@ -9,7 +9,7 @@ what cannot be decoded is said instead of raised.
 with ``gtt`` (page tables), ``registers``, ``commands`` (queued work) and ``gvt_ext`` (what our kvmgt adds) for its
 parts; ``pci`` a configuration space.
 ``qemu`` finds VFIO devices in a QEMU migration stream: ``qemu_parts`` is what it returns, ``qemu_ram`` and
-``qemu_disk`` pass over what is the guest's own, ``qemu_description`` is QEMU's own word on the stream, ``cursor`` reads
-it. ``section`` is what all of them return. ``differences`` compares two states, ``memorydiff`` and ``pagemap`` the
-guest memory of two archives.
+``qemu_disk`` pass over what is the guest's own, ``qemu_description`` is QEMU's own word on the stream, ``qemu_replace``
+puts another state of a device into one, ``cursor`` reads it. ``section`` is what all of them return. ``differences``
+compares two states, ``memorydiff`` and ``pagemap`` the guest memory of two archives.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The VFIO devices in a QEMU migration stream, as ``migrate file:`` or ``exec:cat >`` writes it (QEMU 5.2 to 10).
+"""The VFIO devices in a QEMU migration stream, as ``migrate file:`` or ``exec:cat >`` writes it (QEMU 5.2 to 11.1).
 
 Layout: QEMU's ``migration/savevm.c`` (sections) and ``hw/vfio/migration.c``; all big-endian. A section has no length.
 Those of VFIO devices, of guest memory (``qemu_ram``) and disks (``qemu_disk``) are taken apart. How long the others are
@@ -46,7 +46,9 @@ _PAGE_BITS: Final = range(10, 17)
 
 _MARK: Final = 0xFFFFFFFFEF100000
 _MARK_PREFIX: Final = struct.pack(">Q", _MARK)[:7]
-_STATE_END, _CONFIG, _SETUP, _DATA, _INIT_SENT, _CONFIG_READY = (_MARK + number for number in range(1, 7))
+_STATE_END, _CONFIG, _SETUP, DATA_MARK, _INIT_SENT, _CONFIG_READY = (_MARK + number for number in range(1, 7))
+_LAST_MARKS: Final = frozenset({_INIT_SENT, _CONFIG_READY})
+"""Marks that end a part by themselves: no mark of the state's end follows."""
 
 _DISKS: Final[dict[str, Callable[[Cursor], None]]] = {"block": pass_block, "dirty-bitmap": pass_bitmaps}
 
@@ -127,6 +129,8 @@ class _Reader:
             self.cursor.work
             + self.ahead.work
             + (0 if self.description is None else self.source.size - self.description.at),
+            self.ram.mapped_end,
+            self.package_end,
         )
 
     def _note(self, problem: str) -> None:
@@ -402,7 +406,7 @@ class _Reader:
         frames: list[tuple[int, int]] = []
         config: tuple[int, int] | None = None
         while (mark := cursor.number(8)) != _STATE_END:
-            if mark == _DATA:
+            if mark == DATA_MARK:
                 size = cursor.number(8)
                 if size:
                     frames.append((cursor.at, size))
@@ -413,7 +417,9 @@ class _Reader:
             elif mark == _CONFIG:
                 config = self._vfio_config(number, end)
                 break
-            elif mark not in {_SETUP, _INIT_SENT, _CONFIG_READY}:
+            elif mark in _LAST_MARKS:
+                break
+            elif mark != _SETUP:
                 raise CutError(f"marker {mark:#x} is unknown")
         device = self.devices[number]
         device.frames += frames

@@ -73,6 +73,9 @@ class QemuStream(NamedTuple):
     :param capabilities: of the migration, those that a stream names.
     :param page_size: of the guest's memory, bytes.
     :param work: bytes looked at to find all this, some of them more than once.
+    :param mapped_end: where the last of the guest's mapped memory ends, which is named by its place in the file; 0
+        where none is mapped.
+    :param package_end: where the last package of sections ends, 0 without any.
     """
 
     machine: str | None
@@ -84,6 +87,8 @@ class QemuStream(NamedTuple):
     capabilities: list[str]
     page_size: int
     work: int
+    mapped_end: int
+    package_end: int
 
     def sections(self) -> list[Section]:
         """Return it in words, without the devices' states."""

@@ -42,6 +42,7 @@ class Ram:
         was possible; a block of larger pages than the host's own then has its page size behind its length.
     :param blocks: bytes of each block of memory by its name.
     :param through_channels: whether pages have gone through other channels than this stream.
+    :param mapped_end: where the last block that has a place of its own in the file ends.
     """
 
     capabilities: frozenset[str] = frozenset()
@@ -49,6 +50,7 @@ class Ram:
     page_sizes: int = 0
     blocks: dict[str, int] = field(default_factory=dict)
     through_channels: bool = False
+    mapped_end: int = 0
     _block: str | None = None
 
     def pass_part(self, cursor: Cursor) -> None:
@@ -137,3 +139,4 @@ class Ram:
         if before < 0 or pages != aligned:
             raise CutError(f"a mapped memory block with its bitmap at {bitmap:#x} and its pages at {pages:#x}")
         cursor.go(pages - before + size)
+        self.mapped_end = cursor.at

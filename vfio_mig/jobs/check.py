@@ -79,6 +79,22 @@ def _equal(name: str, saved: object, here: object, *, forcible: bool = False) ->
     return FitCheck(name, MISMATCH, f"{excerpt(saved)} in the image, {here!r} here", forcible)
 
 
+def _unless_unknown(found: FitCheck, said: dict[str, Any], key: str) -> FitCheck:
+    """Return a check, or a note where an image has null, as one of a QEMU stream has: the stream does not say it."""
+    if key in said and said[key] is None:
+        return FitCheck(found.name, NOTE, "the image does not say it")
+    return found
+
+
+def _type_check(saved: dict[str, Any], session: Session) -> FitCheck:
+    """Compare the type that an image's header says; QEMU knows a PCI device by its IDs alone."""
+    here, forcible = session.found.type, session.protocol.knows_states
+    if saved.get("type") is None and "pci" in saved and session.found.kind == "pci":
+        return _equal("device-type", saved["pci"], here, forcible=forcible)
+    # The state's own checks tell types apart where the name of one is all that differs
+    return _unless_unknown(_equal("device-type", saved.get("type"), here, forcible=forcible), saved, "type")
+
+
 def _may_differ(name: str, saved: object, here: object) -> FitCheck:
     same = saved == here
     return FitCheck(name, OK if same else NOTE, f"{here}" if same else f"{excerpt(saved)} in the image, {here!r} here")
@@ -92,9 +108,8 @@ def header_checks(session: Session, archive: Archive) -> Iterator[FitCheck]:
     protocol = session.protocol
     yield FitCheck("format", OK, f"version {header['version']}, every member whole")
     yield _equal("protocol", header.get("protocol"), protocol.name)
-    # The state's own checks tell types apart where the name of one is all that differs
-    yield _equal("device-type", saved.get("type"), session.found.type, forcible=protocol.knows_states)
-    yield _equal("machine", header.get("machine"), os.uname().machine)
+    yield _type_check(saved, session)
+    yield _unless_unknown(_equal("machine", header.get("machine"), os.uname().machine), header, "machine")
     yield _may_differ("driver", saved.get("driver"), session.found.driver)
     yield _may_differ("kernel", header.get("kernel"), os.uname().release)
     size, limit = archive.state_size, protocol.state_size_max
@@ -236,7 +251,7 @@ def verify_image(file: str, *, raw: bool = False, verify_state: bool = True) -> 
         return VerifyReport(
             file=file,
             protocol=None if archive is None else str(protocol),
-            type=str(device.get("type")) if isinstance(device, dict) else None,
+            type=str(device["type"]) if isinstance(device, dict) and device.get("type") is not None else None,
             time=header["time"] if type(header.get("time")) is int else None,
             members=0 if archive is None else len(archive.members),
             state_bytes=image.state_size,

@@ -3,5 +3,5 @@
 
 ``input`` opens an image to load, ``open_file`` any saved device to look into: an image, a bare state, a QEMU stream,
 each also compressed, ``header`` a kernel's header, which the RFC's numbers are taken from. ``inspect``, ``diff``,
-``extract`` (and pack) and ``pages`` are commands.
+``extract`` (and pack) and ``pages`` are commands, ``qemu`` those two between an image and a QEMU stream.
 """

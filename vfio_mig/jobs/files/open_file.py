@@ -37,6 +37,7 @@ class Saved(NamedTuple):
     :param source: the device's state; of a QEMU stream, the stream.
     :param wrapping: what was taken away from it, from the outside: a compression, ``libvirt-save``, ``offset``.
     :param libvirt: the header that libvirt has put in front of a stream.
+    :param before: what stands in front of the source in the file, if the source is a part of that file; else None.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Saved(NamedTuple):
     libvirt: LibvirtHeader | None = None
     archive: Archive | None = None
     stream: QemuStream | None = None
+    before: ByteSource | None = None
 
     @property
     def driver(self) -> str:
@@ -123,6 +125,7 @@ def open_saved(file: str) -> Iterator[Saved]:
     """
     from vfio_mig.decode import qemu
     from vfio_mig.image.archive import StateSource, read_archive
+    from vfio_mig.image.bytesource import FileSource, PartSource
     from vfio_mig.image.forms import EMPTY
 
     with _seekable(file) as stream, _unwrapped(stream) as inside:
@@ -132,7 +135,9 @@ def open_saved(file: str) -> Iterator[Saved]:
         if not first:
             raise ImageError(EMPTY)
         if first.startswith(qemu.MAGIC):
-            yield Saved(QEMU, size, source, wrapping, header, stream=qemu.read_stream(source))
+            is_part = not set(wrapping) - {LIBVIRT, OFFSET}
+            before = PartSource(FileSource(stream), 0, size - source.size) if is_part else None
+            yield Saved(QEMU, size, source, wrapping, header, stream=qemu.read_stream(source), before=before)
         elif header is not None:
             raise ImageError("what follows libvirt's header is not a QEMU stream")
         elif first == _FIRST_MEMBER and inner is not None:
