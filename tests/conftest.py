@@ -11,13 +11,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 
+from tools import progress
 
-def pytest_configure() -> None:
+if TYPE_CHECKING:
+    import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Hear SIGINT and SIGHUP: shells and nohup start what is in the background without, and tests send them.
+
+    Have the tests counted where ``scripts/test`` looks: by this pytest, and by none that a test or xdist starts.
 
     And let examples take their time: on a busy machine a deadline would fail tests that have found nothing.
     """
@@ -25,5 +35,7 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if file := os.environ.pop(progress.VARIABLE, None):
+        config.pluginmanager.register(progress.Counter(Path(file)))
     hypothesis.settings.register_profile("untimed", deadline=None)
     hypothesis.settings.load_profile("untimed")

@@ -9,6 +9,7 @@
 ``gpu``           an Intel gen9 GPU in software, for i915 and kvmgt in that VM: tools/gpu/README.md
 ``l2``            a guest with a load for a vGPU: tools/l2/README.md
 ``kvmgt``         the real driver with migration, patched and built: tools/kvmgt/README.md
+``progress``      how far ``scripts/test`` is
 ``lab``           what tests, demos, benches and fault tables share: devices, guests, programs
 ``demo``          ``scripts/demo``
 ``qemu_host``     the former place of ``vfio_mig.vm``

@@ -30,6 +30,8 @@ from vfio_mig.host.discover import Host
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -103,6 +103,7 @@ def test_a_check_of_another_type_s_image_says_what_differs(make_instance: MakeIn
             cli.refused("restore", guest.instance.uuid, image, "--force", code=6, words=("graphics-memory",), warm=True)
 
 
+@pytest.mark.core
 def test_a_check_of_a_broken_image_is_an_error(held: host.Instance, image: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.vfm"
     broken.write_bytes(image.read_bytes()[:-1])
@@ -110,6 +111,7 @@ def test_a_check_of_a_broken_image_is_an_error(held: host.Instance, image: Path,
         cli.refused("check", broken, held.uuid, code=6, words=("cut off",), warm=True)
 
 
+@pytest.mark.core
 def test_verify_needs_no_device(image: Path, tmp_path: Path) -> None:
     good = cli.run("verify", image)
     assert re.fullmatch(
@@ -184,6 +186,7 @@ def test_a_killed_save_leaves_a_stopped_device_which_start_repairs(held: host.In
 
 
 @pytest.mark.parametrize("repair", ["reset", "restore"])
+@pytest.mark.core
 def test_a_killed_restore_leaves_a_device_that_only_reset_or_restore_repair(
     held: host.Instance, image: Path, tmp_path: Path, repair: str
 ) -> None:

@@ -138,6 +138,7 @@ def test_with_a_second_device_and_what_is_dangerous_elsewhere_nothing_is_left_ou
     cli.refused("conform", one.uuid, "--second", one.uuid, code=2, words=("itself",), warm=True)
 
 
+@pytest.mark.core
 def test_a_clean_driver_of_the_rfc_passes_every_check(make_instance: MakeInstance) -> None:
     one, other = make_instance(), make_instance()
     report = conform(one.uuid, "--second", other.uuid, "--dangerous", warm=False)

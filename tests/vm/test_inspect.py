@@ -102,6 +102,7 @@ def test_an_image_says_what_the_driver_says_of_its_vgpu(side: Side, tmp_path: Pa
     ]
 
 
+@pytest.mark.core
 def test_what_happens_to_a_vgpu_between_two_images_is_named_and_parts_make_an_image_again(
     side: Side, tmp_path: Path
 ) -> None:

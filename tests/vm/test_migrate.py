@@ -84,6 +84,7 @@ def with_memory(source: Side, target: Side) -> tuple[str, ...]:
     return ("--memory", source.memory_option, "--target-memory", target.memory_option)
 
 
+@pytest.mark.core
 def test_migrate_moves_state_memory_and_queued_work_and_starts_the_target(source: Side, target: Side) -> None:
     engine = gpu.Engine(source.guest)
     work = run_some_work(source.guest, engine, 4)
@@ -312,6 +313,7 @@ def test_events_and_hooks_follow_a_job(source: Side, tmp_path: Path) -> None:
     assert seen.read_text() == f"save pre-stop {source.name} a\nsave post-start {source.name} b c\n"
 
 
+@pytest.mark.core
 def test_a_hook_that_fails_rolls_the_job_back_and_the_event_says_so(source: Side, tmp_path: Path) -> None:
     events = tmp_path / "events"
     image = tmp_path / "x.vfm"

@@ -128,6 +128,7 @@ def test_the_vgpu_of_a_paused_vm_is_stopped_saved_and_goes_on(source: Qemu, engi
     assert_works(source, engine)
 
 
+@pytest.mark.core
 def test_a_vgpu_with_queued_work_moves_into_another_vm(
     source: Qemu, target: Qemu, engine: gpu.Engine, image: Path
 ) -> None:

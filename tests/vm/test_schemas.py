@@ -17,7 +17,7 @@ from tools.lab.sample.held import run_some_work, side
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.slow  # what is printed is the program's, not the kernel's
+pytestmark = [pytest.mark.core, pytest.mark.slow]  # what is printed is the program's, not the kernel's
 
 
 @pytest.fixture

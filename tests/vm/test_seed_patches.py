@@ -27,6 +27,8 @@ from tools.lab.vfio.raw import (
 if TYPE_CHECKING:
     from tools.lab.sample.guest import Guest
 
+pytestmark = pytest.mark.core
+
 PAGE = 4096
 MIB = 1 << 20
 

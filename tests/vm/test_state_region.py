@@ -268,6 +268,7 @@ def test_images_with_records_in_another_order_missing_or_twice_are_refused(busy:
     refuse_all(busy, wrong)
 
 
+@pytest.mark.core
 def test_images_whose_lengths_lie_are_refused(busy: Guest) -> None:
     def wrong(saved: bytes) -> Iterator[tuple[str, bytearray]]:
         for one in image.records(saved)[1:]:
