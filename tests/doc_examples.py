@@ -30,6 +30,7 @@ ELSEWHERE: Final = {
     "scripts/demo": "starts a VM of its own; scripts/test runs it",
     "systemctl ": "no systemd in the VM; tests/vm/test_cli.py plays its side of Type=notify",
     "scripts/package": "builds packages; tests/package does and installs them",
+    "apt install ./": "installs these packages; tests/package does, in a Debian of its own",
     "sudo apt ": "installs these packages; tests/package does, in a Debian of its own",
     "T=$(ls ": "needs the source of a driver of the reader's own",
     "make -C ": "needs the same",

@@ -37,6 +37,7 @@ from vfio_mig.jobs.hold import HoldReport
 from vfio_mig.jobs.migrate import MigrateReport
 from vfio_mig.jobs.queries.devices import DeviceInfo, DeviceRow
 from vfio_mig.jobs.queries.doctor import DoctorReport, HostCheck
+from vfio_mig.jobs.queries.host_report import Fact, HostReport
 from vfio_mig.jobs.restore import RestoreReport
 from vfio_mig.jobs.save import SaveReport
 from vfio_mig.jobs.sync import SyncReport
@@ -50,7 +51,7 @@ DIRECTORY: Final = ROOT / "docs" / "schemas"
 Schema = dict[str, Any]
 _KNOWN: Final[dict[str, Any]] = {
     one.__name__: one
-    for one in (Condition, HostCheck, Difference, FitCheck, Region, Result, Round, Section, StateRound)
+    for one in (Condition, HostCheck, Difference, Fact, FitCheck, Region, Result, Round, Section, StateRound)
 }
 _SIMPLE: Final[dict[Any, str]] = {str: "string", int: "integer", bool: "boolean", float: "number", NoneType: "null"}
 _ADDED: Final[dict[type, dict[str, tuple[Any, str]]]] = {
@@ -80,7 +81,7 @@ DOCUMENTS: Final[dict[str, Shown]] = {
     "conform": Shown((ConformReport, list[ConformCheck])),
     "diff": Shown((DiffReport,)),
     "dirty": Shown((DirtyReport,)),
-    "doctor": Shown((DoctorReport,)),
+    "doctor": Shown((DoctorReport, HostReport)),
     "extract": Shown((ExtractReport, DeviceExtractReport)),
     "hold": Shown((HoldReport, list[HoldReport])),
     "info": Shown((DeviceInfo,)),

@@ -89,6 +89,8 @@ if TYPE_CHECKING:
     from vfio_mig.jobs.queries.devices import list_devices as list_devices
     from vfio_mig.jobs.queries.doctor import DoctorReport as DoctorReport
     from vfio_mig.jobs.queries.doctor import examine_host as examine_host
+    from vfio_mig.jobs.queries.host_report import HostReport as HostReport
+    from vfio_mig.jobs.queries.host_report import report_host as report_host
     from vfio_mig.jobs.restore import RestoreReport as RestoreReport
     from vfio_mig.jobs.restore import restore as restore
     from vfio_mig.jobs.restore import restore_all as restore_all
@@ -151,6 +153,7 @@ _HOMES = {
     "jobs.migrate": ("MigrateReport", "migrate"),
     "jobs.queries.devices": ("DeviceInfo", "DeviceRow", "device_info", "list_devices"),
     "jobs.queries.doctor": ("DoctorReport", "examine_host"),
+    "jobs.queries.host_report": ("HostReport", "report_host"),
     "jobs.restore": ("RestoreReport", "restore", "restore_all"),
     "jobs.save": ("SaveReport", "save", "save_all"),
     "jobs.sync": ("SyncReport", "sync_dirty"),

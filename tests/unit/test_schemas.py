@@ -57,6 +57,7 @@ def test_what_needs_no_device_is_valid(tmp_path: Path) -> None:
         ("extract", "extract", one, tmp_path / "parts"),
         ("pack", "pack", tmp_path / "parts", tmp_path / "again.vfm"),
         ("doctor", "doctor"),
+        ("doctor", "doctor", "--report"),
         ("conform", "conform", "--list"),
         ("list", "list"),
     ):

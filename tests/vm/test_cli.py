@@ -337,6 +337,14 @@ def test_the_doctor_finds_nothing_wrong_with_a_host_that_works(source: Side) -> 
     assert source.instance.run_state() == "running"
 
 
+def test_a_report_on_the_host_names_no_device_of_it(source: Side) -> None:
+    said = text("doctor", "--report")
+    assert f"  release: {os.uname().release}" in said.splitlines()
+    assert "  gvt_sample-GVTg_V4_8: 1 made, room for " in said
+    assert [one for one in (source.name, os.uname().nodename, str(ROOT)) if one in said] == []
+    assert js("doctor", "--report")["problems"] == 0
+
+
 def test_mdevs_are_listed_created_and_removed() -> None:
     kind = "gvt_sample-GVTg_V4_8"
     (offered,) = [one for one in js("mdev", "types") if one["type"] == kind]

@@ -138,6 +138,27 @@ def test_the_host_is_fit_for_it() -> None:
     assert report["problems"] == 0
 
 
+def test_a_report_says_what_the_host_is_and_nothing_private(name: str) -> None:
+    text = cli.run("doctor", "--report").stdout.decode()
+    assert max(map(len, text.splitlines())) <= 80
+    platform = {"skl": "Skylake", "kbl": "Kaby Lake"}[os.environ["VFIO_MIG_GPU"]]
+    for line in (
+        f"  generation of GVT-g: {platform}", "  driver: i915", "  /dev/kvm: there",
+        f"  release: {os.uname().release}", "  whose kvmgt: not vfio_mig's: it has no parameter of that name",
+    ):  # fmt: skip
+        assert line in text.splitlines(), text
+    assert "  i915-GVTg_V5_" in text
+    assert "1 made" in text
+    for private in (name, "0000:00:02.0", os.uname().nodename, "/root/"):
+        assert private not in text, private
+    report = js("doctor", "--report")
+    assert report["left_out"]["PCI address"] > 0
+    found = {(one["section"], one["name"]): one["value"] for one in report["facts"]}
+    assert found["GPU 1", "PCI IDs"].startswith("0x8086 0x")
+    assert found["GPU 1", "BARs"].startswith("0: 16384 KiB, 2: ")
+    assert found["modules", "kvmgt"].startswith("loaded")
+
+
 def test_info_opens_it_with_a_kvm_of_its_own_when_told_to(name: str) -> None:
     info = js("info", "--open", name, warm=False)
     assert (info["how"], info["flags"], info["protocol"], info["migratable"]) == ("group", 3, None, False)
