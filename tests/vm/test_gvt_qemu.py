@@ -8,17 +8,19 @@ one that runs this VM, as Debian 12's does not speak protocol v2.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from tools.l2 import moves
 from tools.l2.image import Image
 from tools.l2.machine import L2, START_SECONDS
+from tools.lab import cli
 from tools.lab.gvt import kvmgt
 from tools.lab.gvt.rfc import MODULES, load_ours, load_stock
 
@@ -123,5 +125,42 @@ def test_a_guest_in_a_file_goes_on_with_another_vgpu(bench: Bench) -> None:
     guest = bench.start(1, *moves.INCOMING)
     moves.receive(guest.qmp, f"file:{bench.stream}")
     moves.await_running(guest.qmp)
+    counts = guest.await_right(RESULTS)
+    assert (counts.wrong, counts.right > before.right) == (0, True)
+
+
+def js(*words: str | Path) -> Any:
+    return json.loads(cli.run("--json", *words, warm=True).stdout)
+
+
+def test_a_vgpu_goes_out_of_qemu_s_stream_and_an_image_of_it_back_into_the_guest(bench: Bench) -> None:
+    guest = bench.start(0)
+    guest.await_ready(5 * START_SECONDS)
+    before = guest.await_right(RESULTS)
+    # both of the same moment: the VM is paused first
+    guest.qmp.execute("stop")
+    directory = bench.stream.parent
+    js("save", bench.vgpus[0], directory / "saved.vfm")
+    moves.migrate(guest.qmp, f"file:{bench.stream}")
+    guest.end()
+
+    taken = js("extract", bench.stream, directory / "taken.vfm", "--device", "vfio0")
+    assert (taken["layout"], taken["problems"]) == ("gvt-rfc", [])
+    assert taken["state_bytes"] > 3_000_000
+    # what QEMU has read of the vGPU is what vfio-mig has read of it
+    report(json.dumps(js("diff", directory / "saved.vfm", directory / "taken.vfm"))[:4000])
+    assert js("diff", directory / "saved.vfm", directory / "taken.vfm")["counts"].keys() == {"image"}
+    with cli.held(bench.vgpus[1]):
+        checks = js("check", directory / "taken.vfm", bench.vgpus[1])
+        assert checks["fits"], checks
+
+    packed = js("pack", directory / "saved.vfm", directory / "packed", "--into", bench.stream)
+    assert (packed["state_bytes"], packed["warnings"]) == (js("verify", directory / "saved.vfm")["state_bytes"], [])
+    bench.stream.unlink()
+    guest = bench.start(1, *moves.INCOMING)
+    moves.receive(guest.qmp, f"file:{directory / 'packed'}")
+    # it was paused when it was written
+    moves.await_status(guest.qmp, "paused")
+    guest.qmp.execute("cont")
     counts = guest.await_right(RESULTS)
     assert (counts.wrong, counts.right > before.right) == (0, True)

@@ -81,8 +81,17 @@ def await_running(qmp: Qmp, seconds: float = SECONDS) -> None:
     :raises GuestError: it took longer.
     :raises vfio_mig.errors.HostError: QEMU has ended.
     """
+    await_status(qmp, "running", seconds)
+
+
+def await_status(qmp: Qmp, wanted: str, seconds: float = SECONDS) -> None:
+    """Wait until QEMU says that of its guest.
+
+    :raises GuestError: it took longer.
+    :raises vfio_mig.errors.HostError: QEMU has ended.
+    """
     end = time.monotonic() + seconds
-    while (status := qmp.execute("query-status")["status"]) != "running":
+    while (status := qmp.execute("query-status")["status"]) != wanted:
         if time.monotonic() > end:
-            raise GuestError(f"the guest is {status} after {seconds:g} s")
+            raise GuestError(f"the guest is {status} after {seconds:g} s, not {wanted}")
         time.sleep(_POLL_SECONDS)
