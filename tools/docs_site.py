@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import click
 from mkdocs.structure.files import File
 
-from vfio_mig.cli import vm
+from vfio_mig.cli import qemu
 from vfio_mig.cli.main import COLUMNS, PROGRAM, cli
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _help_pages() -> Iterator[tuple[str, str]]:
         command = cli.get_command(root, name)
         if command is not None:
             yield f"{PROGRAM} {name}", _help(command, root, name)
-    for name, command in vm.COMMANDS.items():
+    for name, command in qemu.COMMANDS.items():
         yield name, _help(command, None, name)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from vfio_mig.cli import vm
+from vfio_mig.cli import qemu
 from vfio_mig.cli.main import PROGRAM, cli
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ CODES: Final = {
     **dict.fromkeys(("conform", "dirty", "hold", "info", "mdev", "reset", "start", "state"), _DEVICE),
     **dict.fromkeys(("status", "stop", "sync"), _DEVICE),
     **dict.fromkeys(("extract", "inspect", "pack", "pages", "verify"), _FILE),
-    **dict.fromkeys(("check", "migrate", "restore", "save", *vm.COMMANDS), _BOTH),
+    **dict.fromkeys(("check", "migrate", "restore", "save", *qemu.COMMANDS, "vm"), _BOTH),
     **dict.fromkeys(("doctor", "list"), _HOST),
     "diff": f"1 {_FILE}",
 }
@@ -175,8 +175,8 @@ def pages() -> dict[str, str]:
         assert command is not None  # noqa: S101 -- it was listed
         context = click.Context(command, parent=root, info_name=name)
         made[f"{title}.1"] = page(title, command, context, [PROGRAM, *(one for one in every if one != title)])
-    for name, command in vm.COMMANDS.items():
-        others = [*(one for one in vm.COMMANDS if one != name), PROGRAM, f"{PROGRAM}-save", f"{PROGRAM}-restore"]
+    for name, command in qemu.COMMANDS.items():
+        others = [*(one for one in qemu.COMMANDS if one != name), PROGRAM, f"{PROGRAM}-save", f"{PROGRAM}-restore"]
         made[f"{name}.1"] = page(
             name, command, click.Context(command, info_name=name, **command.context_settings), others
         )

@@ -42,6 +42,8 @@ from vfio_mig.jobs.restore import RestoreReport
 from vfio_mig.jobs.save import SaveReport
 from vfio_mig.jobs.sync import SyncReport
 from vfio_mig.protocols.family import Condition
+from vfio_mig.vm.named import VmRestoreReport, VmSaveReport
+from vfio_mig.vm.survey import VmDevice, VmRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +53,10 @@ DIRECTORY: Final = ROOT / "docs" / "schemas"
 Schema = dict[str, Any]
 _KNOWN: Final[dict[str, Any]] = {
     one.__name__: one
-    for one in (Condition, HostCheck, Difference, Fact, FitCheck, Region, Result, Round, Section, StateRound)
+    for one in (
+        *(Condition, HostCheck, Difference, Fact, FitCheck, Region, RestoreReport, Result, Round, SaveReport),
+        *(Section, StateRound, VmDevice),
+    )
 }
 _SIMPLE: Final[dict[Any, str]] = {str: "string", int: "integer", bool: "boolean", float: "number", NoneType: "null"}
 _ADDED: Final[dict[type, dict[str, tuple[Any, str]]]] = {
@@ -101,6 +106,9 @@ DOCUMENTS: Final[dict[str, Shown]] = {
     "stop": Shown((ActionReport, list[ActionReport])),
     "sync": Shown((SyncReport,)),
     "verify": Shown((VerifyReport,)),
+    "vm-list": Shown((list[VmRow],)),
+    "vm-restore": Shown((VmRestoreReport,)),
+    "vm-save": Shown((VmSaveReport,)),
 }
 """By command; more than one: of several devices a list, and what options make of it: ``--section``, ``--hex``,
 ``--list``, ``extract --device``, ``pack --into``."""

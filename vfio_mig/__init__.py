@@ -103,6 +103,12 @@ if TYPE_CHECKING:
     from vfio_mig.library import Event as Event
     from vfio_mig.library import Host as Host
     from vfio_mig.library import Image as Image
+    from vfio_mig.vm.named import VmRestoreReport as VmRestoreReport
+    from vfio_mig.vm.named import VmSaveReport as VmSaveReport
+    from vfio_mig.vm.named import restore_vm as restore_vm
+    from vfio_mig.vm.named import save_vm as save_vm
+    from vfio_mig.vm.survey import VmRow as VmRow
+    from vfio_mig.vm.survey import list_vms as list_vms
 
     create_mdev = mdev.create
     mdev_types = mdev.types
@@ -158,6 +164,8 @@ _HOMES = {
     "jobs.save": ("SaveReport", "save", "save_all"),
     "jobs.sync": ("SyncReport", "sync_dirty"),
     "library": ("Device", "Event", "Host", "Image"),
+    "vm.named": ("VmRestoreReport", "VmSaveReport", "restore_vm", "save_vm"),
+    "vm.survey": ("VmRow", "list_vms"),
 }
 """Where each public name is defined; a test compares it with what type checkers are told above."""
 _THERE = {"create_mdev": "create", "mdev_types": "types", "open_device": "open_session", "remove_mdev": "remove"}

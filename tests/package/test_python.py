@@ -16,7 +16,7 @@ import pytest
 from tests.package.conftest import ROOT, clean_environment, environment, run
 from vfio_mig import __version__
 from vfio_mig.cli.main import COMMANDS
-from vfio_mig.cli.vm import COMMANDS as QEMU_PROGRAMS
+from vfio_mig.cli.qemu import COMMANDS as QEMU_PROGRAMS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -35,6 +35,7 @@ from vfio_mig.jobs.engine.events import Hooks
 from vfio_mig.jobs.files import pages
 from vfio_mig.jobs.files.extract import extract_image
 from vfio_mig.jobs.queries import devices as inform
+from vfio_mig.vm import named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +56,8 @@ CHANGING: Final = {
     "state": ["x", "stop"],
     "stop": ["x"],
     "sync": ["x", "new", "--memory", "guest@0"],
+    "vm restore": ["socket", "image"],
+    "vm save": ["socket", "new"],
 }
 """Commands that change something: it is done, whatever becomes of the report."""
 TELLING: Final = {
@@ -69,6 +72,7 @@ TELLING: Final = {
     "mdev types": [],
     "status": None,
     "verify": ["image"],
+    "vm list": [],
 }
 """Commands that print something and are for nothing else; None for those that need a device."""
 HOLDING: Final = {"hold"}
@@ -130,6 +134,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(pages, "load_pages", report_of(pages.PagesReport))
     fake(mdev, "create", "the-uuid")
     fake(mdev, "remove", None)
+    vm = {"vm": "v", "pid": 1, "run_state": "paused", "ram": []}
+    fake(named, "save_vm", report_of(named.VmSaveReport, saved=report_of(save.SaveReport), **vm))
+    fake(named, "restore_vm", report_of(named.VmRestoreReport, restored=report_of(restore.RestoreReport), **vm))
 
 
 def run(*words: str | Path, fds: Fds | None = None) -> Done:
@@ -208,9 +215,11 @@ def shell(line: str, *words: str | Path) -> Done:
 
 def test_every_command_is_one_or_the_other() -> None:
     context = click.Context(cli)
-    group = cli.get_command(context, "mdev")
-    assert isinstance(group, click.Group)
-    names = (COMMANDS.keys() - {"mdev"}) | {f"mdev {name}" for name in group.commands}
+    names = set(COMMANDS)
+    for name in COMMANDS:
+        group = cli.get_command(context, name)
+        if isinstance(group, click.Group):
+            names = names - {name} | {f"{name} {one}" for one in group.commands}
     assert names == CHANGING.keys() | TELLING.keys() | HOLDING
 
 
@@ -262,7 +271,7 @@ def test_a_signal_after_the_job_comes_too_late(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("command", [name for name, words in TELLING.items() if words is not None])
 @pytest.mark.usefixtures("here")
 def test_what_is_for_nothing_but_its_output_says_that_it_is_lost(command: str, loss: str, *, as_json: bool) -> None:
-    if command in {"list", "mdev types"} and not as_json:
+    if command in {"list", "mdev types", "vm list"} and not as_json:
         return  # prints nothing on a machine without devices
     with lost(loss, 1) as fds:
         done = run(*command.split(), *(TELLING[command] or []), *(["--json"] if as_json else []), fds=fds)

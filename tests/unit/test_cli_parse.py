@@ -143,7 +143,7 @@ def test_the_installed_program_refuses_it_without_a_traceback(arguments: list[st
 
 
 def test_every_command_on_a_device_is_tried_here() -> None:
-    assert set(ON_DEVICES) | {"doctor", "list", "mdev", "migrate", "pages", "verify", "check", *ON_FILES} == set(
+    assert set(ON_DEVICES) | {"doctor", "list", "mdev", "migrate", "pages", "verify", "check", "vm", *ON_FILES} == set(
         COMMANDS
     )
 

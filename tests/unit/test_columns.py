@@ -11,7 +11,7 @@ import click
 import pytest
 
 from tests.unit.click_runner import runner
-from vfio_mig.cli import columns, devices, render, vm
+from vfio_mig.cli import columns, devices, qemu, render
 from vfio_mig.cli.main import COLUMNS, COMMANDS, PROGRAM, cli
 from vfio_mig.conform.registry import select
 from vfio_mig.dirty.bitmap import Dirty
@@ -35,7 +35,7 @@ def helps() -> Iterator[tuple[str, str]]:
     def of(command: click.Command, parent: click.Context | None, name: str) -> Iterator[tuple[str, str]]:
         context = click.Context(command, parent=parent, info_name=name, terminal_width=None, **command.context_settings)
         context.max_content_width = COLUMNS
-        yield name, command.get_help(context)
+        yield context.command_path.removeprefix(f"{PROGRAM} "), command.get_help(context)
         if isinstance(command, click.Group):
             for one in command.list_commands(context):
                 below = command.get_command(context, one)
@@ -43,7 +43,7 @@ def helps() -> Iterator[tuple[str, str]]:
                 yield from of(below, context, one)
 
     yield from of(cli, None, PROGRAM)
-    for name, command in vm.COMMANDS.items():
+    for name, command in qemu.COMMANDS.items():
         yield from of(command, None, name)
 
 

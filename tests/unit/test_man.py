@@ -11,7 +11,7 @@ import click
 import pytest
 
 from tools import man
-from vfio_mig.cli import vm
+from vfio_mig.cli import qemu
 from vfio_mig.cli.main import cli
 
 SCRIPTING = (man.ROOT / "docs/scripting.md").read_text("utf-8")
@@ -57,13 +57,13 @@ def test_help_becomes_roff(text: str, roff: list[str]) -> None:
 
 def test_a_page_has_the_exit_codes_of_its_command_and_no_others() -> None:
     root = click.Context(cli, **cli.context_settings)
-    assert man.CODES.keys() == {*cli.list_commands(root), *vm.COMMANDS}
+    assert man.CODES.keys() == {*cli.list_commands(root), *qemu.COMMANDS}
     for name in cli.list_commands(root):
         command = cli.get_command(root, name)
         assert command is not None
         codes = set(man.CODES[name].split())
         metavars = " ".join(command.collect_usage_pieces(click.Context(command)))
-        takes_device = "DEVICE" in metavars or name == "mdev"
+        takes_device = "DEVICE" in metavars or name in {"mdev", "vm"}
         assert ({"3", "5"} <= codes, not codes.isdisjoint({"3", "4", "5"})) == (takes_device, takes_device), name
         assert ("1" in codes) == (name == "diff")
         assert {"0", "2", "7", "130"} <= codes

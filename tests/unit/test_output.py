@@ -129,7 +129,7 @@ def test_a_way_around_is_noticed(source: str) -> None:
 
 
 def test_the_scripts_for_qemu_print_through_the_package_alone() -> None:
-    """They tell what a VM says of itself, and run as root: vfio_mig/cli/vm.py does, through the one place."""
+    """They tell what a VM says of itself, and run as root: vfio_mig/cli/qemu.py does, through the one place."""
     calls = [
         ast.unparse(node.args[0])
         for path in sorted((ROOT / "tools" / "qemu_host").glob("*.py"))

@@ -28,6 +28,7 @@ from vfio_mig.errors import (
     UsageError,
 )
 from vfio_mig.jobs.check import FitCheck
+from vfio_mig.jobs.engine.session import Settings
 from vfio_mig.vm import jobs
 from vfio_mig.vm.machine import ENDED, PAUSED, REFUSED, RUNNING, require_no_migration, run_state, vfio_devices
 from vfio_mig.vm.memory import (
@@ -41,7 +42,8 @@ from vfio_mig.vm.memory import (
     parse_maps,
     path_of,
 )
-from vfio_mig.vm.qmp import Qmp, RefusedError
+from vfio_mig.vm.monitor import QMP_WORDS, RefusedError
+from vfio_mig.vm.qmp import Qmp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -184,6 +186,8 @@ class FakeQmp:
     """A monitor that plays QEMU and writes down what it is asked."""
 
     pid = 4711
+    words = QMP_WORDS
+    listed: list[str] | None = None
 
     def __init__(self, status: str = "running", *, devices: Sequence[str] = (UUID,), fails: str = "") -> None:
         self.status = status
@@ -316,7 +320,7 @@ PIECE = "/proc/4711/fd/9@0x0:0x1000"
 def test_save_pauses_the_vm_first_and_leaves_it_paused(played: Played) -> None:
     qmp: Any = FakeQmp()
     said: list[str] = []
-    summary = jobs.save_vgpu(qmp, UUID.upper(), "gpu.vfm", tell=said.append)
+    summary = jobs.save_vgpu(qmp, UUID.upper(), "gpu.vfm", tell=said.append).summary()
     assert played.calls == [("save", UUID, "gpu.vfm", 4711, [PIECE], False, False)]
     assert qmp.changes == ["stop"]
     assert summary == {"state": "stop", "pid": 4711, "vm": "paused", "memory": [PIECE]}
@@ -347,7 +351,7 @@ def test_save_takes_all_of_the_guest_s_ram_where_there_is_some(played: Played) -
 )
 def test_save_changes_only_what_is_needed(played: Played, status: str, cont: bool, changes: list[str]) -> None:
     qmp: Any = FakeQmp(status)
-    summary = jobs.save_vgpu(qmp, UUID, "gpu.vfm", cont=cont, force=True, memory=["none"])
+    summary = jobs.save_vgpu(qmp, UUID, "gpu.vfm", cont=cont, force=True, memory=["none"]).summary()
     assert qmp.changes == changes
     assert summary["vm"] == ("running" if cont else status)
     assert played.calls == [("save", UUID, "gpu.vfm", 4711, [], cont, True)]
@@ -413,7 +417,7 @@ def test_a_signal_after_the_commit_undoes_nothing_and_stops_nothing(
                 patch.setattr(played, "_end", ends)
             else:
                 patch.setattr(qmp, "execute", executes)
-            summary = jobs.save_vgpu(qmp, UUID, "gpu.vfm", cont=cont)
+            summary = jobs.save_vgpu(qmp, UUID, "gpu.vfm", cont=cont).summary()
         assert qmp.changes == changes
         assert summary["vm"] == ("running" if cont else "paused")
 
@@ -462,11 +466,11 @@ def test_restore_wants_a_paused_vm_and_the_right_image(played: Played) -> None:
     with pytest.raises(UsageError, match="must be a file"):
         jobs.restore_vgpu(qmp, UUID, "-")
     assert played.calls == []
-    summary = jobs.restore_vgpu(qmp, UUID, "gpu.vfm", force=True)
+    summary = jobs.restore_vgpu(qmp, UUID, "gpu.vfm", force=True).summary()
     assert summary == {"state": "stop", "warnings": [], "pid": 4711, "vm": "prelaunch", "memory": [PIECE]}
     played.warnings = ["guest memory: not all"]
     warned: list[str] = []
-    jobs.restore_vgpu(qmp, UUID, "gpu.vfm", force=True, cont=True, warn=warned.append)
+    jobs.restore_vgpu(qmp, UUID, "gpu.vfm", force=True, cont=True, settings=Settings(warn=warned.append))
     assert warned == [f"{UUID}: guest memory: not all"]
     assert played.calls == [("restore", UUID, "gpu.vfm", 4711, [PIECE], start, True) for start in (False, True)]
     assert qmp.changes == ["cont"]
@@ -488,7 +492,7 @@ def test_a_device_of_another_vm_or_process_is_refused(played: Played) -> None:
 def test_a_device_given_by_fd_is_found_by_who_has_it_open(played: Played) -> None:
     qmp: Any = FakeQmp(devices=[""])
     assert [one.name for one in vfio_devices(qmp)] == [""]
-    assert jobs.save_vgpu(qmp, UUID, "gpu.vfm")["pid"] == 4711
+    assert jobs.save_vgpu(qmp, UUID, "gpu.vfm").pid == 4711
     played.holder_pid = 12
     with pytest.raises(DeviceBusyError, match="open in PID 12"):
         jobs.save_vgpu(qmp, UUID, "gpu.vfm")
@@ -514,6 +518,8 @@ def test_what_is_not_seen_is_not_called_a_pid(played: Played, pid: int, holder: 
 
 class Answers:
     """A monitor that gives the same answers, whatever is asked."""
+
+    words = QMP_WORDS
 
     def __init__(self, **answers: Any) -> None:
         self.answers = answers
@@ -570,7 +576,7 @@ def test_a_qemu_that_does_not_tell_what_is_shared_is_no_key_error(
     monkeypatch: pytest.MonkeyPatch, share: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(
-        "vfio_mig.vm.memory._read_maps",
+        "vfio_mig.vm.memory.read_maps",
         lambda _: MAPS.replace("7fd12f7ff000-7fd1af7ff000 rw-s", "7fd12f7ff000-7fd1af7ff000 rw-p"),
     )
     qmp: Any = Answers(query_memdev=[{"size": 1}, {"id": "ram", "size": 67108864, "host-nodes": [], **share}])
@@ -634,7 +640,7 @@ def test_a_vm_is_saved_and_restored_in_the_states_that_allow_it(
 ) -> None:
     qmp: Any = FakeQmp(status)
     may = status in PAUSED or (word == "save" and (status == RUNNING or (status in ENDED and not cont)))
-    command = {"save": jobs.save_vgpu, "restore": jobs.restore_vgpu}[word]
+    command: Any = {"save": jobs.save_vgpu, "restore": jobs.restore_vgpu}[word]
     if may:
         command(qmp, UUID, "gpu.vfm", cont=cont)
         assert played.calls
@@ -702,7 +708,7 @@ def test_behind_a_virtual_iommu_the_guest_s_pages_are_not_named_by_the_device(
         qmp.iommu, qmp.mtree = iommu, mtree
         warned: list[str] = []
         if is_off:
-            command(qmp, UUID, "gpu.vfm", warn=warned.append)
+            command(qmp, UUID, "gpu.vfm", settings=Settings(warn=warned.append))
             assert [f"a virtual IOMMU ({iommu}); it is off" in one for one in warned] == [True]
             continue
         with pytest.raises(UnsupportedError, match=rf"a virtual IOMMU \({iommu}\).*--memory none goes on"):
@@ -720,7 +726,7 @@ def test_what_is_no_iommu_is_not_taken_for_one(played: Played, kind: str) -> Non
     qmp: Any = FakeQmp()
     qmp.iommu = kind
     warned: list[str] = []
-    jobs.save_vgpu(qmp, UUID, "gpu.vfm", warn=warned.append)
+    jobs.save_vgpu(qmp, UUID, "gpu.vfm", settings=Settings(warn=warned.append))
     assert warned == []
 
 
@@ -841,7 +847,7 @@ def test_a_socket_without_qemu_is_told_in_one_line(tmp_path: Path, monkeypatch: 
 
 
 def test_without_the_qemu_package_the_scripts_say_what_to_install() -> None:
-    code = "import sys; sys.modules['qemu'] = None; from vfio_mig.cli.vm import save; save()"
+    code = "import sys; sys.modules['qemu'] = None; from vfio_mig.cli.qemu import save; save()"
     command = [sys.executable, "-c", code, "a", "b", "c"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == "qemu-save: the Python package qemu.qmp is missing; pip install 'vfio_mig[qemu]'\n"

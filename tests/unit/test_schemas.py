@@ -32,11 +32,12 @@ def test_each_is_a_schema(name: str) -> None:
 
 def test_every_command_that_prints_a_document_has_one() -> None:
     context = click.Context(cli)
-    names = set(cli.list_commands(context)) - {"mdev"}
-    mdev = cli.get_command(context, "mdev")
-    assert isinstance(mdev, click.Group)
-    names |= {f"mdev-{name}" for name in mdev.commands} - {"mdev-remove"}  # which prints nothing
-    assert names == schemas.DOCUMENTS.keys()
+    names = set(cli.list_commands(context))
+    for name in tuple(names):
+        group = cli.get_command(context, name)
+        if isinstance(group, click.Group):
+            names = names - {name} | {f"{name}-{one}" for one in group.commands}
+    assert names - {"mdev-remove"} == schemas.DOCUMENTS.keys()  # which prints nothing
 
 
 @pytest.mark.parametrize(

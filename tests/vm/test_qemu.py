@@ -178,6 +178,76 @@ def test_save_and_restore_continue_the_vm_if_asked(source: Qemu, target: Qemu, e
     assert_running(target)
 
 
+@pytest.mark.core
+def test_vm_save_and_restore_name_the_socket_and_find_the_device(
+    source: Qemu, target: Qemu, engine: gpu.Engine, image: Path
+) -> None:
+    target.pause()
+    # as a user runs it
+    said = cli.run("vm", "save", source.socket, image, "--leave-running").stderr.decode()
+    assert said.startswith(f"{source.name}: saved ")
+    assert said.endswith(f"; the VM {source.socket} is running\n")
+    pinned = source.instance.pinned()
+    assert_works(source, engine)
+    report = js("vm", "restore", target.socket, image, "--start")
+    assert (report["device"], report["pid"], report["run_state"]) == (target.name, target.pid, "running")
+    assert report["restored"]["state"] == "running"
+    assert report["restored"]["pages_written"] == len(pinned)
+    assert report["ram"]
+    assert_running(target)
+
+
+@pytest.mark.core
+def test_vm_list_tells_of_vms_and_their_devices(source: Qemu, target: Qemu) -> None:
+    target.pause()
+    rows = {row["pid"]: row for row in js("vm", "list")}
+    assert rows.keys() == {source.pid, target.pid}
+    row = rows[source.pid]
+    assert (row["vm"], row["command"], row["state"], row["memory"]) == (None, COMMAND, "unknown", "shared")
+    assert row["devices"] == [{"device": source.name, "protocol": "gvt-rfc"}]
+    assert str(source.socket) in row["sockets"]
+    asked = cli.run("vm", "list", source.socket, target.socket, warm=True)
+    assert [line.split() for line in asked.stdout.decode().splitlines()] == [
+        [str(source.socket), str(source.pid), "running", "shared", source.name],
+        [str(target.socket), str(target.pid), target.status(), "shared", target.name],
+    ]
+    assert (
+        f"{source.socket}: {source.name}: it speaks gvt-rfc, so QEMU and libvirt can neither" in asked.stderr.decode()
+    )
+    target.cont()
+
+
+@pytest.mark.slow
+def test_of_several_devices_none_is_chosen_and_private_ram_is_told(directory: Path, image: Path) -> None:
+    with host.instance() as vgpu, host.instance() as second:
+        behind = ["-device", f"vfio-pci,sysfsdev={second.sysfs}"]
+        with Qemu.started(vgpu, directory / "two", ram=PRIVATE, more=behind) as vm:
+            text = cli.refused("vm", "save", vm.socket, image, code=2, warm=True)
+            assert f"the VM {vm.socket} has several devices; --device names one: " in text
+            assert vm.name in text
+            assert second.uuid in text
+            text = cli.refused("vm", "save", vm.socket, image, "--device", vm.name, code=4, warm=True)
+            assert "private to it (share=off); start QEMU with" in text
+            (row,) = js("vm", "list", vm.socket)
+            assert row["memory"] == "private"
+            assert any("its RAM is private" in note for note in row["notes"])
+            report = js("vm", "save", vm.socket, image, "--device", second.uuid, "--memory", "none", "--leave-running")
+            assert (report["device"], report["run_state"]) == (second.uuid, "running")
+            assert report["saved"]["memory"] == "none"
+            assert_running(vm)
+
+
+@pytest.mark.slow
+def test_vm_save_that_fails_lets_the_vm_go_on(source: Qemu, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "save:after-state=EIO")
+    cli.refused("vm", "save", source.socket, image, code=5, words=("EIO",), warm=True)
+    assert not image.exists()
+    assert_running(source)
+    monkeypatch.delenv(VARIABLE)
+    text = cli.refused("vm", "save", "win10", image, code=3, warm=True)
+    assert text.endswith("a libvirt domain is named with --connect qemu:///system\n")
+
+
 # Python's alone, as the others that are slow
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "code"), [("EIO", 5), ("ENOSPC", 7), ("sigint", 130), ("sigterm", 130)])

@@ -21,7 +21,7 @@ from tools.l2.machine import GuestError
 from tools.lab import cli
 from tools.lab.mtty import STATE_SIZE, held_mtty, instance, scratch, set_scratch
 from tools.lab.qemu import SLOT, QemuVm, running
-from vfio_mig.vm.qmp import RefusedError
+from vfio_mig.vm.monitor import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

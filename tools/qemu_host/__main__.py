@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from vfio_mig.cli.vm import run
+from vfio_mig.cli.qemu import run
 
 if __name__ == "__main__":
     run(f"qemu-{sys.argv[1]}", sys.argv[2:])

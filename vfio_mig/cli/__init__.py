@@ -19,7 +19,8 @@ The others have the commands:
 ``mdev``       ``mdev types``, ``mdev create``, ``mdev remove``
 ``conform``    ``conform``
 ``doctor``     ``doctor``
-``vm``         ``qemu-save``, ``qemu-restore``, commands of their own
+``vm``         ``vm list``, ``vm save``, ``vm restore``
+``qemu``       ``qemu-save``, ``qemu-restore``, programs of their own
 =============  ==================================
 """
 

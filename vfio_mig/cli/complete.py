@@ -75,3 +75,26 @@ def stream_device(ctx: click.Context, param: click.Parameter, incomplete: str) -
     except VfioMigError:  # there is nobody to tell
         return []
     return [one for one in found if one.startswith(incomplete)]
+
+
+def connect(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
+    """Name the libvirts of this host."""
+    return [one for one in ("qemu:///system", "qemu:///session") if one.startswith(incomplete)]
+
+
+def vm(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str] | list[CompletionItem]:
+    """Leave sockets to the shell; name the domains of the libvirt that the command line has, if it is this host's."""
+    uri = ctx.params.get("connect")
+    if not isinstance(uri, str):
+        return file(ctx, param, incomplete)
+    from vfio_mig.errors import VfioMigError
+    from vfio_mig.vm.connection import Connection, is_remote
+
+    try:
+        if is_remote(uri):  # ssh might ask for a password
+            return []
+        with Connection(uri) as connection:
+            names = [connection.call(one.name) for one in connection.domains()]
+    except VfioMigError:  # there is nobody to tell
+        return []
+    return [name for name in names if name.startswith(incomplete) and name.isprintable()]

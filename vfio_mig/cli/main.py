@@ -52,6 +52,7 @@ COMMANDS = {  # command: module below vfio_mig.cli
     "stop": "control",
     "sync": "transfer",
     "verify": "image",
+    "vm": "vm",
 }
 _DEVICES: Final = frozenset({"device", "devices", "targets"})
 """Arguments that are, or begin with, a device."""

@@ -1,159 +1,201 @@
 # SPDX-License-Identifier: MIT
-"""``qemu-save`` and ``qemu-restore``: commands of their own, which need ``pip install 'vfio_mig[qemu]'``."""
+"""``vm list``, ``vm save``, ``vm restore``."""
 
 from __future__ import annotations
 
-import atexit
-import sys
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from vfio_mig import interrupts
-from vfio_mig.cli import streams
-from vfio_mig.cli.output import print_json, put, put_lines
-from vfio_mig.errors import HostError, InterruptedJobError, UsageError, VfioMigError, errno_text, json_text
-from vfio_mig.version import __version__
+from vfio_mig.cli import complete
+from vfio_mig.cli.main import Group
+from vfio_mig.cli.output import print_json, put, say, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MEMORY_HELP: Final = (
-    "The guest's RAM: auto (found by itself; must be shared), none, or FILE@GPA[:SIZE[+OFFSET]] (repeatable)."
+    from vfio_mig.cli.options import Options
+    from vfio_mig.vm.survey import VmRow
+
+COLUMNS: Final = ("VM", "PID", "STATE", "MEMORY", "DEVICES")
+
+connect_option = click.option(
+    "--connect",
+    metavar="URI",
+    shell_complete=complete.connect,
+    help="Ask the libvirt at URI, as `virsh --connect` does; VM is a domain then (needs libvirt-python).",
 )
-CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
-def _common(program: str, cont: str, force: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add what both commands take."""
-
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        for one in (
-            click.version_option(__version__, prog_name=program, message="%(prog)s %(version)s"),
-            click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is done."),
-            click.option("--force", is_flag=True, help=force),
-            click.option("--memory", multiple=True, default=["auto"], show_default=True, help=MEMORY_HELP),
-            click.option("--cont", is_flag=True, help=cont),
-            click.argument("file"),
-            click.argument("device"),
-            click.argument("qmp_socket", metavar="QMP-SOCKET"),
-        ):
-            function = one(function)
-        return function
-
-    return add
-
-
-def _say(text: str) -> None:
-    put(text, err=True)
+def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what save and restore have in common."""
+    for option in (
+        click.option(
+            "--memory",
+            multiple=True,
+            default=["auto"],
+            show_default=True,
+            metavar="auto|none|FILE@GPA[:SIZE]",
+            help="The guest's RAM: found by itself, which takes shared RAM; left alone; or as told (repeatable).",
+        ),
+        click.option("--device", metavar="DEVICE", shell_complete=complete.device, help="Which device of the VM's."),
+        connect_option,
+        click.argument("file", shell_complete=complete.file),
+        click.argument("vm", metavar="VM", shell_complete=complete.vm),
+    ):
+        command = option(command)
+    return command
 
 
-def _callbacks(program: str, *, verbose: bool) -> dict[str, Any]:
-    """Return what the jobs call with what is done (tell), and with what the user must read (warn)."""
-    return {"tell": _say if verbose else lambda _: None, "warn": lambda text: _say(f"{program}: warning: {text}")}
+@click.group("vm", cls=Group)
+def vm_command() -> None:
+    """Save and restore a device together with the pause of the VM that has it.
 
-
-def _summarise(program: str, summary: dict[str, Any], *, err: bool = False) -> None:
-    """Print what was done. It is done, so a summary that nobody takes is a warning."""
-    try:
-        if err:
-            put_lines(json_text(summary), err=True)
-        else:
-            print_json(summary)
-    except HostError as error:
-        _say(f"{program}: warning: what was asked for is done, but then: {error}")
-
-
-SAVE: Final = "qemu-save"
-RESTORE: Final = "qemu-restore"
-
-
-@click.command(SAVE, context_settings=CONTEXT)
-@_common(SAVE, cont="Let the vGPU and the VM go on afterwards.", force="Replace an existing FILE.")
-@click.option("--all-memory", is_flag=True, help="Save all of the guest's RAM, for a VM that does not have it.")
-def save_command(qmp_socket: str, device: str, file: str, *, verbose: bool, **options: Any) -> None:
-    """Pause the VM behind QMP-SOCKET and save its vGPU DEVICE to FILE, with the guest's pages that it may have written.
-
-    Both stay stopped, unless --cont. After a failure the VM and the vGPU are as they were found, and there is no FILE;
-    so too if somebody else lets the VM go on meanwhile. A VM that QEMU has stopped for good (migrated away, a failed
-    disk) is saved without --cont only. Behind a virtual IOMMU that translates, the guest's pages cannot be told.
-
-    Prints a summary as JSON; to stderr when FILE is -, standard output. Run it as root, in QEMU's PID namespace.
+    VM is the path of a QMP socket of its QEMU, or with --connect URI a libvirt domain, by its name or UUID.
 
     \b
     Example:
-      qemu-save --cont /run/vm.qmp 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 gpu.vfm
+      vfio-mig vm list --connect qemu:///system
+      vfio-mig vm save --connect qemu:///system win10 gpu.vfm
+      vfio-mig vm restore --connect qemu:///system win10 gpu.vfm --start
     """
-    from vfio_mig.vm.jobs import save_vgpu
-    from vfio_mig.vm.qmp import Qmp
-
-    with Qmp(qmp_socket) as qmp:
-        summary = save_vgpu(qmp, device, file, **_callbacks(SAVE, verbose=verbose), **options)
-    _summarise(SAVE, summary, err=file == "-")
 
 
-@click.command(RESTORE, context_settings=CONTEXT)
-@_common(RESTORE, cont="Let the vGPU and the VM go on afterwards.", force="Go on over mismatches that may be forced.")
-def restore_command(qmp_socket: str, device: str, file: str, *, verbose: bool, **options: Any) -> None:
-    """Load FILE into the vGPU DEVICE of the paused VM behind QMP-SOCKET, and the pages in it into the guest's RAM.
+def _word(text: str | None) -> str:
+    return "_".join((text or "-").split())
 
-    Both stay stopped, unless --cont: `vfio-mig start DEVICE` first, then `cont` in the monitor. A failure leaves the VM
-    paused. Prints a summary as JSON. Run it as root, in QEMU's PID namespace.
+
+def _words(row: VmRow) -> list[str]:
+    pid = "-" if row.pid is None else str(row.pid)
+    devices = ",".join(one.device for one in row.devices)
+    return [*map(_word, (row.vm or (row.command and f"({row.command})"), pid, row.state, row.memory, devices))]
+
+
+@vm_command.command("list", short_help="List VMs, their state, RAM and devices.")
+@click.argument("vms", nargs=-1, metavar="[VM]...", shell_complete=complete.vm)
+@connect_option
+@click.option("--header", is_flag=True, help="Name the columns in a first line, as on a terminal.")
+@click.pass_obj
+def list_command(options: Options, vms: tuple[str, ...], *, connect: str | None, header: bool) -> None:
+    """List VMs, one per line: VM PID STATE MEMORY DEVICES. What stands in the way of a save is on stderr.
+
+    Without --connect these are the processes of this host that have VFIO devices open, or the QEMUs behind the sockets
+    that are named; a process that was not asked shows its command in the place of its name, and its STATE is unknown.
+    With it they are libvirt's domains; of a libvirt on another host (qemu+ssh://HOST/system) only what the XML has.
+    MEMORY is shared when other processes can have the guest's RAM, which it takes to save pages; else private.
 
     \b
-    Example:
-      qemu-restore --cont /run/vm.qmp 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 gpu.vfm
+    Examples:
+      vfio-mig vm list
+      vfio-mig vm list /run/vm.qmp
+      vfio-mig vm list --connect qemu:///system
     """
-    from vfio_mig.vm.jobs import restore_vgpu
-    from vfio_mig.vm.qmp import Qmp
+    from vfio_mig.cli.columns import aligned, terminal_width
+    from vfio_mig.vm.survey import list_vms
 
-    with Qmp(qmp_socket) as qmp:
-        summary = restore_vgpu(qmp, device, file, **_callbacks(RESTORE, verbose=verbose), **options)
-    _summarise(RESTORE, summary)
+    found = list_vms(vms, connect=connect)
+    if options.as_json:
+        print_json([one.as_dict() for one in found])
+        return
+    rows = [_words(one) for one in found]
+    width = terminal_width()
+    if header or (width is not None and rows):
+        rows.insert(0, list(COLUMNS))
+    for line in map(" ".join, rows) if width is None else aligned(rows):
+        put(line)
+    for row in found:
+        name = row.vm or f"PID {row.pid}"
+        if row.vm is None and row.sockets:
+            say(options, f"{name}: listens at {', '.join(row.sockets)}")
+        for note in row.notes:
+            say(options, f"{name}: {note}")
 
 
-COMMANDS: Final = {SAVE: save_command, RESTORE: restore_command}
-"""The programs that pyproject.toml installs."""
+@vm_command.command("save", short_help="Pause VM and save a device of its to a file.")
+@_job_options
+@click.option("--all-memory", is_flag=True, help="Save all of the guest's RAM, for a target that does not have it.")
+@click.option("--leave-running", is_flag=True, help="Let the device and the VM go on afterwards.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.pass_obj
+def save_command(
+    options: Options,
+    vm: str,
+    file: str,
+    *,
+    connect: str | None,
+    device: str | None,
+    memory: tuple[str, ...],
+    all_memory: bool,
+    leave_running: bool,
+    force: bool,
+) -> None:
+    """Pause VM and save its device to FILE, with the guest's pages that the device may have written.
 
+    VM and device stay stopped unless --leave-running. After a failure both are as they were found, and there is no
+    FILE; so too if somebody else lets the VM go on meanwhile. A domain is paused through libvirt. A VM with several
+    devices needs --device. Run it as root on the VM's own host.
 
-def _fail(program: str, error: VfioMigError) -> NoReturn:
-    _say(f"{program}: {error}")
-    sys.exit(error.exit_code)
-
-
-def run(program: str, arguments: list[str]) -> NoReturn:
-    """Run one of the two; errors and exit codes are those of ``vfio-mig``.
-
-    :param program: its name.
-    :param arguments: what stands behind the name.
+    \b
+    Examples:
+      vfio-mig vm save /run/vm.qmp gpu.vfm --leave-running
+      vfio-mig vm save --connect qemu:///system win10 gpu.vfm
     """
-    command = COMMANDS[program]
-    streams.fill()
-    interrupts.install()
-    atexit.register(streams.settle)
-    try:
-        with command.make_context(program, arguments) as context:
-            command.invoke(context)
-        sys.exit(0)
-    except VfioMigError as error:
-        _fail(program, error)
-    except click.exceptions.Exit as done:  # --help
-        sys.exit(done.exit_code)
-    except click.UsageError as error:
-        _fail(program, UsageError(error.format_message().rstrip("."), hint=f"see '{program} --help'"))
-    except KeyboardInterrupt:  # what is final takes no notice of signals
-        _fail(program, InterruptedJobError("interrupted; what was begun has been undone"))
-    except MemoryError:
-        _fail(program, HostError("out of memory"))
-    except OSError as error:
-        _fail(program, HostError(f"{error.filename or 'standard output'}: {errno_text(error.errno or 0)}"))
+    from vfio_mig.vm.named import save_vm
+
+    report = save_vm(
+        vm, file, settings_of(options),
+        connect=connect, device=device, memory=memory, all_memory=all_memory, leave_running=leave_running, force=force,
+    )  # fmt: skip
+    options.done()
+    if options.as_json and file != "-":
+        print_json(report.as_dict())
+        return
+    saved = report.saved
+    say(
+        options,
+        f"{report.device}: saved {saved.state_bytes} bytes of state and {saved.pages_written + saved.pages_zero} pages "
+        f"to {file}; the VM {report.vm} is {report.run_state}",
+    )
 
 
-def save() -> NoReturn:
-    """Be ``qemu-save``."""
-    run(SAVE, sys.argv[1:])
+@vm_command.command("restore", short_help="Load a file into a device of a paused VM.")
+@_job_options
+@click.option("--start", is_flag=True, help="Let the device and the VM go on afterwards.")
+@click.option("--force", is_flag=True, help="Go on over mismatches that `vfio-mig check` calls forcible.")
+@click.pass_obj
+def restore_command(
+    options: Options,
+    vm: str,
+    file: str,
+    *,
+    connect: str | None,
+    device: str | None,
+    memory: tuple[str, ...],
+    start: bool,
+    force: bool,
+) -> None:
+    """Load FILE into the device of the paused VM, and the pages in it into the guest's RAM.
 
+    VM must be paused: `virsh suspend`, `virsh start --paused`, or QEMU's -S. Both stay stopped unless --start:
+    `vfio-mig start DEVICE` first, then `virsh resume`, or `cont` in the monitor. A failure leaves the VM paused.
 
-def restore() -> NoReturn:
-    """Be ``qemu-restore``."""
-    run(RESTORE, sys.argv[1:])
+    \b
+    Examples:
+      vfio-mig vm restore /run/vm.qmp gpu.vfm --start
+      vfio-mig vm restore --connect qemu:///system win10 gpu.vfm
+    """
+    from vfio_mig.vm.named import restore_vm
+
+    report = restore_vm(
+        vm, file, settings_of(options), connect=connect, device=device, memory=memory, start=start, force=force
+    )
+    options.done()
+    if options.as_json:
+        print_json(report.as_dict())
+        return
+    restored = report.restored
+    say(
+        options,
+        f"{report.device}: restored {restored.state_bytes} bytes of state and {restored.pages_written} pages from "
+        f"{file}; the VM {report.vm} is {report.run_state}",
+    )

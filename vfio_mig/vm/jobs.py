@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 from vfio_mig import interrupts
 from vfio_mig.dirty.bitmap import preload
@@ -37,12 +37,37 @@ from vfio_mig.vm.memory import find_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vfio_mig.vm.qmp import Qmp
+    from vfio_mig.jobs.restore import RestoreReport
+    from vfio_mig.jobs.save import SaveReport
+    from vfio_mig.report import Report
+    from vfio_mig.vm.monitor import Monitor
+
+T = TypeVar("T", bound="Report")
 
 AUTO: Final = "auto"
 NONE: Final = "none"
 _WRITTEN: Final = "written"
 """The last step of a save before its commit."""
+
+
+class Done(NamedTuple, Generic[T]):
+    """What came of a job.
+
+    :param report: the library's.
+    :param pid: QEMU's.
+    :param state: the VM's run state afterwards.
+    :param memory: where the guest's RAM was found, as ``--memory`` takes it.
+    """
+
+    report: T
+    device: str
+    pid: int
+    state: str
+    memory: list[str]
+
+    def summary(self) -> dict[str, Any]:
+        """Return it as ``qemu-save`` and ``qemu-restore`` print it."""
+        return {**self.report.as_dict(), "pid": self.pid, "vm": self.state, "memory": self.memory}
 
 
 class Owner:
@@ -53,7 +78,7 @@ class Owner:
     :ivar given: the device as QEMU has it, None where QEMU does not know which of several it is.
     """
 
-    def __init__(self, qmp: Qmp, name: str) -> None:
+    def __init__(self, qmp: Monitor, name: str) -> None:
         """Prove it: QEMU names its devices, and the kernel tells who has them open.
 
         :raises DeviceNotFoundError: the VM does not have it.
@@ -73,12 +98,9 @@ class Owner:
         self.given = next((one for one in there if one.name == self.device), None)
         nameless = [one for one in there if not one.name]
         if self.given is None and not nameless:
-            have = ", ".join(one.name for one in there)
-            raise DeviceNotFoundError(
-                "the VM does not have it",
-                device=self.device,
-                hint=f"it has {have}" if have else "it has no VFIO device",
-            )
+            raise _not_there("the VM does not have it", self.device, [one.name for one in there])
+        if qmp.listed is not None and self.device not in qmp.listed:
+            raise _not_there("the domain's XML does not have it", self.device, qmp.listed)
         if not self.pid:
             raise DeviceBusyError(
                 "the process behind the monitor is in a PID namespace that is not seen from here",
@@ -89,10 +111,15 @@ class Owner:
             raise DeviceBusyError(
                 f"{_holder(status.holder_pid)}, and the monitor is PID {self.pid}'s",
                 device=self.device,
-                hint="name a socket that QEMU itself listens on, not one that another process has made for it",
+                hint=qmp.words.proof,
             )
         if self.given is None and len(nameless) == 1 and len(there) == 1:
             self.given = nameless[0]
+
+
+def _not_there(problem: str, device: str, there: Sequence[str]) -> DeviceNotFoundError:
+    hint = f"it has {', '.join(there)}" if there else "it has no VFIO device"
+    return DeviceNotFoundError(problem, device=device, hint=hint)
 
 
 def _holder(pid: int | None) -> str:
@@ -102,7 +129,7 @@ def _holder(pid: int | None) -> str:
     return f"it is open in PID {pid}" if pid else "it is open in another PID namespace"
 
 
-def owner(qmp: Qmp, name: str) -> tuple[str, int]:
+def owner(qmp: Monitor, name: str) -> tuple[str, int]:
     """Prove that the VM behind a monitor is the one that has a device; returns the device's name and QEMU's PID.
 
     :raises DeviceNotFoundError, DeviceBusyError: as :class:`Owner`.
@@ -111,7 +138,7 @@ def owner(qmp: Qmp, name: str) -> tuple[str, int]:
     return proved.device, proved.pid
 
 
-def memory_maps(qmp: Qmp, pid: int, memory: Sequence[str]) -> list[MemoryMap]:
+def memory_maps(qmp: Monitor, pid: int, memory: Sequence[str]) -> list[MemoryMap]:
     """Find the guest's RAM: as told, or by itself."""
     if list(memory) == [NONE]:
         return []
@@ -125,13 +152,13 @@ def memory_maps(qmp: Qmp, pid: int, memory: Sequence[str]) -> list[MemoryMap]:
 class _Vm:
     """One VM for one job: its device and its memory, and what must be said of them.
 
-    :param warn: takes one sentence at a time that the user must read.
+    :param settings: what the library's jobs take; its *warn* gets what the user must read.
     """
 
-    def __init__(self, qmp: Qmp, name: str, memory: Sequence[str], warn: Callable[[str], object]) -> None:
+    def __init__(self, qmp: Monitor, name: str, memory: Sequence[str], settings: Settings) -> None:
         self._qmp = qmp
         self._memory = memory
-        self._warn = warn
+        self._settings = settings
         self._warned: set[str] = set()
         self._owner = Owner(qmp, name)
         self.device, self.pid = self._owner.device, self._owner.pid
@@ -146,12 +173,12 @@ class _Vm:
         warning = require_physical(find_iommu(self._qmp, self._owner.given)) if self.maps else None
         if warning is not None and warning not in self._warned:
             self._warned.add(warning)
-            self._warn(warning)
+            self._settings.warn_user(warning)
 
     @property
     def settings(self) -> Settings:
         """What the library's jobs take."""
-        return Settings(pid=self.pid, warn=self._warn)
+        return self._settings._replace(pid=self.pid)
 
     def command(self, words: str, file: str) -> str:
         """Say what would be typed."""
@@ -159,27 +186,27 @@ class _Vm:
             f"vfio-mig {words} {self.device} {file} --pid {self.pid}{''.join(f' --memory {one}' for one in self.maps)}"
         )
 
-    def summary(self, report: dict[str, Any], state: str) -> dict[str, Any]:
-        """Return what is printed."""
-        return {**report, "pid": self.pid, "vm": state, "memory": [str(one) for one in self.maps]}
+    def done(self, report: T, state: str) -> Done[T]:
+        """Return what came of it."""
+        return Done(report, self.device, self.pid, state, [str(one) for one in self.maps])
 
 
 @interrupts.protected
-def _continue(qmp: Qmp) -> None:
+def _continue(qmp: Monitor) -> None:
     qmp.ignores_signals = True
     qmp.execute("cont")
 
 
-def _pause(qmp: Qmp) -> str:
+def _pause(qmp: Monitor) -> str:
     """Pause a running VM; returns the state that it is in then."""
     qmp.execute("stop")
     state = run_state(qmp)
-    require_state(state, may_run=False, cont=False)
+    require_state(state, may_run=False, cont=False, words=qmp.words)
     return state
 
 
 def save_vgpu(
-    qmp: Qmp,
+    qmp: Monitor,
     name: str,
     file: str,
     *,
@@ -187,9 +214,9 @@ def save_vgpu(
     all_memory: bool = False,
     cont: bool = False,
     force: bool = False,
+    settings: Settings | None = None,
     tell: Callable[[str], object] = lambda _: None,
-    warn: Callable[[str], object] = lambda _: None,
-) -> dict[str, Any]:
+) -> Done[SaveReport]:
     """Pause the VM and save its vGPU; both stay stopped unless *cont*. After a failure the VM is as it was found.
 
     That the VM stood still from before the first page was copied until the image was written is proved before the
@@ -197,17 +224,16 @@ def save_vgpu(
 
     :param all_memory: put all of the guest's RAM into the image, not only what the vGPU may have written.
     :param tell: called with what is done.
-    :param warn: called with what the user must read.
     :raises UsageError: the VM is in a state in which it cannot be saved; or all of no memory is asked for.
     :raises HostError: also when somebody else has let the VM go on meanwhile; there is no image then.
     """
     if all_memory and list(memory) == [NONE]:
         raise UsageError(f"--all-memory and --memory {NONE} exclude each other")
-    vm = _Vm(qmp, name, memory, warn)
+    vm = _Vm(qmp, name, memory, settings or Settings())
     vm.find_memory()  # what cannot be, need not interrupt the VM
     preload()
     state = run_state(qmp)
-    require_state(state, may_run=True, cont=cont)
+    require_state(state, may_run=True, cont=cont, words=qmp.words)
     require_no_migration(qmp)
     saved: list[str] = []
     with Rollback() as rollback:
@@ -219,19 +245,32 @@ def save_vgpu(
         qmp.news.clear()
         vm.find_memory()  # again, as a guest's firmware may have moved it
         tell(vm.command("save --all-memory" if all_memory else "save", file))
+        watched = _watched(vm.settings, lambda: require_paused(qmp, state), lambda: saved.append(file))
+        return _save(qmp, vm, file, rollback, watched, all_memory=all_memory, cont=cont, force=force)
 
-        def on_step(_job: str, step: str, _device: str) -> None:
-            if step == _WRITTEN:
-                require_paused(qmp, state)
 
-        settings = vm.settings._replace(on_step=on_step, on_commit=lambda: saved.append(file))
-        return _save(qmp, vm, file, rollback, settings, all_memory=all_memory, cont=cont, force=force)
+def _watched(settings: Settings, prove: Callable[[], object], note: Callable[[], object]) -> Settings:
+    """Return settings by which a save is watched besides: *prove* is called before its commit, *note* at it."""
+    asked_step, asked_commit = settings.on_step, settings.on_commit
+
+    def on_step(job: str, step: str, device: str) -> None:
+        if step == _WRITTEN:
+            prove()
+        if asked_step is not None:
+            asked_step(job, step, device)
+
+    def on_commit() -> None:
+        note()
+        if asked_commit is not None:
+            asked_commit()
+
+    return settings._replace(on_step=on_step, on_commit=on_commit)
 
 
 # From the commit on nothing is undone, and a VM whose vGPU goes on goes on: a signal must not come between
 @interrupts.protected
 def _save(
-    qmp: Qmp,
+    qmp: Monitor,
     vm: _Vm,
     file: str,
     rollback: Rollback,
@@ -240,42 +279,41 @@ def _save(
     all_memory: bool,
     cont: bool,
     force: bool,
-) -> dict[str, Any]:
+) -> Done[SaveReport]:
     # That the guest was paused is proved before the commit, by the settings' on_step
     report = save(
         vm.device, file, settings,
         memory=vm.maps, all_memory=all_memory, leave_running=cont, force=force, guest_paused=True,
     )  # fmt: skip
     rollback.disarm()
-    return vm.summary(report.as_dict(), _finish(qmp, cont=cont, done=f"{file} is whole"))
+    return vm.done(report, _finish(qmp, cont=cont, done=f"{file} is whole"))
 
 
 def restore_vgpu(
-    qmp: Qmp,
+    qmp: Monitor,
     name: str,
     file: str,
     *,
     memory: Sequence[str] = (AUTO,),
     cont: bool = False,
     force: bool = False,
+    settings: Settings | None = None,
     tell: Callable[[str], object] = lambda _: None,
-    warn: Callable[[str], object] = lambda _: None,
-) -> dict[str, Any]:
+) -> Done[RestoreReport]:
     """Load an image into the vGPU of a paused VM; both stay stopped unless *cont*. A failure leaves the VM paused.
 
     :param force: go on over mismatches of which ``vfio-mig check`` says that they may be forced.
     :param tell: called with what is done.
-    :param warn: called with what the user must read.
     """
     if file == "-":
         raise UsageError("the image is read twice and must be a file")
     state = run_state(qmp)
-    require_state(state, may_run=False, cont=cont)
+    require_state(state, may_run=False, cont=cont, words=qmp.words)
     require_no_migration(qmp)
-    vm = _Vm(qmp, name, memory, warn)
+    vm = _Vm(qmp, name, memory, settings or Settings())
     vm.find_memory()
     # restore's own force also means "a device in use", which this one is
-    found = check_image(vm.device, file, vm.settings)
+    found = check_image(vm.device, file, vm.settings._replace(on_step=None, on_commit=None))
     misfits = [one.text for one in found.checks if one.result == "mismatch"]
     if misfits and not force:
         raise MismatchError(f"{file}: {misfits[0]}", device=vm.device, hint=f"see 'vfio-mig check {file} {vm.device}'")
@@ -284,14 +322,14 @@ def restore_vgpu(
 
 
 @interrupts.protected  # as for a save
-def _restore(qmp: Qmp, vm: _Vm, file: str, *, cont: bool) -> dict[str, Any]:
+def _restore(qmp: Monitor, vm: _Vm, file: str, *, cont: bool) -> Done[RestoreReport]:
     report = restore(vm.device, file, vm.settings, memory=vm.maps, start=cont, force=True, no_memory=not vm.maps)
     for warning in report.warnings:
         vm.settings.warn_user(f"{vm.device}: {warning}")
-    return vm.summary(report.as_dict(), _finish(qmp, cont=cont, done="what was restored ends with QEMU"))
+    return vm.done(report, _finish(qmp, cont=cont, done="what was restored ends with QEMU"))
 
 
-def _finish(qmp: Qmp, *, cont: bool, done: str) -> str:
+def _finish(qmp: Monitor, *, cont: bool, done: str) -> str:
     """Continue the VM if asked to; returns its state.
 
     :param done: what to tell of the work before when this fails.

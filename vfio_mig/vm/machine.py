@@ -9,34 +9,35 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfio_mig.errors import DeviceBusyError, HostError, UnsupportedError, UsageError, excerpt
 from vfio_mig.vm.memory import flat_views, ram_of
-from vfio_mig.vm.qmp import GoneError, RefusedError, entries_of, text_of
+from vfio_mig.vm.monitor import QMP_WORDS, GoneError, RefusedError, entries_of, text_of
 
 if TYPE_CHECKING:
     from vfio_mig.vm.memory import FlatView
-    from vfio_mig.vm.qmp import Qmp
+    from vfio_mig.vm.monitor import Monitor, Words
 
 RUNNING: Final = "running"
 PAUSED: Final = ("paused", "prelaunch")
 """Stopped by somebody who will let it go on, or not yet started (-S)."""
 ENDED: Final = {
     "postmigrate": "it has been migrated away: the same guest would run twice",
-    "io-error": "a disk of it has failed: see to that, then use 'cont' in its monitor",
-    "watchdog": "its watchdog has stopped it: see to that, then use 'cont' in its monitor",
+    "io-error": "a disk of it has failed: see to that, then use {cont}",
+    "watchdog": "its watchdog has stopped it: see to that, then use {cont}",
 }
 """Stopped by QEMU, and its vCPUs stand still: it can be saved, and must not simply go on."""
 REFUSED: Final = {
     "colo": "COLO replicates it: end that first",
     "debug": "a debugger has stopped it and may let it go on at any time: detach it first",
     "finish-migrate": "its migration is in its last moments: wait until that has ended",
-    "guest-panicked": "its guest has crashed: reset it with 'system_reset' in its monitor",
+    "guest-panicked": "its guest has crashed: reset it with {reset}",
     "inmigrate": "it waits for a migration to come in: that brings memory and devices of its own",
     "internal-error": "QEMU cannot run it any more: end it",
     "restore-vm": "QEMU is loading a snapshot: wait until that has ended",
     "save-vm": "QEMU is saving a snapshot: wait until that has ended",
-    "shutdown": "its guest has shut down: reset it with 'system_reset' in its monitor",
-    "suspended": "its guest sleeps, while QEMU's devices do not: wake it with 'system_wakeup' in its monitor",
+    "shutdown": "its guest has shut down: reset it with {reset}",
+    "suspended": "its guest sleeps, while QEMU's devices do not: wake it with {wakeup}",
 }
-"""Every other state of QEMU 7 to 11 (qapi/run-state.json), and why nothing can be done in it."""
+"""Every other state of QEMU 7 to 11 (qapi/run-state.json), and why nothing can be done in it; in braces, by the names
+of :class:`~vfio_mig.vm.monitor.Words`, what the user types."""
 IDLE: Final = ("none", "completed", "failed", "cancelled")
 """States of a migration that is none (qapi/migration.json); a QEMU that has never migrated tells none at all."""
 _CONTAINERS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
@@ -79,12 +80,12 @@ class Iommu(NamedTuple):
     is_off: bool
 
 
-def run_state(qmp: Qmp) -> str:
+def run_state(qmp: Monitor) -> str:
     """Return the VM's run state, as ``query-status`` has it."""
     return text_of(qmp.execute("query-status"), "status", "query-status")
 
 
-def require_state(state: str, *, may_run: bool, cont: bool) -> None:
+def require_state(state: str, *, may_run: bool, cont: bool, words: Words = QMP_WORDS) -> None:
     """Refuse a VM in a state in which its vGPU cannot be saved, or restored.
 
     :param may_run: a running one is paused by the caller, and one that QEMU has stopped will do.
@@ -99,11 +100,12 @@ def require_state(state: str, *, may_run: bool, cont: bool) -> None:
     elif state in ENDED:
         return
     elif state == RUNNING:
-        why = "pause it first: 'stop' in its monitor, or start QEMU with -S"
-    raise UsageError(f"the VM is in state {excerpt(state)}", hint=why or "this program does not know what that means")
+        why = "pause it first: {stop}, or {start_paused}"
+    hint = "this program does not know what that means" if why is None else why.format_map(words._asdict())
+    raise UsageError(f"the VM is in state {excerpt(state)}", hint=hint)
 
 
-def require_no_migration(qmp: Qmp) -> None:
+def require_no_migration(qmp: Monitor) -> None:
     """Refuse a VM that QEMU is migrating: it relies on the device and the log of its writes.
 
     :raises DeviceBusyError: it is.
@@ -113,11 +115,11 @@ def require_no_migration(qmp: Qmp) -> None:
     if status not in IDLE:
         raise DeviceBusyError(
             f"QEMU is migrating the VM (query-migrate: {excerpt(status)})",
-            hint="wait until that has ended, or use 'migrate_cancel' in its monitor",
+            hint=f"wait until that has ended, or use {qmp.words.cancel}",
         )
 
 
-def vfio_devices(qmp: Qmp) -> list[VfioDevice]:
+def vfio_devices(qmp: Monitor) -> list[VfioDevice]:
     """Name the VM's VFIO devices, of whatever bus."""
     found = []
     for container in _CONTAINERS:
@@ -128,7 +130,7 @@ def vfio_devices(qmp: Qmp) -> list[VfioDevice]:
     return found
 
 
-def _name_of(qmp: Qmp, path: str) -> str:
+def _name_of(qmp: Monitor, path: str) -> str:
     """Return the name of the device that QEMU has opened by a path in sysfs."""
     try:
         sysfs = qmp.execute("qom-get", path=path, property="sysfsdev")
@@ -139,7 +141,7 @@ def _name_of(qmp: Qmp, path: str) -> str:
     return os.path.basename(os.path.realpath(sysfs)) if sysfs.startswith("/") and "\0" not in sysfs else ""
 
 
-def find_iommu(qmp: Qmp, device: VfioDevice | None) -> Iommu | None:
+def find_iommu(qmp: Monitor, device: VfioDevice | None) -> Iommu | None:
     """Look for a virtual IOMMU: behind one, the addresses that a device uses are not the guest's physical ones.
 
     :param device: None when it is not known which of the VM's devices it is: then the views of all count.
@@ -157,7 +159,7 @@ def find_iommu(qmp: Qmp, device: VfioDevice | None) -> Iommu | None:
     return Iommu(tuple(sorted(types)), _is_off(views, None if device is None else _devfn(qmp, device)))
 
 
-def _devfn(qmp: Qmp, device: VfioDevice) -> int | None:
+def _devfn(qmp: Monitor, device: VfioDevice) -> int | None:
     """Return slot * 8 + function; None where QEMU does not tell: in all but PCI devices."""
     try:
         devfn = qmp.execute("qom-get", path=device.path, property="addr")
@@ -213,7 +215,7 @@ def require_physical(iommu: Iommu | None) -> str | None:
     )
 
 
-def require_paused(qmp: Qmp, state: str) -> None:
+def require_paused(qmp: Monitor, state: str) -> None:
     """Make sure that a VM has stood still since it was found in *state*, or put there.
 
     A QEMU that has ended has stood still until then, if it has not told otherwise: what was saved is all that is left.

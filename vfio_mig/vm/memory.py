@@ -14,17 +14,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfio_mig.errors import HostError, UnsupportedError, errno_text, excerpt
 from vfio_mig.ranges import PAGE
-from vfio_mig.vm.qmp import LIST_MAX, entries_of, flag_of, text_of, unknown_answer
+from vfio_mig.vm.monitor import LIST_MAX, QMP_WORDS, entries_of, flag_of, text_of, unknown_answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from vfio_mig.vm.qmp import Qmp
+    from vfio_mig.vm.monitor import Monitor, Words
 
-HINT: Final = (
-    "start QEMU with -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram; "
-    "--memory none saves without the guest's pages"
-)
 _MTREE: Final = "info mtree -f"
 _MAPS_MAX: Final = 256 << 20
 """Bytes of /proc/PID/maps: the most mappings that vm.max_map_count allows by default have 10 MB."""
@@ -151,7 +147,16 @@ def parse_maps(text: str) -> list[Mapping]:
     ]
 
 
-def locate(ranges: Iterable[tuple[GuestRange, int]], mappings: list[Mapping]) -> list[Piece]:
+def not_shared(name: str, words: Words) -> UnsupportedError:
+    """Return the error of guest RAM that no other process can have."""
+    return UnsupportedError(f"QEMU's RAM {name!r} is private to it (share=off)", hint=_hint(words))
+
+
+def _hint(words: Words) -> str:
+    return f"{words.share}; --memory none saves without the guest's pages"
+
+
+def locate(ranges: Iterable[tuple[GuestRange, int]], mappings: list[Mapping], words: Words = QMP_WORDS) -> list[Piece]:
     """Find the file behind each range of guest RAM, given with its address in QEMU; neighbours become one piece.
 
     What QEMU itself cannot write (``readonly=on``) no device of its has written, and it is left out.
@@ -160,7 +165,7 @@ def locate(ranges: Iterable[tuple[GuestRange, int]], mappings: list[Mapping]) ->
     """
     pieces: list[Piece] = []
     for range_, hva in ranges:
-        for piece in _pieces(range_, hva, mappings):
+        for piece in _pieces(range_, hva, mappings, words):
             if pieces and piece.follows(pieces[-1]):
                 last = pieces.pop()
                 pieces.append(last._replace(size=last.size + piece.size))
@@ -169,7 +174,7 @@ def locate(ranges: Iterable[tuple[GuestRange, int]], mappings: list[Mapping]) ->
     return pieces
 
 
-def _pieces(range_: GuestRange, hva: int, mappings: list[Mapping]) -> Iterator[Piece]:
+def _pieces(range_: GuestRange, hva: int, mappings: list[Mapping], words: Words) -> Iterator[Piece]:
     """Yield what lies behind one range, mapping by mapping."""
     at, end = hva, hva + range_.size
     number = bisect.bisect_right(mappings, at, key=lambda one: one.start) - 1
@@ -178,7 +183,7 @@ def _pieces(range_: GuestRange, hva: int, mappings: list[Mapping]) -> Iterator[P
         if mapping is None or not mapping.start <= at < mapping.end:
             raise HostError(f"QEMU's RAM {range_.name!r} at {range_.gpa:#x} is not mapped: is it being changed?")
         if not mapping.shared or not mapping.inode:
-            raise UnsupportedError(f"QEMU's RAM {range_.name!r} is private to it (share=off)", hint=HINT)
+            raise not_shared(range_.name, words)
         upto = min(end, mapping.end)
         if mapping.writable:
             yield Piece(range_.gpa + at - hva, upto - at, mapping.offset + at - mapping.start, mapping)
@@ -204,7 +209,11 @@ def path_of(pid: int, mapping: Mapping) -> str:
     return f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
 
 
-def _read_maps(pid: int) -> str:
+def read_maps(pid: int) -> str:
+    """Return ``/proc/PID/maps``.
+
+    :raises OSError: the process has gone, or we may not look.
+    """
     with open(f"/proc/{pid}/maps", "rb") as file:
         content = file.read(_MAPS_MAX + 1)
     if len(content) > _MAPS_MAX:
@@ -212,7 +221,7 @@ def _read_maps(pid: int) -> str:
     return os.fsdecode(content)
 
 
-def find_memory(qmp: Qmp, pid: int) -> list[str]:
+def find_memory(qmp: Monitor, pid: int) -> list[str]:
     """Find all of a QEMU's guest RAM, as what ``--memory`` takes.
 
     :raises UnsupportedError: a part of it is not shared.
@@ -227,13 +236,13 @@ def find_memory(qmp: Qmp, pid: int) -> list[str]:
     }
     ranges = parse_flat_view(qmp.monitor(_MTREE), backends)
     if not ranges:
-        raise UnsupportedError("none of QEMU's memory backends is the guest's RAM", hint=HINT)
+        raise UnsupportedError("none of QEMU's memory backends is the guest's RAM", hint=_hint(qmp.words))
     for range_ in ranges:
         if backends[range_.name] is False:
-            raise UnsupportedError(f"QEMU's RAM {range_.name!r} is private to it (share=off)", hint=HINT)
+            raise not_shared(range_.name, qmp.words)
     placed = [(range_, parse_hva(qmp.monitor(f"gpa2hva {range_.gpa:#x}"))) for range_ in ranges]
     try:
-        pieces = locate(placed, parse_maps(_read_maps(pid)))
+        pieces = locate(placed, parse_maps(read_maps(pid)), qmp.words)
         paths: dict[Mapping, str] = {}
         for one in pieces:
             if one.mapping not in paths:

@@ -10,7 +10,8 @@ import struct
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from vfio_mig import interrupts
-from vfio_mig.errors import HostError, OpenError, UsageError, errno_text, excerpt
+from vfio_mig.errors import HostError, OpenError, UsageError, errno_text
+from vfio_mig.vm.monitor import NEWS, QMP_WORDS, GoneError, RefusedError, printed
 
 try:
     from qemu.qmp import QMPClient
@@ -29,20 +30,6 @@ T = TypeVar("T")
 GREETING_SECONDS: Final = 10.0
 REPLY_SECONDS: Final = 60.0
 """A pause first waits for the disks."""
-LIST_MAX: Final = 1 << 16
-"""Entries of an answer; QEMU has no list of what is asked here that comes near."""
-TEXT_MAX: Final = 4096
-"""Characters of a name or path in an answer (PATH_MAX)."""
-NEWS: Final = ("RESUME", "SHUTDOWN", "RESET", "WAKEUP", "GUEST_PANICKED")
-"""Events after which what was found out of a paused VM is no longer so."""
-
-
-class RefusedError(HostError):
-    """QEMU does not know a command, or will not do it."""
-
-
-class GoneError(HostError):
-    """QEMU has ended, or has hung up."""
 
 
 class Qmp:
@@ -53,6 +40,8 @@ class Qmp:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self.words = QMP_WORDS
+        self.listed: list[str] | None = None
         self.news: list[str] = []
         """Which of :data:`NEWS` have come, each once, since it was last cleared."""
         self.ignores_signals = False
@@ -130,10 +119,7 @@ class Qmp:
 
     def monitor(self, line: str) -> str:
         """Run a command of the human monitor and return what it prints, at most the 10 MB that an answer may have."""
-        answer = self.execute("human-monitor-command", **{"command-line": line})
-        if not isinstance(answer, str):
-            raise unknown_answer(line, f"{excerpt(answer)} is not text")
-        return answer.replace("\r\n", "\n")
+        return printed(self.execute("human-monitor-command", **{"command-line": line}), line)
 
     @interrupts.protected
     def _execute(self, command: str, arguments: dict[str, object]) -> Any:
@@ -160,51 +146,6 @@ class Qmp:
 
     def _wait(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
         return self._loop.run_until_complete(asyncio.wait_for(work, seconds))
-
-
-def unknown_answer(command: str, why: str) -> HostError:
-    """Return the error of an answer that this program does not know."""
-    return HostError(f"QEMU's answer to {command!r} is not understood: {why}")
-
-
-def entries_of(answer: object, command: str) -> list[dict[str, Any]]:
-    """Return an answer that has to be a list of objects.
-
-    :raises HostError: it is something else, or endless.
-    """
-    if not isinstance(answer, list):
-        raise unknown_answer(command, f"{excerpt(answer)} is not a list")
-    if len(answer) > LIST_MAX:
-        raise unknown_answer(command, f"it has {len(answer)} entries")
-    for one in answer:
-        if not isinstance(one, dict):
-            raise unknown_answer(command, f"{excerpt(one)} is not an object")
-    return answer
-
-
-def text_of(entry: object, key: str, command: str, default: str | None = None) -> str:
-    """Return a text of an answer.
-
-    :param default: what stands for a key that is not there, as older and newer QEMUs leave some out; None: it must be.
-    :raises HostError: it is not there, no text, or endless.
-    """
-    if not isinstance(entry, dict):
-        raise unknown_answer(command, f"{excerpt(entry)} is not an object")
-    value = entry.get(key, default)
-    if not isinstance(value, str) or len(value) > TEXT_MAX:
-        raise unknown_answer(command, f"{key!r} is {excerpt(value)}" if key in entry else f"it has no {key!r}")
-    return value
-
-
-def flag_of(entry: dict[str, Any], key: str, command: str) -> bool | None:
-    """Return a flag of an answer, None for one that this QEMU does not tell.
-
-    :raises HostError: it is not a flag.
-    """
-    value = entry.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise unknown_answer(command, f"{key!r} is {excerpt(value)}")
-    return value
 
 
 def _text(error: BaseException) -> str:
