@@ -17,7 +17,7 @@ from typing import Final, Never
 from tools.kvmgt import build as kvmgt
 from tools.kvmgt import source
 from tools.l2 import image as l2
-from tools.vm import custom, guest, gvt, kernels, kvm, machine, module, mtty, newest, qemu
+from tools.vm import custom, guest, gvt, kernels, kvm, link, machine, module, mtty, newest, qemu
 from tools.vm.cache import cache_root
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT, Interrupted, RunnerError
 
@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--l2", action="store_true",
         help="with --gvt: make a guest for a vGPU, whose driver has a load; $VFIO_MIG_L2 has it (tools/l2/README.md)",
+    )  # fmt: skip
+    result.add_argument(
+        "--link", type=link.parse, metavar="NAME/1|2",
+        help="a network cable to the VM that is started with the other end of it; its address is $VFIO_MIG_LINK, the "
+        "other VM's $VFIO_MIG_LINK_PEER",
     )  # fmt: skip
     result.add_argument("--build-all", action="store_true", help="build all mutations first; alone: do only that")
     result.add_argument("--stdin", action="store_true", help="pass standard input to COMMAND, instead of /dev/null")
@@ -152,22 +157,24 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     by_kvm = kvm.usable(kernel.image, cache)
     # mtty's protocol is spoken by a QEMU that is new enough for emulation, too
     need = gvt.NEED if options.gvt else qemu.KVM if by_kvm and not options.mtty else qemu.EMULATION
+    cable = link.Link(cache / "links" / options.link[0], options.link[1]) if options.link else None
     machine_options = machine.Options(
         kernel=kernel, kvm=by_kvm, qemu=qemu.find(need, cache, log, say), gpu=options.gpu,
         memory=options.memory, cpus=options.cpus, timeout=options.timeout, second_start=options.repeat is None,
+        link=cable,
     )  # fmt: skip
     host_driver = gvt.modules(kernel, cache, log) if options.gvt else None
     environment = guest.environment(
         os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release,
         gpu=options.gpu, gvt=host_driver, uapi=kernel.uapi, l2=_guest_of_vgpu(cache, log) if options.l2 else None,
-        qemu=machine_options.qemu.shell_words(),
+        qemu=machine_options.qemu.shell_words(), link=cable,
     )  # fmt: skip
     what = guest.Guest(
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,
         cwd=Path.cwd(), environment=environment, command=options.command, stdin=options.stdin,
         mtty=other, gvt=host_driver,
         kvmgt=_our_kvmgt(kernel, cache, say) if options.kvmgt == "ours" else None,
-        kvmgt_args=options.kvmgt_args.split(),
+        kvmgt_args=options.kvmgt_args.split(), link=cable,
     )  # fmt: skip
     log(machine.environment_note(machine_options))
     return machine_options, what

@@ -132,7 +132,9 @@ def test_a_gpu_ends_with_a_runner_that_is_killed(run: Path) -> None:
 
 def test_qemu_shares_the_guest_s_memory_and_has_the_gpu_and_its_control_port(run: Path, tmp_path: Path) -> None:
     with gvt.gpu("skl", run) as gpu:
-        command = virtme_command(make_options(tmp_path), run, tmp_path, interactive=False, gpu=gpu.qemu_arguments("3G"))
+        command = virtme_command(
+            make_options(tmp_path), run, tmp_path, interactive=False, devices=gpu.qemu_arguments("3G")
+        )
     assert "memory-backend-memfd,id=vm_memory,size=3G,share=on" in command
     assert "memory-backend=vm_memory" in command
     device = next(json.loads(word) for word in command if word.startswith("{"))

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tools.vm.link import Link
+
 ROOT_TAG: Final = "vm_root"
 RUN_TAG: Final = "vm_run"
 OUT_TAG: Final = "vm_out"
@@ -43,8 +45,8 @@ BOOTSTRAP: Final = (
     f"busybox mkdir -p {_RUN} && busybox mount -t 9p -o {_9P} {RUN_TAG} {_RUN} && exec /bin/bash {_RUN}/entry.sh"
 )
 
-# Variables in front of it: tree, gvt, kvmgt, kvmgt_args (array), module, module_args (array), mtty, out, interactive,
-# input.
+# Variables in front of it: tree, gvt, kvmgt, kvmgt_args (array), module, module_args (array), mtty, link, out,
+# interactive, input.
 _ENTRY: Final = f"""
 export PATH={_PATH}
 run={_RUN}
@@ -114,6 +116,16 @@ load_gvt() {{
 	find_port {GPU_CONTROL}
 	busybox mkdir -p /dev/virtio-ports
 	busybox ln -sf "$port" /dev/virtio-ports/{GPU_CONTROL}
+}}
+
+# The one network device there is, and whatever a udev has made of its name.
+connect() {{
+	local device name=''
+	inside modprobe -d "$tree" virtio_net || return
+	for device in /sys/class/net/*; do
+		[[ ${{device##*/}} == lo ]] || name=${{device##*/}}
+	done
+	busybox ip link set lo up && busybox ip link set "$name" up && busybox ip addr add "$link/24" dev "$name"
 }}
 
 # Waits for the host's end of this name.
@@ -186,6 +198,7 @@ mount_root || fail 'the guest could not mount its root directory'
 mount_debugfs || fail 'the guest could not mount debugfs'
 load_modules || fail 'the sample driver could not be loaded'
 [[ -z $gvt ]] || load_gvt || fail 'the host driver of GVT-g could not be loaded'
+[[ -z $link ]] || connect || fail 'the network of --link could not be set up'
 if ((interactive)); then
 	inside /bin/bash {_RUN}/command.sh
 	finish $?
@@ -215,12 +228,13 @@ class Guest:
     gvt: Path | None = None  # a tree with the modules of GVT-g's host driver
     kvmgt: Path | None = None  # another kvmgt than the one in there
     kvmgt_args: Sequence[str] = ()
+    link: Link | None = None
 
 
 def environment(
     host: Mapping[str, str], *, venv: Path, modules: Path | None, out: Path, release: str,
     gpu: str | None = None, gvt: Path | None = None, uapi: Path | None = None, l2: Path | None = None,
-    qemu: str | None = None,
+    qemu: str | None = None, link: Link | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Return the variables that COMMAND sees."""
     guest = {key: value for key, value in host.items() if key.startswith(_PASSED_ON)}
@@ -236,6 +250,7 @@ def environment(
     if_there = {
         "VFIO_MIG_KMOD_DIR": modules, "VFIO_MIG_GPU": gpu, "VFIO_MIG_GVT_MODULES": gvt, "VFIO_MIG_KERNEL_UAPI": uapi,
         "VFIO_MIG_L2": l2, "VFIO_MIG_QEMU": qemu,
+        "VFIO_MIG_LINK": link and link.address, "VFIO_MIG_LINK_PEER": link and link.peer,
     }  # fmt: skip
     return guest | {name: str(value) for name, value in if_there.items() if value is not None}
 
@@ -259,6 +274,7 @@ def entry_script(guest: Guest) -> bytes:
         _assignment("module", guest.module or ""),
         _array("module_args", guest.module_args),
         _assignment("mtty", guest.mtty or ""),
+        _assignment("link", guest.link.address if guest.link else ""),
         _assignment("out", guest.out),
         _assignment("interactive", "0" if guest.command else "1"),
         _assignment("input", "1" if guest.stdin else "0"),

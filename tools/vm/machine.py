@@ -20,6 +20,7 @@ from tools.vm.feed import Feeder
 from tools.vm.guest import Guest
 from tools.vm.kernels import Kernel
 from tools.vm.kernlog import faults
+from tools.vm.link import Link, plugged
 from tools.vm.qemu import ON_PATH, Qemu, dotted
 
 CONSOLE: Final = "console"
@@ -61,6 +62,7 @@ class Options:
     timeout: float  # seconds, from start to end
     qemu: Qemu = ON_PATH
     gpu: str | None = None  # the model of an emulated one
+    link: Link | None = None
     second_start: bool = True  # a kernel that dies at boot gets one
 
 
@@ -118,12 +120,12 @@ def virtme_command(
     *,
     interactive: bool,
     stdin: int | None = None,
-    gpu: Sequence[str] = (),
+    devices: Sequence[str] = (),
 ) -> list[str]:
     """Return the command line of virtme-ng's runner.
 
     :param stdin: a socket for COMMAND's input, which the new process is to inherit.
-    :param gpu: QEMU's arguments for an emulated GPU.
+    :param devices: QEMU's arguments for an emulated GPU and a network cable.
 
     The lower-level ``virtme-run`` is used and not ``vng``, which puts a shell in between that would survive us.
     """
@@ -145,7 +147,7 @@ def virtme_command(
         *_share(run, guest.RUN_TAG, readonly=False),
         *_share(out, guest.OUT_TAG, readonly=False),
         *([] if interactive else _ports(run, stdin)),
-        *gpu,
+        *devices,
     ]  # fmt: skip
 
 
@@ -211,6 +213,11 @@ class _Surroundings:
     followers: Sequence[_Follower]
     feeder: Feeder | None
     gpu: gvt.Gpu | None
+    cable: Sequence[str] = ()  # QEMU's arguments for it
+
+    def devices(self, memory: str) -> list[str]:
+        """Return QEMU's arguments for the GPU and the cable."""
+        return [*(() if self.gpu is None else self.gpu.qemu_arguments(memory)), *self.cable]
 
     def pump(self, seconds: float) -> None:
         """Pass output, and input if any, on for *seconds*; RunnerError when the GPU has failed."""
@@ -294,8 +301,9 @@ def _run_once(options: Options, what: Guest, directory: Path, feeder: Feeder | N
         _Follower(directory / guest.STDERR, sys.stderr.buffer),
     ]
     try:
-        with _gpu(options, directory) as gpu:
-            timed_out = _run_qemu(options, what, directory, _Surroundings(followers, feeder, gpu), deadline)
+        with _gpu(options, directory) as gpu, plugged(options.link) as cable:
+            around = _Surroundings(followers, feeder, gpu, cable)
+            timed_out = _run_qemu(options, what, directory, around, deadline)
             if gpu is not None:
                 gpu.end()
         for follower in followers:
@@ -315,7 +323,7 @@ def _run_qemu(options: Options, what: Guest, directory: Path, around: _Surroundi
     sockets = () if around.feeder is None else (around.feeder.guests.fileno(),)
     command = virtme_command(
         options, directory, what.out, interactive=False, stdin=sockets[0] if sockets else None,
-        gpu=() if around.gpu is None else around.gpu.qemu_arguments(options.memory),
+        devices=around.devices(options.memory),
     )  # fmt: skip
     (directory / "virtme-command").write_text(shlex.join(command) + "\n")
     with (directory / CONSOLE).open("wb") as console, (directory / "virtme-output").open("wb") as output:
@@ -333,9 +341,9 @@ def _run_qemu(options: Options, what: Guest, directory: Path, around: _Surroundi
 def shell(options: Options, what: Guest, directory: Path) -> int:
     """Give an interactive shell in a VM on this terminal; return 0 if it came up."""
     write_scripts(options, directory, what)
-    with _gpu(options, directory) as gpu:
-        arguments = () if gpu is None else gpu.qemu_arguments(options.memory)
-        command = virtme_command(options, directory, what.out, interactive=True, gpu=arguments)
+    with _gpu(options, directory) as gpu, plugged(options.link) as cable:
+        devices = _Surroundings((), None, gpu, cable).devices(options.memory)
+        command = virtme_command(options, directory, what.out, interactive=True, devices=devices)
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the shell inside
         try:
             process = subprocess.Popen(command)
