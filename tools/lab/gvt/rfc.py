@@ -45,8 +45,11 @@ CONTEXTS: Final = (CONTEXT, *range(_SPARE, _SPARE + 3 * _EACH, _EACH))
 QUEUED: Final = {BCS: (0xA1, 0xA2), RCS: (0xB1, 0xB2)}
 """What the pair of contexts stores that :func:`queue_work` leaves in each engine's queue."""
 BATCH_VALUE: Final = 0xBA7C
-HALF_PTE: Final = 0x90000
-"""The guest's graphics address of the entry that :func:`queue_work` leaves half written; it is to lead to TARGET."""
+HALF_PTE: Final = CONTEXTS[-1] + _EACH
+"""The guest's graphics address of the entry that :func:`queue_work` leaves half written; it is to lead to TARGET.
+
+Behind all contexts: else kvmgt, which writes a context's pages back when it has ended, writes one of them to TARGET.
+"""
 
 
 # --- the module
