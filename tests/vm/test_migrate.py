@@ -108,6 +108,7 @@ def test_migrate_moves_state_memory_and_queued_work_and_starts_the_target(source
     assert report["pages_written"] == report["pages_dirty"]
     state = js("status", source.name)
     assert "its state was moved to another device" in state["left"]
+    assert (state["moved"], js("status", target.name)["moved"]) == (True, False)
     for words in (
         ("start", source.name),
         ("save", source.name, "/dev/shm/x.vfm"),

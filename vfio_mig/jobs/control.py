@@ -55,6 +55,7 @@ class StatusReport(Report):
     :param job_pid: its process, as that one's PID namespace has it.
     :param job_since: seconds since 1970 at which it began, None when it has not said.
     :param job_step: the step that it has come to last, None when it has not said.
+    :param moved: whether ``migrate`` has moved its state to another device, which goes on with it.
     """
 
     device: str
@@ -73,6 +74,7 @@ class StatusReport(Report):
     job_pid: int | None = None
     job_since: float | None = None
     job_step: str | None = None
+    moved: bool = False
 
 
 def stop_device(name: str, settings: Settings | None = None) -> ActionReport:
@@ -287,6 +289,7 @@ def device_status(name: str, settings: Settings | None = None) -> StatusReport:
         protocol=protocol,
         state=state,
         left=None if left is None else str(left),
+        moved=left is not None and left.is_moved,
         repair=None if left is None else left.repair(found.name),
         migratable=migratable,
         driver_state=known.state,
