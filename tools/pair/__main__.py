@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The host's part of ``scripts/pair``: starts both VMs, carries the stream from one to the other, sums up."""
+"""The host's part of ``scripts/pair``: starts both VMs, carries the stream from one to the other, sums up.
+
+With ``--ssh`` and ``--gvt`` a cable joins the VMs instead, and they find each other by themselves.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, NamedTuple, NoReturn
 
+from tools.pair import sshd
 from tools.pair.sides import CUT
+from tools.vm.cache import cache_root
+from tools.vm.errors import RunnerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,12 +46,18 @@ class Stream(NamedTuple):
 @contextlib.contextmanager
 def vm(kernel: str, side: str, out: str, **pipes: int) -> Iterator[subprocess.Popen[bytes]]:
     """Run one side in a VM, which ends with the block."""
-    command = [str(ROOT / "scripts/vm"), "--kernel", kernel, "--timeout", str(SECONDS), "--module-args", HOSTS[kernel]]
-    if "stdin" in pipes:
-        command.append("--stdin")
-    command += ["--", "python", "-m", "tools.pair.sides", side]
+    options = ["--kernel", kernel, "--module-args", HOSTS[kernel], *(["--stdin"] if "stdin" in pipes else [])]
+    with _vm(options, ["tools.pair.sides", side], {"VFIO_MIG_VM_OUT": out}, **pipes) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def _vm(
+    options: list[str], module: list[str], variables: dict[str, str], seconds: int = SECONDS, **pipes: int
+) -> Iterator[subprocess.Popen[bytes]]:
+    command = [str(ROOT / "scripts/vm"), "--timeout", str(seconds), *options, "--", "python", "-m", *module]
     # Our own terminal's Ctrl-C comes to both; what is left to do then is to wait for them.
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "VFIO_MIG_VM_OUT": out}, **pipes)  # type: ignore[call-overload]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **variables}, **pipes)  # type: ignore[call-overload]
     try:
         yield process
     finally:
@@ -99,6 +111,69 @@ def migrate(kernels: tuple[str, str], cut: int | None) -> bool:
     return good
 
 
+class Kind(NamedTuple):
+    """Two VMs that reach each other by ssh."""
+
+    title: str
+    module: str  # what runs in them
+    source: list[str]  # options of scripts/vm
+    target: list[str]
+    seconds: int = SECONDS
+
+
+SSH: Final = Kind(
+    "Two hosts and a real sshd: the sample driver",
+    "tools.pair.network",
+    ["--module-args", HOSTS["6.12"]],
+    ["--module-args", HOSTS["6.1"]],
+)
+GVT: Final = Kind(
+    "Two hosts and a real sshd: the real kvmgt with our patches, each on a GPU of its own",
+    "tools.pair.gvt",
+    ["--no-module", "--gvt", "--kvmgt", "ours"],
+    ["--no-module", "--gvt", "--kvmgt", "ours"],
+)
+
+FLEET: Final = Kind(
+    "Two hosts and Ansible: a playbook moves vGPUs of the sample driver",
+    "tools.pair.fleet",
+    ["--module-args", HOSTS["6.12"]],
+    ["--module-args", HOSTS["6.1"]],
+    1800,  # Ansible starts many a Python, each of which takes seconds in there
+)
+KINDS: Final = {"ssh": SSH, "gvt": GVT, "ansible": FLEET}
+
+
+def meet(kind: Kind) -> bool:
+    """Run both sides, joined by a cable; says whether all checks hold."""
+    print(f"\n{kind.title}", flush=True)
+    began = time.monotonic()
+    tree = sshd.fetch(cache_root(os.environ), lambda message: print(f"pair: {message}", file=sys.stderr, flush=True))
+    cable = f"pair-{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="vfio-mig-pair-") as out:
+        variables = {"VFIO_MIG_VM_OUT": out, sshd.TREE: str(tree)}
+        with (
+            _vm([*kind.target, "--link", f"{cable}/2"], [kind.module, "target"], variables, kind.seconds) as target,
+            _vm([*kind.source, "--link", f"{cable}/1"], [kind.module, "source"], variables, kind.seconds) as source,
+        ):
+            codes = await_both(source, target)
+    print(
+        f"  exit codes {codes[0]} and {codes[1]}; with the start of both VMs {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    return codes == (0, 0)
+
+
+def await_both(source: subprocess.Popen[bytes], target: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """Wait for both; one that fails is not waited for by the other."""
+    while source.poll() is None or target.poll() is None:
+        for one, other in (source, target), (target, source):
+            if one.poll() and other.poll() is None:
+                other.terminate()
+        time.sleep(0.1)
+    return source.wait(), target.wait()
+
+
 def _end(signum: int, _frame: object) -> NoReturn:
     sys.exit(128 + signum)
 
@@ -111,15 +186,29 @@ def main(arguments: list[str]) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--forward", action="store_true", help="only from 6.12 to 6.1")
     which.add_argument("--back", action="store_true", help="only from 6.1 to 6.12")
+    which.add_argument("--ssh", action="store_true", help="by migrate and a real sshd, with all that goes wrong there")
+    which.add_argument("--gvt", action="store_true", help="the same with the real kvmgt on two emulated GPUs")
+    which.add_argument("--ansible", action="store_true", help="by the playbook of contrib/ansible")
     parser.add_argument("--cut", type=int, metavar="N", help="cut the stream after N bytes; it must be refused")
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _end)
+    kind = next((kind for name, kind in KINDS.items() if getattr(options, name)), None)
+    if kind is not None:
+        if options.cut is not None:
+            parser.error("--cut is for the pipe")
+        return _sum_up([meet(kind)])
     directions = [FORWARD] if options.forward else [BACK] if options.back else [FORWARD, BACK]
-    good = [migrate(direction, options.cut) for direction in directions]
+    return _sum_up([migrate(direction, options.cut) for direction in directions])
+
+
+def _sum_up(good: list[bool]) -> int:
     print("\nAll checks hold." if all(good) else "\nChecks FAILED.")
     return int(not all(good))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except RunnerError as error:
+        sys.exit(f"pair: {error}")

@@ -33,21 +33,22 @@ def _facts_file() -> Path:
     return Path(os.environ["VFIO_MIG_VM_OUT"]) / "source.json"
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
+    """Return what stands for so many bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def _pages(memory: Memory, addresses: list[int]) -> dict[str, str]:
-    return {f"{address:#x}": _digest(memory.read(address, PAGE)) for address in addresses}
+    return {f"{address:#x}": digest(memory.read(address, PAGE)) for address in addresses}
 
 
-def _facts(source: Side, work: Work, queued: Work) -> dict[str, Any]:
+def facts_of(source: Side, work: Work, queued: Work) -> dict[str, Any]:
     """Return all that the target compares, of a source that is stopped and saved."""
     layout = source.instance.layout()
     return {
         "kernel": os.uname().release,
         "run_state": source.instance.run_state(),
-        "view": _digest(guest_view(source.guest.device)),
+        "view": digest(guest_view(source.guest.device)),
         "roots": image.roots(source.guest.device.save()),
         "host_low": layout.host_low,
         "host_high": layout.host_high,
@@ -69,7 +70,7 @@ def save(source: Side) -> int:
     subprocess.run(["vfio-mig", "-q", "stop", source.name], check=True)
     queued = queue_one(source.guest, engine)
     done = subprocess.run(["vfio-mig", "save", source.name, "-", "--memory", source.memory_option], check=False)
-    _facts_file().write_text(json.dumps(_facts(source, work, queued)))
+    _facts_file().write_text(json.dumps(facts_of(source, work, queued)))
     return done.returncode
 
 
@@ -80,9 +81,9 @@ def _restore(target: Side) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout) if not done.returncode else {}
 
 
-def _compare(target: Side, facts: dict[str, Any], report: Report) -> None:
+def compare(target: Side, facts: dict[str, Any], report: Report) -> None:
     """Compare the restored, stopped device with the source."""
-    report.check("the guest's view is identical", _digest(guest_view(target.guest.device)) == facts["view"])
+    report.check("the guest's view is identical", digest(guest_view(target.guest.device)) == facts["view"])
     roots = [list(root) for root in image.roots(target.guest.device.save())]
     report.check("so are the page table's roots", len(roots) == 1 and roots == facts["roots"])
     layout = target.instance.layout()
@@ -102,7 +103,7 @@ def _compare(target: Side, facts: dict[str, Any], report: Report) -> None:
     report.check(f"the source's {len(work)} workloads' results are here", work.done_in(target.memory) == len(work))
 
 
-def _start(target: Side, facts: dict[str, Any], report: Report) -> None:
+def start(target: Side, facts: dict[str, Any], report: Report) -> None:
     """Start it and wait for the work that was queued on the source."""
     queued = Work(map(tuple, facts["queued"]))
     report.check(
@@ -126,8 +127,8 @@ def restore(target: Side) -> int:
     if code == 0:
         written = restored["pages_written"]
         report.check(f"{written} pages came with the stream", written == len(facts["pages"]))
-        _compare(target, facts, report)
-        _start(target, facts, report)
+        compare(target, facts, report)
+        start(target, facts, report)
     return int(report.failures > 0)
 
 
@@ -140,10 +141,10 @@ def refuse(target: Side) -> int:
     """Check that a part of a stream is refused and leaves no trace; 1 if a check fails."""
     report = Report()
     device, counters = target.guest.device, _counters(target)
-    view = _digest(guest_view(device))
+    view = digest(guest_view(device))
     code, _ = _restore(target)
     report.check(f"a stream that is cut is refused with exit code {code}", code == INVALID_IMAGE)
-    untouched = _digest(guest_view(device)) == view and _counters(target) == counters
+    untouched = digest(guest_view(device)) == view and _counters(target) == counters
     report.check("the device is untouched", untouched)
     report.check("and runs", target.instance.run_state() == "running")
     memory = target.memory
