@@ -7,31 +7,23 @@ one that runs this VM, as Debian 12's does not speak protocol v2.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shlex
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from tools.l2 import moves
-from tools.l2.image import Image
-from tools.l2.machine import L2, START_SECONDS
+from tools.l2.machine import START_SECONDS
+from tools.l2.pair import Pair
 from tools.lab import cli
-from tools.lab.gvt import kvmgt
 from tools.lab.gvt.rfc import MODULES, load_ours, load_stock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from tools.l2.moves import Move
+    from pathlib import Path
 
 pytestmark = [pytest.mark.gvt, pytest.mark.l2, pytest.mark.slow]
 
-KIND: Final = "i915-GVTg_V5_4"
 TIMES: Final = 10
 RESULTS: Final = 60
 
@@ -51,61 +43,20 @@ def report(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-class Bench:
-    """Two vGPUs, and the QEMUs that have them one after the other."""
-
-    def __init__(self, stack: contextlib.ExitStack, directory: Path) -> None:
-        self._stack: Final = stack
-        self._directory: Final = directory
-        self._image: Final = Image.of(Path(os.environ["VFIO_MIG_L2"]))
-        self.guests: Final[list[L2]] = []
-        self.vgpus: Final = [stack.enter_context(kvmgt.instance(KIND)) for _ in range(2)]
-
-    @property
-    def stream(self) -> Path:
-        return self._directory / "stream"
-
-    def start(self, vgpu: int, *more: str) -> L2:
-        """Start a QEMU with one of the vGPUs."""
-        own = self._directory / str(len(self.guests))
-        own.mkdir()
-        guest = self._stack.enter_context(
-            L2.started(
-                self._image, str(kvmgt.DEVICES / self.vgpus[vgpu]), own,
-                qemu=shlex.split(os.environ["VFIO_MIG_QEMU"]), device=moves.DEVICE, more=more,
-            )
-        )  # fmt: skip
-        self.guests.append(guest)
-        return guest
-
-    def move(self, guest: L2, vgpu: int) -> tuple[L2, Move]:
-        """Have QEMU move a running guest to a new QEMU with that vGPU; the old one is ended."""
-        target = self.start(vgpu, *moves.INCOMING)
-        uri = f"unix:{target.console.parent / 'migration'}"
-        moves.receive(target.qmp, uri)
-        done = moves.migrate(guest.qmp, uri)
-        moves.await_running(target.qmp)
-        assert guest.status() == "postmigrate"
-        guest.end()
-        return target, done
-
-
 @pytest.fixture
-def bench() -> Iterator[Bench]:
-    with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2-", dir="/dev/shm")))
-        made = Bench(stack, directory)
+def pair() -> Iterator[Pair]:
+    with Pair.made() as made:
         yield made
         for guest in made.guests:  # pytest shows it if the test has failed
             report(f"QEMU {guest.process.poll()}: {guest.log.read_text(errors='replace')[-2000:]}")
 
 
-def test_a_running_guest_moves_ten_times_back_and_forth(bench: Bench) -> None:
-    guest = bench.start(0)
+def test_a_running_guest_moves_ten_times_back_and_forth(pair: Pair) -> None:
+    guest = pair.start(0)
     guest.await_ready(5 * START_SECONDS)
     right = guest.await_right(RESULTS).right
     for turn in range(TIMES):
-        guest, done = bench.move(guest, (turn + 1) % 2)
+        guest, done = pair.move(guest, (turn + 1) % 2)
         counts = guest.await_right(RESULTS)
         report(f"{turn + 1}: {done}, {counts}")
         assert counts.wrong == 0
@@ -114,18 +65,12 @@ def test_a_running_guest_moves_ten_times_back_and_forth(bench: Bench) -> None:
         assert done.vfio_bytes > 3_000_000
 
 
-def test_a_guest_in_a_file_goes_on_with_another_vgpu(bench: Bench) -> None:
-    guest = bench.start(0)
+def test_a_guest_in_a_file_goes_on_with_another_vgpu(pair: Pair) -> None:
+    guest = pair.start(0)
     guest.await_ready(5 * START_SECONDS)
     before = guest.await_right(RESULTS)
-    done = moves.migrate(guest.qmp, f"file:{bench.stream}")
-    guest.end()
-    report(f"{done}, {bench.stream.stat().st_size} bytes")
-
-    guest = bench.start(1, *moves.INCOMING)
-    moves.receive(guest.qmp, f"file:{bench.stream}")
-    moves.await_running(guest.qmp)
-    counts = guest.await_right(RESULTS)
+    report(f"{pair.save(guest)}, {pair.stream.stat().st_size} bytes")
+    counts = pair.load(1).await_right(RESULTS)
     assert (counts.wrong, counts.right > before.right) == (0, True)
 
 
@@ -133,31 +78,30 @@ def js(*words: str | Path) -> Any:
     return json.loads(cli.run("--json", *words, warm=True).stdout)
 
 
-def test_a_vgpu_goes_out_of_qemu_s_stream_and_an_image_of_it_back_into_the_guest(bench: Bench) -> None:
-    guest = bench.start(0)
+def test_a_vgpu_goes_out_of_qemu_s_stream_and_an_image_of_it_back_into_the_guest(pair: Pair) -> None:
+    guest = pair.start(0)
     guest.await_ready(5 * START_SECONDS)
     before = guest.await_right(RESULTS)
     # both of the same moment: the VM is paused first
     guest.qmp.execute("stop")
-    directory = bench.stream.parent
-    js("save", bench.vgpus[0], directory / "saved.vfm")
-    moves.migrate(guest.qmp, f"file:{bench.stream}")
-    guest.end()
+    directory = pair.stream.parent
+    js("save", pair.vgpus[0], directory / "saved.vfm")
+    pair.save(guest)
 
-    taken = js("extract", bench.stream, directory / "taken.vfm", "--device", "vfio0")
+    taken = js("extract", pair.stream, directory / "taken.vfm", "--device", "vfio0")
     assert (taken["layout"], taken["problems"]) == ("gvt-rfc", [])
     assert taken["state_bytes"] > 3_000_000
     # what QEMU has read of the vGPU is what vfio-mig has read of it
     report(json.dumps(js("diff", directory / "saved.vfm", directory / "taken.vfm"))[:4000])
     assert js("diff", directory / "saved.vfm", directory / "taken.vfm")["counts"].keys() == {"image"}
-    with cli.held(bench.vgpus[1]):
-        checks = js("check", directory / "taken.vfm", bench.vgpus[1])
+    with cli.held(pair.vgpus[1]):
+        checks = js("check", directory / "taken.vfm", pair.vgpus[1])
         assert checks["fits"], checks
 
-    packed = js("pack", directory / "saved.vfm", directory / "packed", "--into", bench.stream)
+    packed = js("pack", directory / "saved.vfm", directory / "packed", "--into", pair.stream)
     assert (packed["state_bytes"], packed["warnings"]) == (js("verify", directory / "saved.vfm")["state_bytes"], [])
-    bench.stream.unlink()
-    guest = bench.start(1, *moves.INCOMING)
+    pair.stream.unlink()
+    guest = pair.start(1, *moves.INCOMING)
     moves.receive(guest.qmp, f"file:{directory / 'packed'}")
     # it was paused when it was written
     moves.await_status(guest.qmp, "paused")
