@@ -68,6 +68,10 @@ def parser() -> argparse.ArgumentParser:
         help="with --gvt: make a guest for a vGPU, whose driver has a load; $VFIO_MIG_L2 has it (tools/l2/README.md)",
     )  # fmt: skip
     result.add_argument(
+        "--l2-qemu", metavar="SUITE", help="what $VFIO_MIG_QEMU names for COMMAND: the QEMU of this newer suite of the "
+        "distribution; default: the one that runs the VM",
+    )  # fmt: skip
+    result.add_argument(
         "--link", type=link.parse, metavar="NAME/1|2",
         help="a network cable to the VM that is started with the other end of it; its address is $VFIO_MIG_LINK, the "
         "other VM's $VFIO_MIG_LINK_PEER",
@@ -95,6 +99,8 @@ def _check_gvt(options: argparse.Namespace) -> None:
         parser().error("--kvmgt-args needs --kvmgt ours")
     if options.l2 and not options.gvt:
         parser().error("--l2 needs --gvt")
+    if options.l2_qemu and not options.l2:
+        parser().error("--l2-qemu needs --l2")
     if options.gvt and not options.gpu:
         options.gpu = gvt.MODELS[0]
 
@@ -158,6 +164,7 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     # mtty's protocol is spoken by a QEMU that is new enough for emulation, too
     need = gvt.NEED if options.gvt else qemu.KVM if by_kvm and not options.mtty else qemu.EMULATION
     cable = link.Link(cache / "links" / options.link[0], options.link[1]) if options.link else None
+    inner = qemu.of_suite(options.l2_qemu, cache, log) if options.l2_qemu else None
     machine_options = machine.Options(
         kernel=kernel, kvm=by_kvm, qemu=qemu.find(need, cache, log, say), gpu=options.gpu,
         memory=options.memory, cpus=options.cpus, timeout=options.timeout, second_start=options.repeat is None,
@@ -167,7 +174,7 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     environment = guest.environment(
         os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release,
         gpu=options.gpu, gvt=host_driver, uapi=kernel.uapi, l2=_guest_of_vgpu(cache, log) if options.l2 else None,
-        qemu=machine_options.qemu.shell_words(), link=cable,
+        qemu=(inner or machine_options.qemu).shell_words(), link=cable,
     )  # fmt: skip
     what = guest.Guest(
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,

@@ -246,3 +246,11 @@ def test_what_cannot_be_done_without_is_an_error(tmp_path: Path, host: Path) -> 
     program(host, "10.0.2")
     with pytest.raises(RunnerError, match=r"QEMU 10\.1 or newer with the device vfio-user-pci .* this host has 10\.0"):
         find(GPU, tmp_path, never, never)
+
+
+def test_the_qemu_of_one_suite_is_fetched_however_old_it_is(tmp_path: Path, offers: list[FakeSuite]) -> None:
+    offers += [FakeSuite("new", "1:11.1.3"), FakeSuite("old", "1:7.2.1"), FakeSuite("older", "1:5.2")]
+    assert qemu.of_suite("old", tmp_path, lambda _: None).version == (7, 2)
+    assert [len(suite.downloads) for suite in offers] == [0, 1, 0]
+    with pytest.raises(RunnerError, match="no suite sid; there are: new, old, older; trixie: no such suite"):
+        qemu.of_suite("sid", tmp_path, never)

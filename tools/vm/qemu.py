@@ -187,6 +187,21 @@ def fetch(need: Need, cache: Path, log: Callable[[str], None]) -> Qemu:
     raise RunnerError(f"no QEMU {need} could be fetched: {'; '.join(failures)}")
 
 
+def of_suite(name: str, cache: Path, log: Callable[[str], None]) -> Qemu:
+    """Return the QEMU of one of the distribution's newer suites, whatever its version.
+
+    :raises RunnerError: there is no such suite, or its QEMU does not run here.
+    """
+    (cache / "qemu").mkdir(parents=True, exist_ok=True)
+    failures: list[str] = []
+    names = []
+    for suite in available(cache, failures):
+        names.append(suite.suite.name)
+        if names[-1] == name:
+            return _from_suite(suite, KVM, cache, log)[1]
+    raise RunnerError("; ".join([f"no suite {name}; there are: {', '.join(names) or 'none'}", *failures]))
+
+
 def find(need: Need, cache: Path, log: Callable[[str], None], warn: Callable[[str], None]) -> Qemu:
     """Return the host's QEMU if it has what is needed, else one in the cache.
 
