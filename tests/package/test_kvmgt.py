@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""The package with kvmgt, in a new Debian with its own kernel, headers, compiler and dkms; nothing is loaded."""
+"""The package with kvmgt, in a new Debian with its own kernel, headers, compiler and dkms; only the VM loads anything."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import tempfile
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.package.conftest import run
+from tests.package.conftest import ROOT, run
 from tests.package.test_debian import packages
 from vfio_mig import __version__
 
@@ -23,6 +25,8 @@ TREE: Final = f"/usr/src/{NAME}-{__version__}"
 CACHE: Final = f"/var/cache/{NAME}"
 GVT: Final = "drivers/gpu/drm/i915/gvt"
 INCLUDED: Final = "ca-certificates dkms python3-pyelftools patch xz-utils kmod linux-headers-amd64 linux-image-amd64"
+JOBS: Final = ("tests/vm/test_gvt_migration.py", "tests/vm/test_gvt_v2.py")
+"""The whole job by the RFC and by protocol v2, on what is built here."""
 # The kernel that comes later: of Debian 12 a newer one besides, of Debian 13 the same once more, which changes nothing.
 UPDATES: Final = {
     "bookworm": "linux-image-6.12-amd64 linux-headers-6.12-amd64",
@@ -50,7 +54,7 @@ ls /usr/include/vfio-mig >/out/headers
 modinfo -k "$first" kvmgt >/out/modinfo
 cp -r {TREE} /root/tree
 cp -r {CACHE} /root/cache
-mkdir -p /out/built && cp /root/cache/modules/kvmgt-*/kvmgt.ko /out/built/
+mkdir -p /out/built && cp /root/cache/modules/kvmgt-*/kvmgt.ko /out/built/ && echo "$first" >/out/built/release
 
 # Secure Boot, of which a kernel would say so here
 cat >/root/secure <<-'END'
@@ -199,3 +203,24 @@ def test_the_script_does_the_same_without_a_package(debian: Path) -> None:
     said(debian, "script-remove")
     assert is_stock(loaded(debian, "script-remove"))
     assert (debian / "script.stock").read_text() == (debian / "stock").read_text()
+
+
+def test_the_module_that_dkms_built_does_the_whole_job(debian: Path) -> None:
+    """On the emulated GPU, with the kernel that it was built for: scripts/vm has Debian 12's own."""
+    release = (debian / "built" / "release").read_text().strip()
+    done = run_vm(["uname", "-r"])
+    if done.stdout.split() != [release]:
+        pytest.skip(f"scripts/vm --kernel 6.1 has {done.stdout.strip()}, and this Debian {release}")
+    with tempfile.TemporaryDirectory(dir=ROOT, prefix=".built-") as visible:  # in the VM; it has a /tmp of its own
+        shutil.copy(debian / "built" / "kvmgt.ko", visible)
+        done = run_vm(["pytest", "-q", "-p", "no:cacheprovider", *JOBS], VFIO_MIG_KVMGT=visible)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+
+
+def run_vm(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    options = ["--kernel", "6.1", "--gvt", "--gpu", "kbl", "--no-module", "--memory", "2G", "--timeout", "1500"]
+    return subprocess.run(
+        [str(ROOT / "scripts/vm"), *options, "--", *command], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, env={**os.environ, "VFIO_MIG_REQUIRE_VM": "1", **environment}, check=False,
+    )  # fmt: skip

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.gvt, pytest.mark.l2, pytest.mark.slow]
+pytestmark = [pytest.mark.gvt, pytest.mark.l2]
 
 TIMES: Final = 10
 RESULTS: Final = 60
@@ -51,20 +51,32 @@ def pair() -> Iterator[Pair]:
             report(f"QEMU {guest.process.poll()}: {guest.log.read_text(errors='replace')[-2000:]}")
 
 
-def test_a_running_guest_moves_ten_times_back_and_forth(pair: Pair) -> None:
+def to_and_fro(pair: Pair, times: int) -> None:
+    """Move a guest so many times; each result it got is right, and the count, its own, goes on."""
     guest = pair.start(0)
     guest.await_ready(5 * START_SECONDS)
     right = guest.await_right(RESULTS).right
-    for turn in range(TIMES):
-        guest, done = pair.move(guest, (turn + 1) % 2)
+    for turn in range(times):
+        moved = pair.move(guest, (turn + 1) % 2)
+        guest = moved.guest
         counts = guest.await_right(RESULTS)
-        report(f"{turn + 1}: {done}, {counts}")
+        report(f"{turn + 1}: {moved.move}, silent for {moved.silence * 1e3:.0f} ms, {counts}")
         assert counts.wrong == 0
-        assert counts.right > right  # the load's own count, which came along
+        assert counts.right > right
         right = counts.right
-        assert done.vfio_bytes > 3_000_000
+        assert moved.move.vfio_bytes > 3_000_000
 
 
+def test_a_running_guest_moves_there_and_back(pair: Pair) -> None:
+    to_and_fro(pair, 2)
+
+
+@pytest.mark.slow
+def test_a_running_guest_moves_ten_times_back_and_forth(pair: Pair) -> None:
+    to_and_fro(pair, TIMES)
+
+
+@pytest.mark.slow
 def test_a_guest_in_a_file_goes_on_with_another_vgpu(pair: Pair) -> None:
     guest = pair.start(0)
     guest.await_ready(5 * START_SECONDS)
@@ -78,6 +90,7 @@ def js(*words: str | Path) -> Any:
     return json.loads(cli.run("--json", *words, warm=True).stdout)
 
 
+@pytest.mark.slow
 def test_a_vgpu_goes_out_of_qemu_s_stream_and_an_image_of_it_back_into_the_guest(pair: Pair) -> None:
     guest = pair.start(0)
     guest.await_ready(5 * START_SECONDS)

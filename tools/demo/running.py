@@ -69,10 +69,11 @@ class Show:
         """Have QEMU move it to the other vGPU."""
         self.report.step(f"QEMU moves the running guest to vGPU {'AB'[vgpu]}, in another QEMU")
         print("  (qemu) migrate unix:SOCKET", flush=True)
-        target, done = self.pair.move(guest, vgpu)
-        self.tell(done)
-        self.goes_on(target)
-        return target
+        moved = self.pair.move(guest, vgpu)
+        self.tell(moved.move)
+        print(f"  its console was silent for {moved.silence * 1e3:.0f} ms", flush=True)
+        self.goes_on(moved.guest)
+        return moved.guest
 
     def tell(self, done: Move) -> None:
         """Say what QEMU says of it."""

@@ -10,12 +10,13 @@ import contextlib
 import os
 import shlex
 import tempfile
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from tools.l2 import moves
 from tools.l2.image import Image
-from tools.l2.machine import L2
+from tools.l2.machine import L2, GuestError
 from tools.lab.gvt import kvmgt
 
 if TYPE_CHECKING:
@@ -23,8 +24,25 @@ if TYPE_CHECKING:
 
     from tools.l2.moves import Move
 
+_POLL_SECONDS: Final = 0.01
+_WORDS_SECONDS: Final = 60.0
+
 KIND: Final = "i915-GVTg_V5_4"
 """The smallest type of which the GPU has room for two."""
+
+
+class Moved(NamedTuple):
+    """A guest that has moved.
+
+    :param guest: where it is now.
+    :param move: what QEMU says of it.
+    :param silence: seconds from its last word on the old console to its first on the new one, which is what somebody
+        outside sees of the move. It says something some times per second.
+    """
+
+    guest: L2
+    move: Move
+    silence: float
 
 
 class Pair:
@@ -63,7 +81,7 @@ class Pair:
         self.guests.append(guest)
         return guest
 
-    def move(self, guest: L2, vgpu: int) -> tuple[L2, Move]:
+    def move(self, guest: L2, vgpu: int) -> Moved:
         """Have QEMU move a running guest to a new QEMU with that vGPU; the old one is ended.
 
         :raises GuestError: it did not come about.
@@ -73,8 +91,9 @@ class Pair:
         moves.receive(target.qmp, uri)
         done = moves.migrate(guest.qmp, uri)
         moves.await_running(target.qmp)
+        silence = _first_word(target) - guest.console.stat().st_mtime
         guest.end()
-        return target, done
+        return Moved(target, done, silence)
 
     def save(self, guest: L2) -> Move:
         """Have QEMU write a running guest to :attr:`stream`; it is ended."""
@@ -88,3 +107,17 @@ class Pair:
         moves.receive(guest.qmp, f"file:{self.stream}")
         moves.await_running(guest.qmp)
         return guest
+
+
+def _first_word(guest: L2) -> float:
+    """Wait for the first word on a console, and return when it came, in seconds since the epoch.
+
+    :raises GuestError: there is none.
+    """
+    end = time.monotonic() + _WORDS_SECONDS
+    while not guest.console.stat().st_size:
+        guest.require_good()
+        if time.monotonic() > end:
+            raise GuestError(f"the guest says nothing within {_WORDS_SECONDS:g} s after its move")
+        time.sleep(_POLL_SECONDS)
+    return time.time()
