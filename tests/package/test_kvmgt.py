@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The package with kvmgt, in a new Debian with its own kernel, headers, compiler and dkms; only the VM loads anything."""
+"""The package with kvmgt, in a new Debian with its own kernel, compiler and dkms; only the VM loads modules."""
 
 from __future__ import annotations
 
