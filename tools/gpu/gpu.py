@@ -96,7 +96,7 @@ class Gpu:
         if region == BAR0:
             return self.mmio.read_bytes(offset, size)
         if region == CONFIG:
-            return self._config.read(offset, size)
+            return self._config.read(offset, size, conventional=self.misbehaviour.conventional)
         if region == BAR2:
             return b"".join(self._read_aperture(*piece) for piece in _pieces(offset, size))
         return bytes(size)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SIZE: Final = 4096
+CONVENTIONAL_SIZE: Final = 256
 """All of it, with zeros from 0x100 on: kvmgt copies 4096 bytes, and what a conventional function has there (ones) sends
 QEMU's walk through extended capabilities round in circles. Hence the PCI Express capability."""
 
@@ -75,9 +76,14 @@ class ConfigSpace:
         for offset, kind in _BARS.values():
             self._bytes[offset] = kind
 
-    def read(self, offset: int, size: int) -> bytes:
-        """Read bytes."""
-        return bytes(self._bytes[offset : offset + size])
+    def read(self, offset: int, size: int, *, conventional: bool = False) -> bytes:
+        """Read bytes.
+
+        :param conventional: from 256 on there is nothing, which reads as ones.
+        """
+        end = offset + size
+        there = max(offset, min(end, CONVENTIONAL_SIZE)) if conventional else end
+        return bytes(self._bytes[offset:there]) + b"\xff" * (end - there)
 
     def write(self, offset: int, data: bytes) -> None:
         """Write bytes; bits that are not writable keep their value."""
