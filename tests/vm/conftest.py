@@ -102,10 +102,16 @@ def quiet_kernel(kernel_log: KernelLog) -> Iterator[None]:
     assert not complaints, "the kernel complained:\n" + "\n".join(complaints)
 
 
+def _warm_reply(*words: str) -> str:
+    done = cli.run(*words, warm=True)
+    return (done.stdout + done.stderr).decode()
+
+
 @pytest.fixture
 def warm_demonstrations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the demonstrations run their commands in forks of this process."""
     monkeypatch.setattr(report, "run", lambda *words: cli.run(*words, warm=True).stdout)
+    monkeypatch.setattr(report, "reply_of", _warm_reply)
 
 
 @pytest.fixture

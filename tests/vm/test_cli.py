@@ -379,11 +379,20 @@ def test_hold_in_the_background_returns_once_all_are_held(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("warm_demonstrations")
-def test_the_demonstration_s_checks_hold(source: Side, target: Side, tmp_path: Path) -> None:
+def test_the_demonstration_s_checks_hold_and_each_command_s_reply_fits_a_terminal(
+    source: Side, target: Side, shm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = Report()
-    with contextlib.chdir(tmp_path):
-        Migration(source, target, tmp_path / "gpu.vfm", report).run()
-    assert report.failures == 0
+    for one in (source, target):
+        report.name(one.name)
+    with contextlib.chdir(shm):
+        Migration(source, target, shm / "gpu.vfm", report).run()
+    said = capsys.readouterr().out
+    assert report.failures == 0, said
+    assert max(map(len, said.splitlines())) <= 80
+    assert not {source.name, target.name, str(shm)} & {*re.findall(r"[^\s:@]+", said)}
+    assert "\n  $ vfio-mig stop $A\n    $A: stopped in " in said
+    assert re.search(r"\n  sum +\d+\.\d ms\n", said)
 
 
 def test_the_script_of_functions_in_the_documentation_runs(tmp_path: Path) -> None:

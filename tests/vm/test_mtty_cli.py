@@ -174,3 +174,5 @@ def test_the_demonstration_holds(capfd: pytest.CaptureFixture[str]) -> None:
     assert status == 0, said
     assert said.endswith("All checks hold.\n")
     assert said.count("  ok    ") >= 12
+    assert max(map(len, said.splitlines())) <= 80
+    assert "  $ vfio-mig state $A running-p2p\n" in said

@@ -21,6 +21,7 @@ from tools.lab.sample import gpu, host
 from tools.lab.sample.held import guest_view, queue_one, run_some_work
 from tools.lab.vfio.raw import PAGE
 from vfio_mig.vm.memory import find_memory
+from vfio_mig.vm.monitor import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,6 +108,12 @@ def test_the_holder_of_a_working_vgpu_is_qemu(source: Qemu, engine: gpu.Engine) 
     assert (info["how"], info["protocol"]) == ("borrowed", "gvt-rfc")
     status = js("status", source.name)
     assert (status["holder_pid"], status["holder"], status["state"]) == (source.pid, COMMAND, "unknown")
+    assert_running(source)
+
+
+def test_qemu_itself_does_not_migrate_a_vm_that_has_such_a_vgpu(source: Qemu) -> None:
+    with pytest.raises(RefusedError, match=r"QEMU refuses 'migrate': .*(?i:vfio)"):
+        source.qmp.execute("migrate", uri="exec:cat >/dev/null")
     assert_running(source)
 
 

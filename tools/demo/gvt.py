@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tools.demo.report import Report, vfio_mig
+from tools.demo.__main__ import WITHOUT, milliseconds, show_times
+from tools.demo.report import Report, asked
 from tools.lab import cli
 from tools.lab.borrowing import borrowed_fd
 from tools.lab.gvt import kvmgt
@@ -37,14 +38,11 @@ class Migration:
     :param target: the UUID of the other vGPU, which another process holds with the memory *into*.
     """
 
-    def __init__(
-        self, gpu: Control, source: Vgpu, target: str, *, into: Memory, directory: Path, report: Report
-    ) -> None:
+    def __init__(self, gpu: Control, source: Vgpu, target: str, *, into: Memory, report: Report) -> None:
         self.gpu: Final = gpu
         self.source: Final = source
         self.target: Final = target
         self.into: Final = into
-        self.directory: Final = directory
         self.report: Final = report
         self.device: Final = raw.Device(borrowed_fd(target), target)
         """A second fd of the target; the caller closes it, as a vGPU that is open cannot be removed."""
@@ -58,13 +56,14 @@ class Migration:
         view = gvt_rfc.view(self.source.device)
         self.restore(view)
         self.start()
-        self.show_times()
+        show_times(self.report, self.times)
 
     def look(self) -> None:
         """Have the command say what it is."""
         self.report.step("Both are vGPUs of kvmgt, on the distribution's i915; each guest has its aperture at 0")
-        told = vfio_mig("info", self.source.name)
-        self.report.check(f"its protocol is {told['protocol']}", told["protocol"] == "gvt-rfc")
+        self.report.vfio_mig("list", "-o", "name,type,driver,holder")
+        spoken = asked("info", self.source.name)["protocol"]
+        self.report.check(f"the first speaks the protocol {spoken}, as 'vfio-mig info' says", spoken == "gvt-rfc")
         self.report.check(f"the guest's aperture is at {self.source.low:#x}", self.source.low == 0)
 
     def work(self) -> None:
@@ -80,26 +79,25 @@ class Migration:
     def save(self) -> None:
         """Save its state, and all of its guest's memory."""
         self.report.step("Save its state, and all of its guest's memory: page tables are read, and never dirty")
-        memory = f"{self.directory / 'source'}@{MEMORY:#x}"
-        image = str(self.directory / "gpu.vfm")
-        saved = vfio_mig("save", self.source.name, image, "--memory", memory, "--all-memory")
-        pages = saved["pages_dirty"]
+        words = ("--memory", f"source@{MEMORY:#x}", "--all-memory")
+        saved = self.report.vfio_mig("save", self.source.name, "gpu.vfm", *words)
         known = self.source.device.dirty(self.source.memory)
-        self.report.check(f"{pages} pages are dirty, those that the driver has pinned or written", pages == len(known))
-        print(f"  state: {saved['state_bytes']} bytes, image file: {Path(image).stat().st_size} bytes")
-        self.times["stop"] = saved["stop_time"]
-        self.times["read state"] = saved["state_read_time"]
+        text = f"{len(known)} pages are dirty, those that the driver has pinned or written"
+        self.report.check(text, f" {len(known)} dirty pages" in saved)
+        self.times["stop"] = milliseconds(saved, "stop")
+        self.times["read state"] = milliseconds(saved, "state")
 
     def restore(self, view: bytes) -> None:
         """Load it into the target."""
         self.report.step("Look whether it fits the second one, and restore it there")
-        found = vfio_mig("check", str(self.directory / "gpu.vfm"), self.target)
+        self.report.vfio_mig("check", "gpu.vfm", self.target)
+        found = asked("check", "gpu.vfm", self.target)
         [memory] = [one for one in found["checks"] if one["name"] == "guest-memory"]
-        self.report.check(f"it does; guest memory: {memory['text']}", found["fits"] and memory["result"] == "ok")
+        self.report.check("it does, with its guest's memory", found["fits"] and memory["result"] == "ok")
         before = self.device.guest_high()
-        restored = vfio_mig("restore", self.target, str(self.directory / "gpu.vfm"),
-                            "--memory", f"{self.directory / 'target'}@{MEMORY:#x}")  # fmt: skip
-        self.times["write state"] = restored["state_write_time"]
+        words = ("--memory", f"target@{MEMORY:#x}")
+        restored = self.report.vfio_mig("restore", self.target, "gpu.vfm", *words)
+        self.times["write state"] = milliseconds(restored, "in")
         self.report.check("the guest's memory is equal", self.into.bytes[:] == self.source.memory.bytes[:])
         self.report.check("the guest's view is identical", gvt_rfc.view(self.device) == view)
         high = self.source.high
@@ -117,8 +115,7 @@ class Migration:
         """Start the target, and see who executes the queue."""
         self.report.step("Start it: the queue is executed, with this host's addresses")
         since, untouched = self.gpu.last(), self.source.memory.bytes[:]
-        started = vfio_mig("start", self.target)
-        self.times["start"] = started["seconds"]
+        self.times["start"] = milliseconds(self.report.vfio_mig("start", self.target), "in")
         wanted = {value: result_of(engine, turn) for engine in QUEUED for turn, value in enumerate(QUEUED[engine])}
         wait_until("the queued work", lambda: all(self.into.u32(MEMORY + at) == value for value, at in wanted.items()))
         stored = gvt_rfc.stored(self.gpu, since)
@@ -126,27 +123,29 @@ class Migration:
         self.report.check(f"the GPU stored all {len(wanted)} values in the target's memory", here)
         self.report.check("and none in the source's", self.source.memory.bytes[:] == untouched)
 
-    def show_times(self) -> None:
-        """Print where the downtime went."""
-        self.report.step("Downtime by phase (emulated CPU; without starting the commands)")
-        for name, seconds in (*self.times.items(), ("sum", sum(self.times.values()))):
-            print(f"  {name:<16} {seconds * 1e3:8.1f} ms")
-
 
 def main() -> int:
     """Run the demonstration; 1 if a check fails."""
     report = Report()
-    print(f"vfio-mig on Linux {os.uname().release}: a vGPU of the real driver moves from one to another")
+    report.begin(
+        f"vfio-mig on Linux {os.uname().release}: a GVT-g vGPU moves to another one",
+        "Bench: Debian's own i915, and its kvmgt with the RFC's patches, in a VM on a GPU in software. Not silicon.",
+        WITHOUT,
+    )
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        stack.enter_context(chdir(directory))
         gpu = stack.enter_context(kvmgt.gpu())
         source = stack.enter_context(Vgpu.opened(stack.enter_context(kvmgt.instance()), directory / "source"))
         target = stack.enter_context(kvmgt.instance())
         into = Memory(MEMORY, MEMORY_PAGES, directory / "target")
         option = f"{directory / 'target'}@{MEMORY:#x}"
         stack.enter_context(cli.held(target, option))
-        print(f"  $ vfio-mig hold {target} --memory {option} &", flush=True)
-        migration = Migration(gpu, source, target, into=into, directory=directory, report=report)
+        report.name(source.name)
+        report.name(target)
+        report.step("$A is open here, as a VMM has its vGPU open; $B is held by the command")
+        report.command("vfio-mig", "hold", target, "--memory", f"target@{MEMORY:#x}", "&")
+        migration = Migration(gpu, source, target, into=into, report=report)
         stack.callback(migration.device.close)
         migration.run()
     return report.end()

@@ -16,46 +16,46 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from tools.demo.__main__ import WITHOUT
 from tools.demo.report import Report
 from tools.lab.qemu import MEGABYTES, Qemu
 from tools.lab.sample import gpu, host
 from tools.lab.sample.held import Work, guest_view, queue_one, run_some_work
 from tools.lab.vfio.raw import PAGE
+from vfio_mig.vm.monitor import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCRIPTS: Final = Path("scripts")
+SCRIPTS: Final = Path("scripts").absolute()
+SHOWN: Final = ("vm", "state", "state_bytes", "pages_dirty", "pages_written", "stopped_time")
+"""Of the JSON that the scripts print."""
 
 
 @contextlib.contextmanager
-def two_vms(directory: Path) -> Iterator[tuple[Qemu, Qemu]]:
+def two_vms(directory: Path, report: Report) -> Iterator[tuple[Qemu, Qemu]]:
     """Start two QEMUs, each with a vGPU; the second waits."""
     with contextlib.ExitStack() as stack:
         vms = []
         for name, paused in (("source", False), ("target", True)):
             vgpu = stack.enter_context(host.instance())
             vms.append(stack.enter_context(Qemu.started(vgpu, directory / name, paused=paused)))
-            print(
-                f"  $ qemu-system-x86_64 -m {MEGABYTES} -object memory-backend-memfd,id=ram,share=on,… "
-                f"-device vfio-pci,sysfsdev={vgpu.sysfs} -qmp unix:{vms[-1].socket},…{' -S' if paused else ''} &",
-                flush=True,
-            )
+            report.name(vgpu.uuid)
+            report.command(
+                "qemu-system-x86_64", "-m", str(MEGABYTES), "-object", "memory-backend-memfd,id=ram,share=on,…",
+                "-device", f"vfio-pci,sysfsdev=…/{vgpu.uuid}", "-qmp", f"unix:{name}.qmp,…",
+                *(["-S"] if paused else []), "&",
+            )  # fmt: skip
         yield vms[0], vms[1]
 
 
-def vfio_mig(*arguments: str) -> str:
-    """Run the command as a user would, and show it."""
-    print(f"  $ vfio-mig {' '.join(arguments)}", flush=True)
-    return subprocess.run(["vfio-mig", *arguments], stdout=subprocess.PIPE, check=True, text=True).stdout
-
-
-def script(name: str, vm: Qemu, image: Path, *options: str) -> dict[str, Any]:
-    """Run scripts/qemu-NAME as a user would, show it, and return its summary."""
+def script(report: Report, name: str, vm: Qemu, image: Path, *options: str) -> dict[str, Any]:
+    """Run scripts/qemu-NAME as a user would, show it and what it says of the RAM, and return its summary."""
     words = [str(SCRIPTS / f"qemu-{name}"), *options, str(vm.socket), vm.name, str(image)]
-    print(f"  $ {' '.join(words)}", flush=True)
-    summary: dict[str, Any] = json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
-    print(f"  guest RAM: {', '.join(summary['memory'])}")
+    report.command(f"qemu-{name}", *options, f"{vm.socket.parent.name}.qmp", vm.name, image.name)
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
+    summary: dict[str, Any] = json.loads(done.stdout)
+    report.reply("\n".join(f'"{key}": {json.dumps(summary[key])}' for key in SHOWN if key in summary))
     return summary
 
 
@@ -75,6 +75,7 @@ class Migration:
     def run(self) -> None:
         """Do it all."""
         self.work()
+        self.refusal()
         queued = self.queue()
         pages = self.save()
         self.restore(pages)
@@ -88,16 +89,27 @@ class Migration:
         work = run_some_work(guest, self.engine)
         done = work.done_in(guest.memory)
         self.report.check(f"{done} of {len(work)} workloads wrote what they should", done == len(work))
-        listed = vfio_mig("list")
-        print("".join(f"  {line}\n" for line in listed.splitlines()), end="")
-        holders = {line.split()[0]: line.split()[5] for line in listed.splitlines()}
+        listed = self.report.vfio_mig("list", "-o", "name,type,holder")
+        holders = {line.split()[0]: line.split()[2] for line in listed.splitlines()}
         named = all(holders[vm.name] == vm.holder for vm in (self.source, self.target))
         self.report.check(f"each vGPU is QEMU's: {self.source.holder}, {self.target.holder}", named)
+
+    def refusal(self) -> None:
+        """Have QEMU say that it does not migrate such a VM."""
+        self.report.step("QEMU's own migration: it does not migrate a VM that has such a vGPU")
+        self.report.note('(qemu) migrate "exec:cat >/dev/null"')
+        said = ""
+        try:
+            self.source.qmp.execute("migrate", uri="exec:cat >/dev/null")
+        except RefusedError as error:
+            said = str(error).partition("'migrate': ")[2]
+            self.report.reply(said)
+        self.report.check("it refuses, and names the device", "vfio-pci" in said or "VFIO" in said)
 
     def queue(self) -> Work:
         """Have a workload in the queue when the VM is paused."""
         self.report.step("One more workload comes into its queue; then the VM is paused and the vGPU saved")
-        vfio_mig("-q", "stop", self.source.name)  # else it is done before anybody can save it
+        self.report.vfio_mig("stop", self.source.name)  # else it is done before anybody can save it
         queued = queue_one(self.source.guest, self.engine)
         waits = len(self.source.instance.queue()) == 1 and queued.done_in(self.source.guest.memory) == 0
         self.report.check("the queued workload waits", waits)
@@ -105,8 +117,7 @@ class Migration:
 
     def save(self) -> list[int]:
         """Save vGPU and dirty pages; returns the pages."""
-        saved = script("save", self.source, self.image)
-        print(f"  state: {saved['state_bytes']} bytes, image file: {self.image.stat().st_size} bytes")
+        saved = script(self.report, "save", self.source, self.image)
         self.report.check("the VM is paused", self.source.status() == "paused")
         pages = self.source.instance.pinned()
         self.report.check(f"{saved['pages_dirty']} dirty pages, those pinned", saved["pages_dirty"] == len(pages) > 0)
@@ -115,7 +126,7 @@ class Migration:
     def restore(self, pages: list[int]) -> None:
         """Load it into the target and compare what the guests and what the host sees."""
         self.report.step("Restore it into the second VM, which is paused")
-        script("restore", self.target, self.image)
+        script(self.report, "restore", self.target, self.image)
         source, target = self.source.guest, self.target.guest
         same = guest_view(target.device) == guest_view(source.device)
         self.report.check("the guest's view is identical", same)
@@ -133,7 +144,7 @@ class Migration:
         self.report.step("Start its vGPU and continue the VM")
         target = self.target
         before = target.instance.counters()
-        vfio_mig("-q", "start", target.name)
+        self.report.vfio_mig("start", target.name)
         target.cont()
         gpu.wait_ended(target.guest, before, 1)
         self.report.check("the VM runs", target.status() == "running")
@@ -148,14 +159,17 @@ class Migration:
 def main() -> int:
     """Run the demonstration; 1 if a check fails."""
     report = Report()
-    print(f"vfio-mig on Linux {os.uname().release}: a GVT-g vGPU moves from the VM of one QEMU to another's")
+    report.begin(
+        f"vfio-mig on Linux {os.uname().release}: a vGPU moves from the VM of one QEMU to another's",
+        "Bench: a sample driver with GVT-g's address model and the ioctls of its RFC of 2017, in a VM; two real QEMUs.",
+        WITHOUT,
+    )
     report.step("Two QEMUs are started, each with a vGPU and with RAM that others can see; the second waits")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        with two_vms(directory) as (source, target):
+        with two_vms(directory, report) as (source, target):
             Migration(source, target, directory / "gpu.vfm", report).run()
-    print("\nAll checks hold." if not report.failures else f"\n{report.failures} checks FAILED.")
-    return 1 if report.failures else 0
+    return report.end()
 
 
 if __name__ == "__main__":

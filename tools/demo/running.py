@@ -12,7 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-from tools.demo.report import Report, vfio_mig
+from tools.demo.report import Report, asked
 from tools.l2.machine import START_SECONDS
 from tools.l2.pair import Pair
 
@@ -47,10 +47,9 @@ class Show:
         guest = self.pair.start(0)
         engines = guest.await_ready(5 * START_SECONDS)
         self.report.check(f"its i915 uses {', '.join(engines)}", bool(engines))
-        told = vfio_mig("info", self.pair.vgpus[0])
-        self.report.check(
-            f"the vGPU's protocol is {told['protocol']}, and QEMU holds it", told["protocol"] == "mainline-v2"
-        )
+        self.report.vfio_mig("list", "-o", "name,type,driver,holder")
+        spoken = asked("info", self.pair.vgpus[0])["protocol"]
+        self.report.check(f"the vGPU's protocol is {spoken}, and QEMU holds it", spoken == "mainline-v2")
         self.goes_on(guest)
         return guest
 
@@ -59,7 +58,7 @@ class Show:
         began, shown = time.monotonic(), len(guest.lines())
         counts = guest.await_right(RESULTS)
         for line in guest.lines()[shown:]:
-            print(f"  guest: {line}", flush=True)
+            self.report.note(f"guest: {line}")
         text = f"{counts.right - self.last} more results, {counts.wrong} wrong, in {time.monotonic() - began:.1f} s"
         self.report.check(text, counts.right > self.last and counts.wrong == 0)
         self.last = counts.right
@@ -67,42 +66,49 @@ class Show:
 
     def move(self, guest: L2, vgpu: int) -> L2:
         """Have QEMU move it to the other vGPU."""
-        self.report.step(f"QEMU moves the running guest to vGPU {'AB'[vgpu]}, in another QEMU")
-        print("  (qemu) migrate unix:SOCKET", flush=True)
+        self.report.step(f"QEMU moves the running guest to {self.report.name(self.pair.vgpus[vgpu])}, in another QEMU")
+        self.report.note("(qemu) migrate unix:SOCKET")
         moved = self.pair.move(guest, vgpu)
         self.tell(moved.move)
-        print(f"  its console was silent for {moved.silence * 1e3:.0f} ms", flush=True)
+        self.report.note(f"its console was silent for {moved.silence * 1e3:.0f} ms")
         self.goes_on(moved.guest)
         return moved.guest
 
     def tell(self, done: Move) -> None:
         """Say what QEMU says of it."""
-        print(
-            f"  QEMU: {done.ram_bytes >> 20} MiB of RAM and {done.vfio_bytes} bytes of vGPU in {done.total_ms} ms;\n"
-            f"  the guest stood still for {done.downtime_ms} ms (emulated CPU)",
-            flush=True,
+        self.report.note(
+            f"QEMU: {done.ram_bytes >> 20} MiB of RAM and {done.vfio_bytes} bytes of vGPU in {done.total_ms} ms; "
+            f"the guest stood still for {done.downtime_ms} ms (emulated CPU)"
         )
 
     def file(self, guest: L2) -> None:
         """Have QEMU write it to a file, look into that, and go on from it with the other vGPU."""
         self.report.step("QEMU writes the running guest into a file, and is ended: nothing runs")
-        print("  (qemu) migrate file:STREAM", flush=True)
+        self.report.note(f"(qemu) migrate file:{self.pair.stream}")
         self.tell(self.pair.save(guest))
         image = self.pair.stream.with_suffix(".vfm")
-        taken = vfio_mig("extract", "--device", "vfio0", str(self.pair.stream), str(image))
-        self.report.check(f"vfio-mig takes {taken['state_bytes']} bytes of vGPU out of it", taken["state_bytes"] > 0)
-        fits = vfio_mig("check", str(image), self.pair.vgpus[1])["fits"]
-        self.report.check("they fit vGPU B", fits)
-        self.report.step("A new QEMU with vGPU B takes the guest from the file; it goes on where it was")
-        print("  (qemu) migrate-incoming file:STREAM", flush=True)
+        self.report.vfio_mig("extract", "--device", "vfio0", str(self.pair.stream), str(image))
+        size = asked("inspect", str(image))["state_bytes"]
+        self.report.check(f"vfio-mig takes {size} bytes of vGPU out of it", size > 0)
+        self.report.vfio_mig("check", str(image), self.pair.vgpus[1])
+        self.report.check("they fit $B", asked("check", str(image), self.pair.vgpus[1])["fits"])
+        self.report.step("A new QEMU with $B takes the guest from the file; it goes on where it was")
+        self.report.note(f"(qemu) migrate-incoming file:{self.pair.stream}")
         self.goes_on(self.pair.load(1))
 
 
 def main() -> int:
     """Run the demonstration; 1 if a check fails."""
     report = Report()
-    print(f"Linux {os.uname().release}: a running VM with a GVT-g vGPU moves, by QEMU and kvmgt with protocol v2")
+    report.begin(
+        f"Linux {os.uname().release}: a running VM with a GVT-g vGPU moves, by QEMU and our kvmgt",
+        "Bench: Debian's own i915, and its kvmgt with our protocol v2, in a VM on a GPU in software. Not silicon.",
+        "Without vfio-mig's kvmgt: QEMU refuses to migrate a VM that has such a vGPU.",
+    )
     with Pair.made() as pair:
+        for vgpu in pair.vgpus:
+            report.name(vgpu)
+        report.leave_out(f"{pair.stream.parent}/")
         Show(pair, report).run()
     return report.end()
 
