@@ -390,6 +390,8 @@ def test_help_is_a_command_and_one_that_there_is_not_is_told_from_one_that_is_li
     assert invoke("help", "save").output == invoke("save", "--help").output
     assert invoke("help", "mdev", "create").output == invoke("mdev", "create", "--help").output
     assert invoke("help").output == invoke("--help").output
+    assert invoke("help", "watch").output == invoke("list", "--help").output
+    assert "did you mean 'watch'?" in invoke("watc").output
     short = "save"[:3]
     assert f"No such command '{short}' (did you mean 'save'?)" in invoke(short).output
     unlike = invoke("qqq")

@@ -11,6 +11,7 @@ import click
 import pytest
 
 from tests.unit.click_runner import runner
+from tests.unit.saved_images import gvt_state, write
 from vfio_mig.cli import columns, devices, qemu, render
 from vfio_mig.cli.main import COLUMNS, COMMANDS, PROGRAM, cli
 from vfio_mig.conform.registry import select
@@ -20,6 +21,7 @@ from vfio_mig.pictures.terminal import dirty_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 DEVICE = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 _FULL = "mdev sample-GVTg_V4_8 sample /dev/vfio/12 12345:qemu-system-x86 yes stop-copy /dev/vfio/devices/vfio12 -"
@@ -74,6 +76,18 @@ def test_a_map_of_pages_below_a_tebibyte_fits() -> None:
     assert max(map(len, lines)) <= COLUMNS
 
 
+def test_what_is_in_an_image_fits_a_terminal_and_elsewhere_has_a_line_for_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "image", gvt_state(), [(0x10000, bytes(4096))], (0, 8, b"\5"))
+    plain = runner().invoke(cli, ["inspect", str(path)]).stdout
+    assert max(map(len, plain.splitlines())) > COLUMNS
+    monkeypatch.setattr(columns, "terminal_width", lambda: COLUMNS)
+    shown = runner().invoke(cli, ["inspect", str(path)]).stdout
+    assert [line for line in shown.splitlines() if len(line) > COLUMNS] == []
+    assert "".join(shown.split()) == "".join(plain.split())
+
+
 def table(width: int | None, *, chosen: list[int] | None = None, header: bool = False) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columns, "terminal_width", lambda: width)
@@ -98,7 +112,10 @@ def test_a_list_for_scripts_has_every_column_and_no_header_unless_it_is_asked_fo
     assert table(None, chosen=[5, 0]) == [f"12345:qemu-system-x86 {DEVICE}", "- 0000:3b:00.1"]
 
 
-def test_a_list_is_shown_again_until_a_signal_with_the_job_that_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", [("list", "--watch"), ("watch",), ("-q", "watch")])
+def test_a_list_is_shown_again_until_a_signal_with_the_job_that_is_at_work(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
     row = DeviceRow(
         device="one", kind="mdev", type="t", parent="p", driver="d", node=None, holder_pid=7, holder="a",
         migratable=True, state=None, cdev=None,
@@ -113,7 +130,7 @@ def test_a_list_is_shown_again_until_a_signal_with_the_job_that_is_at_work(monke
 
     monkeypatch.setattr("vfio_mig.jobs.queries.devices.list_devices", lambda: next(rows))
     monkeypatch.setattr("time.sleep", wait)
-    done = runner().invoke(cli, ["list", "--watch", "-o", "name,job"])
+    done = runner().invoke(cli, [*words, "-o", "name,job"])
     assert (done.exit_code, done.stdout) == (0, "one -\none save:after-stop\none ?\n")
     assert waits == [devices.WATCH_SECONDS] * 3
 

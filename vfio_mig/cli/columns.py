@@ -36,6 +36,25 @@ def hanging(first: str, text: str, width: int | None) -> Iterator[str]:
     yield line.rstrip()
 
 
+def folded(line: str, width: int | None) -> Iterator[str]:
+    """Yield a line in pieces of a width, the later ones further in; where nobody has a width, as it is.
+
+    >>> list(folded("  level 4  pdp 0x1000  root 0x2000", 20))
+    ['  level 4  pdp', '      0x1000  root', '      0x2000']
+    >>> list(folded("  level 4  pdp 0x1000", None))
+    ['  level 4  pdp 0x1000']
+    """
+    if width is None or len(line) <= width:
+        yield line
+        return
+    from textwrap import wrap
+
+    text = line.lstrip(" ")
+    first = line[: len(line) - len(text)]
+    first = first if len(first) < width // 2 else ""
+    yield from wrap(text, width, initial_indent=first, subsequent_indent=first + "    ", break_on_hyphens=False)
+
+
 def fitting(rows: Sequence[Sequence[str]], order: Sequence[int], width: int) -> list[int]:
     """Choose the columns that fit side by side, the most wanted first; returned as they stand in the rows.
 

@@ -97,7 +97,7 @@ def list_command(options: Options, columns: list[int] | None, *, header: bool, w
     HOLDER is PID:COMMAND, - for none, ? where not every process can be seen. MIGRATABLE (yes, no, ?) and STATE are what
     the kernel and the driver's name tell without opening anything; ? means that only an open device tells, or that a
     driver does not answer. A terminal gets a header, and the columns that fit; JOB, which -o can have as well, is the
-    command of ours that is at work on the device, with its last step.
+    command of ours that is at work on the device, with its last step. `vfio-mig watch` is `vfio-mig list --watch`.
 
     \b
     Examples:

@@ -10,7 +10,7 @@ import click
 
 from vfio_mig.cli import complete
 from vfio_mig.cli.output import print_json, put, say, warn
-from vfio_mig.errors import ImageError, UsageError
+from vfio_mig.errors import ImageError, UsageError, printable
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
@@ -79,23 +79,34 @@ def inspect_command(options: Options, file: str, section: str | None, *, as_hex:
 
 
 def _print_section(name: str, values: dict[str, Any], rows: int) -> None:
+    from vfio_mig.cli.columns import terminal_width
     from vfio_mig.cli.render import lines, moment
 
-    put(name)
+    width = terminal_width()
+    _put_folded(name, width)
     if name == "image.header" and type(values.get("time")) is int:
         values = {**values, "time": moment(values["time"])}
     for line in lines(values, rows):
-        put(line)
+        _put_folded(line, width)
+
+
+def _put_folded(line: str, width: int | None) -> None:
+    """Print a line so that it fits a terminal, if there is one; what is escaped counts as it is shown."""
+    from vfio_mig.cli.columns import folded
+
+    for piece in folded(printable(line), width):
+        put(piece)
 
 
 def print_report(report: InspectReport, rows: int = _ROWS) -> None:
     """Print a report in words, at most *rows* of each list in it."""
+    from vfio_mig.cli.columns import terminal_width
     from vfio_mig.jobs.files.inspect import image_sections
 
     inside = "".join(f" in {name}" for name in reversed(report.wrapping))
     pages = "" if report.pages is None else f", {report.pages} pages of memory"
     what = f"{report.kind}{inside}, {report.size} bytes, {report.state_bytes} bytes of state{pages}: {report.layout}"
-    put(f"{report.file}: {what}")
+    _put_folded(f"{report.file}: {what}", terminal_width())
     for section in image_sections(report):
         _print_section(section.name, section.values, rows)
     for section in report.sections:

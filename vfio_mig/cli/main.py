@@ -54,6 +54,8 @@ COMMANDS = {  # command: module below vfio_mig.cli
     "verify": "image",
     "vm": "vm",
 }
+ALIASES: Final = {"watch": ("list", "--watch")}
+"""Other names, and what they stand for."""
 _DEVICES: Final = frozenset({"device", "devices", "targets"})
 """Arguments that are, or begin with, a device."""
 _SHOWN: Final = 8
@@ -168,11 +170,12 @@ class Lazy(Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command that a command line names; of one that there is not, say which is like it."""
+        args = [*ALIASES.get(args[0], args[:1]), *args[1:]]
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
             from difflib import get_close_matches
 
-            like = get_close_matches(name, COMMANDS, n=1)
+            like = get_close_matches(name, [*COMMANDS, *ALIASES], n=1)
             more = f" (did you mean '{like[0]}'?)" if like else ""
             ctx.fail(f"No such command {name!r}{more}")
         return super().resolve_command(ctx, args)
