@@ -9,6 +9,7 @@ of. ``scripts/docs`` builds the site; a unit test follows every link of it.
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -42,16 +43,19 @@ _PLACES: Final = {
 }
 _PATH: Final = re.compile(r"(?<![\w/`\[(.-])`?(" + "|".join(map(re.escape, _PLACES)) + r")`?(?![\w/`\])-])")
 _LINK: Final = re.compile(r"\]\((" + "|".join(map(re.escape, _PLACES)) + r")\)")
+_CODE: Final = re.compile(r"`[^`]*`")
 _LOCAL: Final = re.compile(r"\[(\w+)\]\(\1\)")
 
 
 def linked(text: str) -> str:
-    """Make links of the paths in sentences, and of links to files those of the site; code stays as it is.
+    r"""Make links of the paths in sentences, and of links to files those of the site; code stays as it is.
 
     >>> linked("see docs/usage.md, and `docs/usage.md`")
     'see [docs/usage.md](usage.md), and [docs/usage.md](usage.md)'
     >>> linked("[that](docs/usage.md)"), linked("    cat docs/usage.md"), linked("[LICENSE](LICENSE)")
     ('[that](usage.md)', '    cat docs/usage.md', 'LICENSE')
+    >>> linked(r"| `save DEV - \| ssh` | a |")
+    '| `save DEV - | ssh` | a |'
     """
     lines, fenced = [], False
     for line in text.splitlines():
@@ -61,6 +65,8 @@ def linked(text: str) -> str:
 
 
 def _linked_line(line: str) -> str:
+    if line.startswith("|"):  # within code a bar divides no columns here, as it does where these pages are files
+        line = _CODE.sub(lambda found: found[0].replace(r"\|", "|"), line)
     line = _LINK.sub(lambda found: f"]({_PLACES[found[1]]})", line)
     line = _PATH.sub(lambda found: f"[{found[1]}]({_PLACES[found[1]]})", line)
     return _LOCAL.sub(r"\1", line)
@@ -101,8 +107,20 @@ def made_pages() -> dict[str, str]:
     return pages
 
 
+def slug(text: str, separator: str) -> str:
+    """Name a heading's place; the menu's script takes it for a CSS selector, and those begin with no digit.
+
+    >>> slug("0.1.0 - 2026-11-29", "-"), slug("A pipe", "-")
+    ('at-010-2026-11-29', 'a-pipe')
+    """
+    letters = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    made = re.sub(r"[-\s]+", separator, re.sub(r"[^\w\s-]", "", letters).strip().lower())
+    return f"at{separator}{made}" if made[:1].isdigit() else made
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the reference to the menu."""
+    """Add the reference to the menu, and name places so that every script understands them."""
+    config.mdx_configs.setdefault("toc", {})["slugify"] = slug
     names = sorted(name for name in made_pages() if name.startswith("reference/"))
     config.nav = [*(config.nav or []), {"Reference": [{Path(name).stem: name} for name in names]}]
     return config

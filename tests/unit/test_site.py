@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -84,6 +85,18 @@ def test_every_page_is_reached_from_the_first(site: dict[Path, Page]) -> None:
 def test_a_path_in_a_sentence_is_a_link(site: dict[Path, Page]) -> None:
     (usage,) = (page for path, page in site.items() if path.name == "usage.html")
     assert {"gvt-host.html", "scripting.html", "conform.html"} <= set(usage.links)
+
+
+def test_nothing_of_a_page_comes_from_elsewhere_and_its_menu_s_script_understands_every_place(
+    site: dict[Path, Page],
+) -> None:
+    text = {path.name: path.read_text("utf-8") for path in site}
+    assert [
+        name for name, html in text.items() if re.search(r"<(?:script|link|img)[^>]+(?:src|href)=.https?:", html)
+    ] == []
+    # Bootstrap takes what is behind # for a CSS selector, which begins with no digit, and stops there
+    assert [(page.path.name, one) for page in site.values() for one in page.names if one[:1].isdigit()] == []
+    assert "\\|" not in text["usage.html"]
 
 
 def test_the_examples_in_docstrings_are_true() -> None:
