@@ -39,12 +39,12 @@ def test_no_line_is_wider_than_a_terminal_and_a_long_command_stays_one(
     shown: Report, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["vfio-mig", "save", ONE, "gpu.vfm", *["--memory", "/dev/shm/guest@0x100000000"] * 4, "--all-memory", "&"]
-    shown.begin("title", "word " * 40)
+    shown.begin("title " * 20, "word " * 40)
     shown.step("word " * 40)
     shown.check("word " * 40, holds=True)
     shown.note("word " * 40)
     shown.vfio_mig("list")
-    capsys.readouterr()
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= COLUMNS
     shown.command(*words)
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= COLUMNS

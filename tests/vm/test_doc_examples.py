@@ -22,13 +22,14 @@ from tests.doc_examples import MEMORY, Block, examples, inputs_and_outputs, scri
 from tools.lab import cli
 from tools.lab.sample import gpu, host
 from tools.lab.sample.held import guest_of, run_some_work
-from tools.lab.vfio.raw import Memory
+from tools.lab.vfio.raw import PAGE, Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SECONDS: Final = 180
 PAGES: Final = 4096  # of guest memory
+OTHER_MEMORY: Final = "/dev/shm/other"
 QUIESCE: Final = Path("/usr/local/bin/quiesce")
 # The options that come before the host's name are migrate's; what it asks for runs here.
 SSH: Final = '#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done\nshift\nexec bash -c "$*"\n'
@@ -78,6 +79,8 @@ class Desk:
         """Have both open elsewhere, the first with the guest's memory."""
         memory = Memory(0, PAGES, Path(MEMORY))
         Path(MEMORY).chmod(0o666)
+        with Path(OTHER_MEMORY).open("ab") as file:
+            file.truncate(PAGES * PAGE)
         with cli.held(self._sides[0].uuid, MEMORY), cli.held(self._sides[1].uuid):
             yield memory
 

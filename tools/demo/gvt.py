@@ -60,7 +60,7 @@ class Migration:
 
     def look(self) -> None:
         """Have the command say what it is."""
-        self.report.step("Both are vGPUs of kvmgt, on the distribution's i915; each guest has its aperture at 0")
+        self.report.step("Both are vGPUs of kvmgt on the distribution's i915, with their apertures at 0")
         self.report.vfio_mig("list", "-o", "name,type,driver,holder")
         spoken = asked("info", self.source.name)["protocol"]
         self.report.check(f"the first speaks the protocol {spoken}, as 'vfio-mig info' says", spoken == "gvt-rfc")
@@ -68,7 +68,7 @@ class Migration:
 
     def work(self) -> None:
         """Leave work done, and work queued."""
-        self.report.step("The first guest's work is executed; then it is stopped, and its guest submits more")
+        self.report.step("Its work is executed; then $A is stopped, and its guest submits more work")
         gvt_rfc.queue_work(self.source)
         self.source.device.set_fence(0, 0x0010_0001, 0x001F_F003)
         self.source.device.set_pte(self.source.high, MEMORY + kvmgt.TARGET | 1)
@@ -78,7 +78,7 @@ class Migration:
 
     def save(self) -> None:
         """Save its state, and all of its guest's memory."""
-        self.report.step("Save its state, and all of its guest's memory: page tables are read, and never dirty")
+        self.report.step("Save its state with all of its memory: page tables are read, and never dirty")
         words = ("--memory", f"source@{MEMORY:#x}", "--all-memory")
         saved = self.report.vfio_mig("save", self.source.name, "gpu.vfm", *words)
         known = self.source.device.dirty(self.source.memory)
@@ -101,7 +101,7 @@ class Migration:
         self.report.check("the guest's memory is equal", self.into.bytes[:] == self.source.memory.bytes[:])
         self.report.check("the guest's view is identical", gvt_rfc.view(self.device) == view)
         high = self.source.high
-        text = f"the guest has its hidden part at {high:#x} still, and this host has it at {before:#x}"
+        text = f"the guest has its hidden part at {high:#x} still, here at {before:#x}"
         self.report.check(text, self.device.guest_high() == high != before)
         address = gvt_rfc.dma(self.gpu, before)
         self.report.check("the GPU's page table there has the target's pages", address == self._page_of(high))

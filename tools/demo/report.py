@@ -34,7 +34,7 @@ class Report:
 
     def begin(self, title: str, *lines: str) -> None:
         """Say what is shown, on which bench, and what could not be done without it."""
-        print(title, flush=True)
+        self._put("", title)
         for line in lines:
             self._put("  ", line)
 
