@@ -59,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--gpu", choices=gvt.MODELS, help=f"model of --gvt's GPU; default: {gvt.MODELS[0]}")
     result.add_argument(
+        "--gpu-args",
+        default="",
+        metavar="'--conventional'",
+        help="more arguments for the GPU (python -m tools.gpu --help)",
+    )
+    result.add_argument(
         "--kvmgt", choices=("stock", "ours"), default="stock",
         help="with --gvt: the kernel's own, or the one that scripts/kvmgt builds; default: %(default)s",
     )  # fmt: skip
@@ -93,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
 def _check_gvt(options: argparse.Namespace) -> None:
     if options.gpu and not options.gvt:
         parser().error("--gpu needs --gvt")
+    if options.gpu_args and not options.gvt:
+        parser().error("--gpu-args needs --gvt")
     if options.kvmgt == "ours" and not options.gvt:
         parser().error("--kvmgt needs --gvt")
     if options.kvmgt_args and options.kvmgt != "ours":
@@ -167,7 +175,7 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     inner = qemu.of_suite(options.l2_qemu, cache, log) if options.l2_qemu else None
     machine_options = machine.Options(
         kernel=kernel, kvm=by_kvm, qemu=qemu.find(need, cache, log, say), gpu=options.gpu,
-        memory=options.memory, cpus=options.cpus, timeout=options.timeout, second_start=options.repeat is None,
+        gpu_args=tuple(options.gpu_args.split()), memory=options.memory, cpus=options.cpus, timeout=options.timeout, second_start=options.repeat is None,
         link=cable,
     )  # fmt: skip
     host_driver = gvt.modules(kernel, cache, log) if options.gvt else None

@@ -18,7 +18,6 @@ from tests.unit.gpu_rig import BASE, BATCH, DATA, FIRST, GMA, Rig, rigged
 from tools.gpu import control, protocol
 from tools.gpu.control import Control, ControlError
 from tools.gpu.control_server import MAX_CLIENTS, ControlServer, Handler, _Client
-from tools.gpu.server import CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +51,7 @@ def test_the_state_is_told(rig: Rig) -> None:
     }  # fmt: skip
     assert found["interrupts"] == {"sent": 1, "lost": 0}
     assert found["record"] == {"first": 1, "last": rig.gpu.record.last}
-    assert found["misbehaviour"] == NOTHING
+    assert found["misbehaviour"] == {"hang": [], "delay": {}, "fault": [], "lose_interrupts": 0}
 
 
 def test_the_record_tells_commands_with_their_addresses(rig: Rig) -> None:
@@ -96,34 +95,19 @@ def test_an_answer_is_never_longer_than_the_protocol_says(rig: Rig) -> None:
     assert len(answer) * protocol.MAX_ENTRIES / len(json.loads(answer)["entries"]) < protocol.MAX_ANSWER
 
 
-NOTHING = {"hang": [], "delay": {}, "fault": [], "lose_interrupts": 0, "conventional": False}
-
-
-def test_a_function_without_extended_configuration_reads_as_ones_there(rig: Rig) -> None:
-    def config(offset: int) -> bytes:
-        return rig.gpu.read(CONFIG, offset, 8)
-
-    assert config(0xFC) == config(0x100) == bytes(8)
-    ask(rig, {"do": "misbehave", "conventional": True})
-    assert (config(0xF8), config(0xFC), config(0x100)) == (bytes(8), bytes(4) + b"\xff" * 4, b"\xff" * 8)
-    ask(rig, {"do": "behave"})
-    assert config(0x100) == bytes(8)
-
-
 def test_misbehaviour_is_added_told_and_ended(rig: Rig) -> None:
     wanted = {
         "hang": ["bcs0"],
         "delay": {"rcs0": 0.5, "vcs0": 1},
         "fault": [{"space": "dma", "start": 1, "end": 2}],
         "lose_interrupts": 3,
-        "conventional": True,
     }
     assert ask(rig, {"do": "misbehave", **wanted}) == {"ok": True}
     assert ask(rig, {"do": "state"})["misbehaviour"] == wanted
     ask(rig, {"do": "misbehave", "lose_interrupts": 1})
     assert ask(rig, {"do": "state"})["misbehaviour"] == {**wanted, "lose_interrupts": 4}
     assert ask(rig, {"do": "behave"}) == {"ok": True}
-    assert ask(rig, {"do": "state"})["misbehaviour"] == NOTHING
+    assert ask(rig, {"do": "state"})["misbehaviour"] == {"hang": [], "delay": {}, "fault": [], "lose_interrupts": 0}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +137,6 @@ def test_misbehaviour_is_added_told_and_ended(rig: Rig) -> None:
         {"lose_interrupts": -1},
         {"lose_interrupts": 1.5},
         {"lose_interrupts": 2**30},
-        {"conventional": 1},
         {"loose": 1},
     ],
 )
@@ -161,7 +144,7 @@ def test_a_wrong_part_of_a_request_changes_nothing(rig: Rig, wrong: dict[str, ob
     request = {"do": "misbehave", "hang": ["bcs0"], "delay": {"bcs0": 1}, "lose_interrupts": 1, **wrong}
     found = ask(rig, request)
     assert (found["ok"], found["errno"] in {"EINVAL", "ENOSPC"}) == (False, True)
-    assert ask(rig, {"do": "state"})["misbehaviour"] == NOTHING
+    assert ask(rig, {"do": "state"})["misbehaviour"] == {"hang": [], "delay": {}, "fault": [], "lose_interrupts": 0}
 
 
 @pytest.mark.parametrize(

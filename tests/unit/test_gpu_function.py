@@ -14,6 +14,7 @@ from tools.gpu import irq, registers, wire
 from tools.gpu.errors import RefusedError
 from tools.gpu.gpu import MODELS, Gpu
 from tools.gpu.mmio import Hook
+from tools.gpu.server import CONFIG
 from tools.gpu.wire import Command
 
 if TYPE_CHECKING:
@@ -43,6 +44,16 @@ def test_the_model_is_told_by_the_device_id(model: str) -> None:
 def test_the_configuration_space_is_4096_bytes_with_nothing_in_the_extended_part(rig: Rig) -> None:
     rig.gpu.write(7, 0x100, ONES)
     assert rig.gpu.read(7, 0x100, 4096 - 0x100) == bytes(4096 - 0x100)
+
+
+def test_a_conventional_function_has_256_bytes_and_ones_behind_them() -> None:
+    gpu = Gpu(conventional=True)
+    try:
+        assert gpu.read(CONFIG, 0, 2) == b"\x86\x80"
+        assert gpu.read(CONFIG, 0xFC, 8) == bytes(4) + b"\xff" * 4
+        assert gpu.read(CONFIG, 0x100, 4) == gpu.read(CONFIG, 0xFFC, 4) == b"\xff" * 4
+    finally:
+        gpu.close()
 
 
 def test_the_capabilities_are_pci_express_msi_and_power_management(rig: Rig) -> None:

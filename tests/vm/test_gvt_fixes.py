@@ -20,7 +20,7 @@ import pytest
 from tools.lab.gvt import kvmgt
 from tools.lab.gvt.kvmgt import RESULT, TARGET, Engine, Vgpu
 from tools.lab.gvt.rfc import BCS, MODULES, RCS, load_ours, load_stock, modprobe
-from tools.lab.vfio.raw import CONFIG, Device
+from tools.lab.vfio.raw import Device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,8 +37,6 @@ FLUSH_OF_5: Final = 0x1300_4003
 FLUSH_GGTT: Final = 4
 UNREADABLE: Final = "cannot be read"
 GGTT_END: Final = 1 << 32
-FUNCTION: Final = Path("/sys/bus/pci/devices/0000:00:02.0")
-CONVENTIONAL: Final = 256
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["stock", "fixed"])
@@ -133,46 +131,6 @@ def wedged(gpu: Control) -> Iterator[None]:
         subprocess.run(["rmmod", *loaded], check=True)
         modprobe("i915", "enable_gvt=1")
         modprobe("kvmgt")
-
-
-@pytest.fixture
-def conventional(gpu: Control, fixed: bool) -> Iterator[None]:
-    """Have a GPU without extended configuration space, which Linux notices when it finds the function."""
-    kvmgt.remove_all()
-    subprocess.run(["rmmod", "kvmgt", "i915"], check=True)
-    gpu.misbehave(conventional=True)
-    try:
-        find_again()
-        modprobe("i915", "enable_gvt=1")
-        if fixed:
-            subprocess.run(["insmod", MODULES / "kvmgt.ko", "migration=off"], check=True)
-        else:
-            modprobe("kvmgt")
-        yield
-    finally:
-        gpu.behave()
-        kvmgt.remove_all()
-        subprocess.run(["rmmod", "kvmgt", "i915"], check=True)
-        find_again()
-        modprobe("i915", "enable_gvt=1")
-        modprobe("kvmgt")
-
-
-def find_again() -> None:
-    """Have the kernel forget the GPU, and find it."""
-    (FUNCTION / "remove").write_text("1")
-    Path("/sys/bus/pci/rescan").write_text("1")
-    assert (FUNCTION / "config").exists()
-
-
-@pytest.mark.usefixtures("conventional")
-def test_a_gpu_with_256_bytes_of_configuration_has_vgpus_with_no_more(fixed: bool) -> None:
-    """The distribution's copies ones from behind them, a list of extended capabilities without an end."""
-    assert (FUNCTION / "config").stat().st_size == CONVENTIONAL
-    with kvmgt.instance() as name, Vgpu.opened(name) as vgpu:
-        beyond = vgpu.device.read(CONFIG, CONVENTIONAL, CONVENTIONAL)
-        assert beyond == (bytes(CONVENTIONAL) if fixed else b"\xff" * CONVENTIONAL)
-        assert vgpu.device.read(CONFIG, 0, 2) == b"\x86\x80"
 
 
 @pytest.mark.usefixtures("wedged")

@@ -53,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-commands", type=_positive, default=MAX_COMMANDS, metavar="N",
         help="an engine that has executed N commands of one submission hangs; default: %(default)s",
     )  # fmt: skip
+    result.add_argument(
+        "--conventional", action="store_true", help="have no configuration space beyond 256 bytes; it reads as ones"
+    )
     result.add_argument("--trace", action="store_true", help="trap all registers and tell each access; slow")
     result.add_argument("-v", "--verbose", action="store_true", help="tell about the client on standard error")
     return result
@@ -71,7 +74,10 @@ def main(arguments: Sequence[str]) -> int:
             listener = stack.enter_context(_listening(options.socket))
             trace = _say if options.trace else None
             try:
-                gpu = Gpu(options.gpu, aperture=options.aperture, max_commands=options.max_commands, trace=trace)
+                gpu = Gpu(
+                    options.gpu, aperture=options.aperture, max_commands=options.max_commands, trace=trace,
+                    conventional=options.conventional,
+                )  # fmt: skip
             except OSError as error:
                 raise GpuError(f"cannot have memory for the registers: {error.strerror or error}") from None
             stack.callback(gpu.close)

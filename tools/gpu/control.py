@@ -110,12 +110,11 @@ class Control:
         delay: Mapping[str, float] | None = None,
         fault: Sequence[Mapping[str, object]] = (),
         lose_interrupts: int = 0,
-        conventional: bool = False,
     ) -> None:
         """Add misbehaviour; README.md says what each does."""
         self.ask(
             "misbehave", hang=list(hang), delay=dict(delay or {}), fault=[dict(each) for each in fault],
-            lose_interrupts=lose_interrupts, conventional=conventional,
+            lose_interrupts=lose_interrupts,
         )  # fmt: skip
 
     def behave(self) -> None:

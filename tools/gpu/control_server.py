@@ -36,7 +36,7 @@ class Handler:
         self._requests: Final[dict[str, tuple[Callable[[_Answer], _Answer], frozenset[str]]]] = {
             "state": (self._state, frozenset()),
             "record": (self._record, frozenset({"since", "limit", "engine"})),
-            "misbehave": (self._misbehave, frozenset({"hang", "delay", "fault", "lose_interrupts", "conventional"})),
+            "misbehave": (self._misbehave, frozenset({"hang", "delay", "fault", "lose_interrupts"})),
             "behave": (self._behave, frozenset()),
             "register": (self._register, frozenset({"offset"})),
             "translate": (self._translate, frozenset({"address", "lrca"})),
@@ -85,7 +85,6 @@ class Handler:
                 "delay": gpu.misbehaviour.delay,
                 "fault": [{"space": f.space, "start": f.start, "end": f.end} for f in gpu.misbehaviour.faults],
                 "lose_interrupts": gpu.misbehaviour.lost_interrupts,
-                "conventional": gpu.misbehaviour.conventional,
             },
         }
 
@@ -111,13 +110,11 @@ class Handler:
         delay = {self._engine(name): _seconds(value) for name, value in _object(request.get("delay", {})).items()}
         faults = [_fault(each) for each in _list(request.get("fault", []))]
         lost = _number(request.get("lose_interrupts", 0), 0, MAX_LOST)
-        conventional = _boolean(request.get("conventional", False))
         misbehaviour = self._gpu.misbehaviour
         misbehaviour.add_faults(faults)
         misbehaviour.hang.update(name for name in hang if name)
         misbehaviour.delay.update({name: value for name, value in delay.items() if name})
         misbehaviour.lost_interrupts += lost
-        misbehaviour.conventional |= conventional
         return {}
 
     def _behave(self, _request: _Answer) -> _Answer:
@@ -173,12 +170,6 @@ def _list(value: object) -> list[object]:
 def _number(value: object, least: int, most: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise RefusedError(errno.EINVAL, f"a whole number from {least} to {most} belongs here")
-    return value
-
-
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise RefusedError(errno.EINVAL, "true or false belongs here")
     return value
 
 

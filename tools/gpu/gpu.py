@@ -43,6 +43,7 @@ class Gpu:
         max_commands: int = MAX_COMMANDS,
         clock: Clock | None = None,
         trace: Callable[[str], None] | None = None,
+        conventional: bool = False,
     ) -> None:
         """Make a GPU after power-on.
 
@@ -50,6 +51,7 @@ class Gpu:
         :param aperture: MiB, one of APERTURES.
         :param max_commands: executed of one submission before the engine hangs.
         :param trace: is told of each access to registers and configuration space; the client then maps no register.
+        :param conventional: there is no configuration space beyond 256 bytes.
         """
         self.model: Final = model
         self._trace: Final = trace
@@ -71,7 +73,7 @@ class Gpu:
         self.mmio.writers["gdrst", registers.GDRST] = self._write_reset
         self.mmio.readers["timestamp", _TIMESTAMP_CTR] = self.clock.ticks
         sizes = {BAR0: BAR0_SIZE, BAR2: aperture << 20, BAR4: _IO_SIZE}
-        self._config: Final = pci.ConfigSpace(MODELS[model], sizes)
+        self._config: Final = pci.ConfigSpace(MODELS[model], sizes, conventional=conventional)
         self.regions: Final = {
             BAR0: Region(BAR0_SIZE, self.mmio.fd, [(GGTT, BAR0_SIZE - GGTT)] if trace else self.mmio.areas()),
             BAR2: Region(sizes[BAR2]),
@@ -96,7 +98,7 @@ class Gpu:
         if region == BAR0:
             return self.mmio.read_bytes(offset, size)
         if region == CONFIG:
-            return self._config.read(offset, size, conventional=self.misbehaviour.conventional)
+            return self._config.read(offset, size)
         if region == BAR2:
             return b"".join(self._read_aperture(*piece) for piece in _pieces(offset, size))
         return bytes(size)

@@ -33,7 +33,6 @@ class Misbehaviour:
     delay: dict[str, float] = field(default_factory=dict)  # engine: seconds from the last command to its completion
     faults: list[Range] = field(default_factory=list)
     lost_interrupts: int = 0  # how many more
-    conventional: bool = False  # no configuration space beyond 256 bytes: ones are read there
 
     def clear(self) -> None:
         """Behave."""
@@ -41,7 +40,6 @@ class Misbehaviour:
         self.delay.clear()
         self.faults.clear()
         self.lost_interrupts = 0
-        self.conventional = False
 
     def lose_interrupt(self) -> bool:
         """Tell whether the interrupt that is due is lost; it counts."""

@@ -49,12 +49,14 @@ _WRITABLE: Final[tuple[tuple[int, str, tuple[int, ...]], ...]] = (
 class ConfigSpace:
     """The bytes, with a mask of writable bits."""
 
-    def __init__(self, device: int, bars: Mapping[int, int]) -> None:
+    def __init__(self, device: int, bars: Mapping[int, int], *, conventional: bool = False) -> None:
         """Make the space of a function.
 
         :param device: the PCI device id.
         :param bars: BAR number to size in bytes, a power of two.
+        :param conventional: from 256 on there is nothing, which reads as ones.
         """
+        self._end: Final = CONVENTIONAL_SIZE if conventional else SIZE
         self._device: Final = device
         self._mask: Final = bytearray(SIZE)
         self._bytes: Final = bytearray(SIZE)
@@ -76,14 +78,10 @@ class ConfigSpace:
         for offset, kind in _BARS.values():
             self._bytes[offset] = kind
 
-    def read(self, offset: int, size: int, *, conventional: bool = False) -> bytes:
-        """Read bytes.
-
-        :param conventional: from 256 on there is nothing, which reads as ones.
-        """
-        end = offset + size
-        there = max(offset, min(end, CONVENTIONAL_SIZE)) if conventional else end
-        return bytes(self._bytes[offset:there]) + b"\xff" * (end - there)
+    def read(self, offset: int, size: int) -> bytes:
+        """Read bytes."""
+        there = bytes(self._bytes[offset : min(offset + size, self._end)])
+        return there + b"\xff" * (size - len(there))
 
     def write(self, offset: int, data: bytes) -> None:
         """Write bytes; bits that are not writable keep their value."""

@@ -81,15 +81,16 @@ def _tail(path: Path) -> str:
 
 
 @contextmanager
-def gpu(model: str, directory: Path) -> Iterator[Gpu]:
+def gpu(model: str, directory: Path, *arguments: str) -> Iterator[Gpu]:
     """Have an emulated GPU; it has gone when the block is left.
 
     :param directory: gets its sockets and its log.
+    :param arguments: more of them, for ``python -m tools.gpu``.
     :raises RunnerError: it does not start.
     """
     if len(os.fsencode(directory / _CONTROL)) > _SOCKET_PATH_MAX:
         raise RunnerError(f"{directory} is too long a path for a socket; VFIO_MIG_CACHE chooses a shorter one")
-    command = [sys.executable, "-m", "tools.gpu", "--gpu", model]
+    command = [sys.executable, "-m", "tools.gpu", "--gpu", model, *arguments]
     command += ["--socket", str(directory / _SOCKET), "--control", str(directory / _CONTROL)]
     with (directory / _LOG).open("wb") as log:
         process = subprocess.Popen(

@@ -62,6 +62,7 @@ class Options:
     timeout: float  # seconds, from start to end
     qemu: Qemu = ON_PATH
     gpu: str | None = None  # the model of an emulated one
+    gpu_args: tuple[str, ...] = ()
     link: Link | None = None
     second_start: bool = True  # a kernel that dies at boot gets one
 
@@ -315,7 +316,7 @@ def _run_once(options: Options, what: Guest, directory: Path, feeder: Feeder | N
 
 
 def _gpu(options: Options, directory: Path) -> AbstractContextManager[gvt.Gpu | None]:
-    return nullcontext() if options.gpu is None else gvt.gpu(options.gpu, directory)
+    return nullcontext() if options.gpu is None else gvt.gpu(options.gpu, directory, *options.gpu_args)
 
 
 def _run_qemu(options: Options, what: Guest, directory: Path, around: _Surroundings, deadline: float) -> bool:
