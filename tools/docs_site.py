@@ -31,6 +31,7 @@ ELSEWHERE: Final = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
+    "contrib/ansible/README.md": "ansible.md",
     **{f"tools/{name}/README.md": f"tools-{name}.md" for name in ("gpu", "kmod", "kvmgt", "l2")},
 }
 """Pages that stand outside of docs/, and what they are called in the site."""

@@ -13,6 +13,8 @@ import pytest
 
 from tools.pair import post, sshd
 from tools.pair.__main__ import KINDS, await_both, main
+from tools.vm.apt import Apt
+from tools.vm.errors import RunnerError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,6 +69,38 @@ def test_a_cable_cannot_be_cut_at_a_byte(name: str, capsys: pytest.CaptureFixtur
         main([f"--{name}", "--cut", "1"])
     assert caught.value.code == 2
     assert "--cut is for the pipe" in capsys.readouterr().err
+
+
+class NoApt(Apt):
+    """Knows a version, and has no package."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+
+    def candidate(self, package: str) -> str:
+        assert package == "openssh-server"
+        return "1:9.2p1-2"
+
+    def update(self) -> None:
+        self.asked.append(("update",))
+
+    def run(self, program: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        assert cwd is None
+        self.asked.append((program, *arguments))
+        return subprocess.CompletedProcess([program], 100, "", "E: Unable to fetch\n")
+
+
+def test_what_cannot_be_fetched_is_told_and_nothing_is_kept(tmp_path: Path) -> None:
+    apt = NoApt()
+    assert list(sshd.fetch(tmp_path, print, apt, [sys.executable]).iterdir()) == []
+    assert apt.asked == []
+    with pytest.raises(RunnerError, match="install them:\nE: Unable to fetch"):
+        sshd.fetch(tmp_path, print, apt, [sys.executable, "/nonexistent/sshd"])
+    first, update, second = apt.asked
+    assert update == ("update",)
+    assert first == second
+    assert "--download-only" in first
+    assert [path.name for path in (tmp_path / "tools").iterdir() if path.is_dir()] == ["ssh-of-host"]
 
 
 def test_a_host_is_never_taken_for_a_vm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tools.vm.cache import populated
 from tools.vm.errors import RunnerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 TREE: Final = "VFIO_MIG_PAIR_SSH"
 """The variable that tells the VMs where the unpacked files are."""
@@ -29,7 +29,7 @@ PACKAGES: Final = ("openssh-server", "openssh-client")
 OWN: Final = Path("/run/pair")
 """A directory of the VM's, for keys."""
 PORT: Final = 22
-_PROGRAMS: Final = ("/usr/sbin/sshd", "/usr/bin/ssh", "/usr/bin/ssh-keygen")
+PROGRAMS: Final = ("/usr/sbin/sshd", "/usr/bin/ssh", "/usr/bin/ssh-keygen")
 _START_SECONDS: Final = 30.0
 
 _CONFIG: Final = f"""\
@@ -51,20 +51,26 @@ Subsystem sftp internal-sftp
 # --- on the host
 
 
-def fetch(cache: Path, log: Callable[[str], None]) -> Path:
-    """Return a directory with the files that this host lacks; an empty one where the packages are installed.
+def fetch(cache: Path, log: Callable[[str], None], apt: Apt | None = None, programs: Sequence[str] = PROGRAMS) -> Path:
+    """Return a directory with the files that this host lacks; an empty one where it has the programs.
 
     :raises RunnerError: they cannot be had.
     """
-    apt = Apt(cache / "apt")
+    lacks = [program for program in programs if not Path(program).exists()]
+    if not lacks:
+        nothing = cache / "tools" / "ssh-of-host"
+        nothing.mkdir(parents=True, exist_ok=True)
+        return nothing
+    apt = apt or Apt(cache / "apt")
     version = apt.candidate(PACKAGES[0])
     if version is None:
         apt.update()
         version = apt.candidate(PACKAGES[0])
-    final = cache / "tools" / f"ssh-{(version or 'of-host').replace(':', '_')}"
+    # Another set of files where more is missing
+    final = cache / "tools" / f"ssh-{len(lacks)}-{(version or 'unknown').replace(':', '_')}"
     with populated(final) as work:
-        if work is not None and not all(Path(program).exists() for program in _PROGRAMS):
-            log(f"fetching {' and '.join(PACKAGES)} {version}, 2 MB")
+        if work is not None:
+            log(f"fetching {' and '.join(PACKAGES)} {version or ''}, 2 MB")
             _fill(apt, work)
     return final
 
