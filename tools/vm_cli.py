@@ -175,7 +175,8 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
     inner = qemu.of_suite(options.l2_qemu, cache, log) if options.l2_qemu else None
     machine_options = machine.Options(
         kernel=kernel, kvm=by_kvm, qemu=qemu.find(need, cache, log, say), gpu=options.gpu,
-        gpu_args=tuple(options.gpu_args.split()), memory=options.memory, cpus=options.cpus, timeout=options.timeout,
+        gpu_args=tuple(options.gpu_args.split()),
+        memory=options.memory, cpus=options.cpus, timeout=options.timeout,
         second_start=options.repeat is None, link=cable,
     )  # fmt: skip
     host_driver = gvt.modules(kernel, cache, log) if options.gvt else None

@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         help="an engine that has executed N commands of one submission hangs; default: %(default)s",
     )  # fmt: skip
     result.add_argument(
-        "--conventional", action="store_true", help="have no configuration space beyond 256 bytes; it reads as ones"
+        "--conventional", action="store_true", help="be conventional PCI, with 256 bytes of configuration"
     )
     result.add_argument("--trace", action="store_true", help="trap all registers and tell each access; slow")
     result.add_argument("-v", "--verbose", action="store_true", help="tell about the client on standard error")

@@ -51,7 +51,7 @@ class Gpu:
         :param aperture: MiB, one of APERTURES.
         :param max_commands: executed of one submission before the engine hangs.
         :param trace: is told of each access to registers and configuration space; the client then maps no register.
-        :param conventional: there is no configuration space beyond 256 bytes.
+        :param conventional: a function of conventional PCI, with 256 bytes of configuration.
         """
         self.model: Final = model
         self._trace: Final = trace
@@ -78,7 +78,7 @@ class Gpu:
             BAR0: Region(BAR0_SIZE, self.mmio.fd, [(GGTT, BAR0_SIZE - GGTT)] if trace else self.mmio.areas()),
             BAR2: Region(sizes[BAR2]),
             BAR4: Region(_IO_SIZE),
-            CONFIG: Region(pci.SIZE),
+            CONFIG: Region(self._config.size),
         }
 
     def close(self) -> None:

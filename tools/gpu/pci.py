@@ -17,6 +17,7 @@ QEMU's walk through extended capabilities round in circles. Hence the PCI Expres
 _INTEL: Final = 0x8086
 _BARS: Final = {0: (0x10, 0x4), 2: (0x18, 0xC), 4: (0x20, 0x1)}
 """BAR: its offset, and its type bits: 64-bit memory; the same, prefetchable; I/O."""
+_FIRST_CAPABILITY: Final = 0x34
 _PCIE, _MSI, _PM = 0x70, 0xAC, 0xD0
 _GMCH_8M_GGTT: Final = 3 << 6  # no stolen memory: gt/intel_ggtt.c, gen8_get_total_gtt_size
 _PCIE_V2_RC_ENDPOINT: Final = 0x0092
@@ -27,7 +28,7 @@ _FIXED: Final[tuple[tuple[int, str, tuple[int, ...]], ...]] = (
     (0x06, "<H", (0x0010,)),  # status: has capabilities
     (0x08, "<BBBB", (6, 0, 0, 3)),  # revision; class 0x030000, VGA
     (0x2C, "<HH", (_INTEL, 0x2212)),  # subsystem
-    (0x34, "<B", (_PCIE,)),
+    (_FIRST_CAPABILITY, "<B", (_PCIE,)),
     (0x3D, "<B", (1,)),  # INTA
     (0x50, "<H", (_GMCH_8M_GGTT,)),
     (_PCIE, "<BBHI", (0x10, _MSI, _PCIE_V2_RC_ENDPOINT, _PCIE_ROLE_BASED_ERRORS)),
@@ -54,9 +55,10 @@ class ConfigSpace:
 
         :param device: the PCI device id.
         :param bars: BAR number to size in bytes, a power of two.
-        :param conventional: from 256 on there is nothing, which reads as ones.
+        :param conventional: a function of conventional PCI, with 256 bytes and no PCI Express capability.
         """
-        self._end: Final = CONVENTIONAL_SIZE if conventional else SIZE
+        self.size: Final = CONVENTIONAL_SIZE if conventional else SIZE
+        self._conventional: Final = conventional
         self._device: Final = device
         self._mask: Final = bytearray(SIZE)
         self._bytes: Final = bytearray(SIZE)
@@ -75,13 +77,14 @@ class ConfigSpace:
         for offset, layout, values in _FIXED:
             struct.pack_into(layout, self._bytes, offset, *values)
         struct.pack_into("<H", self._bytes, 0x02, self._device)
+        if self._conventional:
+            struct.pack_into("<B", self._bytes, _FIRST_CAPABILITY, _MSI)
         for offset, kind in _BARS.values():
             self._bytes[offset] = kind
 
     def read(self, offset: int, size: int) -> bytes:
         """Read bytes."""
-        there = bytes(self._bytes[offset : min(offset + size, self._end)])
-        return there + b"\xff" * (size - len(there))
+        return bytes(self._bytes[offset : offset + size])
 
     def write(self, offset: int, data: bytes) -> None:
         """Write bytes; bits that are not writable keep their value."""
