@@ -28,8 +28,8 @@ class _QuickExit:
     def leave(self) -> None:
         if self.code is None:
             return
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        for name in ("stdout", "stderr"):  # nothing is printed here: tests/unit/test_output.py
+            getattr(sys, name).flush()
         os._exit(self.code)
 
 
