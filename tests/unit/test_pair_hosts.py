@@ -66,7 +66,7 @@ def test_a_side_that_fails_is_not_waited_for() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_cable_cannot_be_cut_at_a_byte(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([f"--{name}", "--cut", "1"])
+        main([f"--{name.replace('_', '-')}", "--cut", "1"])
     assert caught.value.code == 2
     assert "--cut is for the pipe" in capsys.readouterr().err
 

@@ -141,7 +141,12 @@ FLEET: Final = Kind(
     ["--module-args", HOSTS["6.1"]],
     1800,  # Ansible starts many a Python, each of which takes seconds in there
 )
-KINDS: Final = {"ssh": SSH, "gvt": GVT, "ansible": FLEET}
+GVT_FLEET: Final = GVT._replace(
+    title="Two hosts and Ansible: a playbook moves vGPUs of the real kvmgt with our patches",
+    module="tools.pair.fleet_gvt",
+    seconds=FLEET.seconds,
+)
+KINDS: Final = {"ssh": SSH, "gvt": GVT, "ansible": FLEET, "ansible_gvt": GVT_FLEET}
 
 
 def meet(kind: Kind) -> bool:
@@ -189,6 +194,7 @@ def main(arguments: list[str]) -> int:
     which.add_argument("--ssh", action="store_true", help="by migrate and a real sshd, with all that goes wrong there")
     which.add_argument("--gvt", action="store_true", help="the same with the real kvmgt on two emulated GPUs")
     which.add_argument("--ansible", action="store_true", help="by the playbook of contrib/ansible")
+    which.add_argument("--ansible-gvt", action="store_true", help="the same with the real kvmgt")
     parser.add_argument("--cut", type=int, metavar="N", help="cut the stream after N bytes; it must be refused")
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):

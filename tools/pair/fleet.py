@@ -27,6 +27,7 @@ from tools.pair.hosts import PEER, Target, Way, vfio_mig
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+PLAYBOOK: Final = "vfio_mig.fleet.empty_host"
 VGPUS: Final = 2
 COLLECTION: Final = Path(__file__).resolve().parents[2] / "contrib/ansible"
 SECONDS: Final = 400
@@ -146,13 +147,12 @@ def empty(control: Control, played: list[Side], report: Report) -> None:
         work = run_some_work(one.guest, engine, 4)
         one.guest.device.stop()
         works.append((work, queue_one(one.guest, engine)))
-    playbook = "vfio_mig.fleet.empty_host"
-    done = control.play(playbook, "--check")
+    done = control.play(PLAYBOOK, "--check")
     if done.returncode:
         print(done.stdout, done.stderr)
     there = post.ask("devices")
     report.check(f"--check changes nothing: {recap(done)}", done.returncode == 0 and there == [])
-    done = control.play(playbook, "-e", json.dumps({"vfio_mig_options": {"rsh": "false"}}))
+    done = control.play(PLAYBOOK, "-e", json.dumps({"vfio_mig_options": {"rsh": "false"}}))
     as_they_were = all(one.instance.run_state() == "stopped" for one in played)
     told = {one["device"]: one["message"] or "" for one in control.outcomes("failed")}
     report.check(f"where no way leads to the other host it fails: {recap(done)}", done.returncode != 0)
@@ -160,7 +160,7 @@ def empty(control: Control, played: list[Side], report: Report) -> None:
     for name, message in told.items():
         print(f"  {name}: {message}")
     report.check("and says why of each", told.keys() == {one.name for one in played} and all(told.values()))
-    done = control.play(playbook)
+    done = control.play(PLAYBOOK)
     report.check(f"it ends well: {recap(done)}", done.returncode == 0)
     if done.returncode:
         print(done.stdout, done.stderr)
@@ -173,7 +173,7 @@ def empty(control: Control, played: list[Side], report: Report) -> None:
         stays = one.instance.run_state() == "stopped" and queued.done_in(one.memory) == 0
         report.check("here it stays stopped, and has not run what was queued", stays)
         report.check("and is not started by mistake", "was moved" in vfio_mig("start", one.name).stderr)
-    done = control.play(playbook)
+    done = control.play(PLAYBOOK)
     report.check(
         f"once more: nothing is left to do: {recap(done)}", done.returncode == 0 and "changed=0 " in recap(done)
     )
@@ -182,15 +182,22 @@ def empty(control: Control, played: list[Side], report: Report) -> None:
 class FleetTarget(Target):
     """A host without a vGPU, but with memory for those that come."""
 
+    pages = PAGES
+
     def memory(self, files: list[str]) -> dict[str, str]:
         """Have the files of the guests' memory; the source is told how to reach this host."""
         for name in files:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             with Path(name).open("xb") as file:
-                file.truncate(PAGES * PAGE)
+                file.truncate(self.pages * PAGE)
         return self.told
 
-    def devices(self, _: object) -> list[str]:
+    def serve(self) -> None:
+        """Do what the source asks for, to the end."""
+        self.install()
+        post.serve({**self.answers(), "memory": self.memory, "devices": self.devices})
+
+    def devices(self, _: object = None) -> list[str]:
         """Return which vGPUs there are."""
         return [path.name for path in Path("/sys/bus/mdev/devices").glob("*-*-*-*-*")]
 
@@ -211,8 +218,7 @@ class FleetTarget(Target):
 def be_target() -> int:
     """Play the host that the vGPUs come to."""
     with contextlib.closing(FleetTarget()) as target:
-        target.install()
-        post.serve({**target.answers(), "memory": target.memory, "devices": target.devices})
+        target.serve()
     return 0
 
 
