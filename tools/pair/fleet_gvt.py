@@ -20,7 +20,7 @@ from tools.lab.gvt.kvmgt import MEMORY_PAGES
 from tools.lab.gvt.rfc import view
 from tools.lab.vfio import raw
 from tools.pair import post, sshd
-from tools.pair.fleet import PLAYBOOK, VGPUS, Control, FleetTarget, recap
+from tools.pair.fleet import PLAYBOOK, VGPUS, Control, FleetTarget, once_more, recap
 from tools.pair.hosts import Way, vfio_mig
 from tools.pair.sides import digest
 
@@ -49,6 +49,7 @@ def be_source() -> int:
         for one, seen in zip(played, views, strict=True):
             report.failures += post.ask("judge", {"name": one.name, "view": seen})
             report.check("here it is not started by mistake", "was moved" in vfio_mig("start", one.name).stderr)
+        once_more(control, report)
         post.ask("end")
     return int(report.failures > 0)
 
