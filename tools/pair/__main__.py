@@ -118,7 +118,7 @@ class Kind(NamedTuple):
     module: str  # what runs in them
     source: list[str]  # options of scripts/vm
     target: list[str]
-    seconds: int = SECONDS
+    seconds: int = 2 * SECONDS  # of a busy machine: a command that hangs is noticed by itself
 
 
 SSH: Final = Kind(
