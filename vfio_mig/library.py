@@ -69,6 +69,7 @@ class SaveOptions(_Copied, total=False):
     raw: bool
     force: bool
     live: Live | None
+    pinned: bool
 
 
 class SyncOptions(_Copied, total=False):

@@ -444,6 +444,25 @@ def test_a_device_without_a_protocol_is_asked_by_what_its_holder_has_mapped(
         fetch_dirty(NAME, jobs.settings, memory=jobs.maps)
 
 
+def test_pinned_goes_with_neither_a_bare_state_nor_a_log(
+    gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="a bare state has no pages; leave out --pinned or --raw"):
+        save(NAME, str(tmp_path / "image"), jobs.settings, raw=True, pinned=True)
+    with pytest.raises(UsageError, match="tells its dirty pages by itself; leave out --pinned"):
+        save(NAME, str(tmp_path / "image"), jobs.settings, pinned=True)
+    assert gpu.running
+    assert not (tmp_path / "image").exists()
+
+    class Nothing(HeldTracker):
+        def start(self, ranges: object = ()) -> None: ...
+
+    monkeypatch.setattr(tracking, "find_owners_tracker", lambda _: Nothing(NAME, -1))
+    monkeypatch.setattr(FakeProtocol, "has_dirty", False)
+    with pytest.raises(UsageError, match="with --pinned nothing is logged; leave out --for"):
+        fetch_dirty(NAME, jobs.settings, pinned=True, log_time=1)
+
+
 @pytest.mark.parametrize("job", ["stop", "start", "save", "restore", "sync"])
 def test_what_would_end_with_the_job_is_refused(gpu: Gpu, jobs: Jobs, job: str) -> None:
     gpu.holder = None

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import pytest
 
 from vfio_mig.device import Device, Holder
+from vfio_mig.dirty.memory import Memory, MemoryMap
 from vfio_mig.dirty.ranges import PageRange
-from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError
+from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError, UsageError
 from vfio_mig.host import tracking
 from vfio_mig.host.devices import HostDevice
 from vfio_mig.jobs.engine.dirtylog import DirtyLog
@@ -20,6 +21,7 @@ from vfio_mig.protocols.base import MigrationProtocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from vfio_mig.protocols.abilities import LogsWrites
 
@@ -219,6 +221,52 @@ def test_a_device_without_a_log_is_refused(monkeypatch: pytest.MonkeyPatch, warn
     monkeypatch.setattr(Played, "has_dirty", False)
     with pytest.raises(UnsupportedError, match="keeps no log of its writes"):
         DirtyLog(session(Played(), warned), []).require()
+
+
+@pytest.mark.parametrize("has_log", [False, True])
+def test_pinned_pages_are_asked_for_at_any_time_and_no_log_is_begun(
+    monkeypatch: pytest.MonkeyPatch, warned: list[str], *, has_log: bool
+) -> None:
+    tracker = Tracker()
+    monkeypatch.setattr(tracking, "find_owners_tracker", lambda _: tracker)
+    monkeypatch.setattr(Played, "has_dirty", has_log)
+    protocol = Played()
+    log = DirtyLog(session(protocol, warned), [PageRange(16, 8)], pinned=True)
+    log.require()
+    assert (log.is_log, log.is_snapshot) == (False, True)
+    log.begin()
+    for _ in range(2):
+        assert sum(chunk.total() for chunk in log.fetch()) == 0
+    log.end()
+    assert tracker.did == [("start", [(16 * 4096, 8 * 4096)]), *["collect", ("take", 16, 8)] * 2]
+    assert protocol.log == []
+    assert warned == ["fake: it tells too much"]
+
+
+def test_pinned_pages_of_a_device_that_tells_them_by_itself_are_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch, warned: list[str]
+) -> None:
+    monkeypatch.setattr(Played, "dirty_log", None)
+    with pytest.raises(UsageError, match="tells its dirty pages by itself; leave out --pinned"):
+        DirtyLog(session(Played(), warned), [PageRange(16, 8)], pinned=True).require()
+
+
+def test_pages_outside_of_the_known_memory_are_looked_for_among_the_pinned(
+    monkeypatch: pytest.MonkeyPatch, warned: list[str], tmp_path: Path
+) -> None:
+    class Pinned(Tracker):
+        def take(self, start_page: int, nr_pages: int) -> memoryview:
+            super().take(start_page, nr_pages)
+            bits = sum(1 << page - start_page for page in (3, 20) if start_page <= page < start_page + nr_pages)
+            return memoryview(bits.to_bytes((nr_pages + 7) // 8, "little"))
+
+    tracker = Pinned()
+    monkeypatch.setattr(tracking, "find_owners_tracker", lambda _: tracker)
+    log = DirtyLog(session(Played(), warned), [PageRange(0, 16)], pinned=True)
+    log.require()
+    (tmp_path / "memory").write_bytes(bytes(16 * 4096))
+    with Memory([MemoryMap(str(tmp_path / "memory"), 0)]) as guest:
+        assert log.outside(guest) == (1, 20)
 
 
 class Broken(Played):

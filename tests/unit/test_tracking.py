@@ -14,10 +14,17 @@ from hypothesis import strategies as st
 
 from vfio_mig import uapi
 from vfio_mig.device import Device, Holder
-from vfio_mig.errors import DeviceError, UnsupportedError
-from vfio_mig.host import tracking
+from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError, UsageError
+from vfio_mig.host import frozen, migrating, tracking
 from vfio_mig.host.dma import ContainerDma, IommufdDma
-from vfio_mig.host.tracking import ContainerTracker, DmaTracker, IommuTracker, find_tracker
+from vfio_mig.host.tracking import (
+    ContainerTracker,
+    DmaTracker,
+    IommuTracker,
+    OwnersTracker,
+    find_owners_tracker,
+    find_tracker,
+)
 from vfio_mig.ranges import PAGE
 from vfio_mig.uapi import IoctlError, Request, iommufd
 
@@ -320,7 +327,7 @@ def test_a_holder_s_container_is_asked_only_where_that_is_wanted(monkeypatch: py
         (Device(NAME, -1, how="borrowed", holder=None), "what was mapped by another process is left"),
         (
             Device(NAME, -1, how="borrowed", holder=Holder(4711, "qemu-system-x86", is_hold=False, fd=5)),
-            "what was mapped by another process is left",
+            "as that may be tracking it; 'dirty' and 'save' ask that process with --pinned; or leave out --memory",
         ),
         (Device(NAME, -1, how="inherited"), "as that may be tracking it; ask that process, or leave out --memory"),
     ],
@@ -331,3 +338,119 @@ def test_where_nothing_can_tell_it_says_what_was_looked_at(device: Device, words
     assert words in str(caught.value)
     assert str(caught.value).startswith(f"{NAME}: cannot be asked for its dirty pages")
     assert caught.value.exit_code == 4
+
+
+# Whoever else has the device -----------------------------------------------------------------------------------------
+
+OWNER: Final = Holder(4711, "qemu-system-x86", is_hold=False, fd=5)
+
+
+class OwnersContainer(HeldContainer):
+    """One whose owner may have begun a log: only then a question is answered."""
+
+    def __init__(self, *mappings: tuple[int, int], is_logged: bool = False) -> None:
+        super().__init__(*mappings)
+        self.is_logged = is_logged
+        self.is_still = False
+        """Whether the owner stands still."""
+
+    def call(self, fd: int, request: Request, arg: bytearray) -> int:
+        assert self.is_still
+        flags = struct.unpack_from("=I", arg, 4)[0]
+        if flags == 4:
+            if not self.is_logged:
+                raise IoctlError(errno.EINVAL, request)
+            if struct.unpack_from("=Q", arg, 8)[0] >= 1 << 63:
+                return 0
+        done = super().call(fd, request, arg)
+        self.is_logged = {1: True, 2: False}.get(flags, self.is_logged)
+        return done
+
+
+@pytest.fixture
+def owned(monkeypatch: pytest.MonkeyPatch) -> Callable[[OwnersContainer], OwnersTracker]:
+    monkeypatch.setattr(migrating, "is_migrating", lambda _: False)
+
+    def find(container: OwnersContainer) -> OwnersTracker:
+        def still(name: str, holder: Holder, do: Callable[[], None]) -> None:
+            assert (name, holder) == (NAME, OWNER)
+            container.is_still = True
+            try:
+                do()
+            finally:
+                container.is_still = False
+
+        monkeypatch.setattr(uapi, "call", container.call)
+        monkeypatch.setattr(frozen, "while_still", still)
+        monkeypatch.setattr(tracking, "duplicate_container", lambda *whose: FD if whose == (NAME, OWNER) else None)
+        device = Device(NAME, -1, how="borrowed", holder=OWNER)
+        tracker = find_owners_tracker(device)
+        assert FD in device._owned
+        return tracker
+
+    return find
+
+
+def test_an_owner_s_container_is_asked_as_a_whole_and_left_as_it_was(
+    owned: Callable[[OwnersContainer], OwnersTracker],
+) -> None:
+    container = OwnersContainer((0, 6 << 30))
+    tracker = owned(container)
+    tracker.start([(0, PAGE)])
+    assert container.calls == []
+    for dirty in ({3, 15}, {4, 1 << 20}, set[int]()):
+        container.dirty = set(dirty)
+        tracker.collect()
+        assert pages_of(tracker, 1 << 21) == dirty
+        assert container.calls[-2:] == [True, False]
+        assert not container.is_logged
+    tracker.stop()
+    assert len(container.calls) == 6
+    assert "pinned now" in tracker.caution
+
+
+def pages_of(tracker: DmaTracker, number: int) -> set[int]:
+    bits = int.from_bytes(tracker.take(0, number), "little")
+    return {page for page in range(bits.bit_length()) if bits >> page & 1}
+
+
+def test_an_owner_that_logs_is_left_alone(
+    owned: Callable[[OwnersContainer], OwnersTracker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container = OwnersContainer((0, 1 << 20), is_logged=True)
+    with pytest.raises(DeviceBusyError, match=r"PID 4711 \(qemu-system-x86\) has a log of its own"):
+        owned(container).collect()
+    assert (container.calls, container.questions, container.is_logged) == ([], [], True)
+    monkeypatch.setattr(migrating, "is_migrating", lambda pid: pid == OWNER.pid)
+    container = OwnersContainer((0, 1 << 20))
+    with pytest.raises(DeviceBusyError, match="has a log of its own"):
+        owned(container).collect()
+    assert container.calls == []
+
+
+def test_an_owner_s_log_is_ended_whatever_fails(owned: Callable[[OwnersContainer], OwnersTracker]) -> None:
+    container = OwnersContainer((0, 1 << 50))  # of which no question can see the end
+    with pytest.raises(DeviceError, match="EINVAL"):
+        owned(container).collect()
+    assert container.calls == [True, False]
+    container = OwnersContainer()
+    container.refuse = errno.EACCES
+    with pytest.raises(DeviceError, match="EACCES"):
+        owned(container).collect()
+    assert not container.is_logged
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "words"),
+    [
+        (Device(NAME, -1), UsageError, "no other process has it open; leave out --pinned"),
+        (Device(NAME, -1, how="inherited"), UsageError, "nothing tells whose container an inherited fd has"),
+        (Device(NAME, -1, how="borrowed", holder=OWNER), UnsupportedError, "has it without a container"),
+    ],
+)
+def test_where_no_owner_s_container_can_be_asked_it_says_why(
+    device: Device, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "duplicate_container", lambda *_: None)
+    with pytest.raises(error, match=words):
+        find_owners_tracker(device)

@@ -40,6 +40,12 @@ def open_option(what: str) -> Callable[..., Any]:
     return click.option("--open", "open_closed", is_flag=True, help=text)
 
 
+pinned_option = click.option(
+    "--pinned",
+    is_flag=True,
+    help="Of a v2 device that another process has, and which keeps no log: the pages that are pinned in that process's "
+    "VFIO container; it stands still for an instant.",
+)
 NOW: Final = {"running": "it runs", "stop": "left stopped", "closed": "closed, as nobody else has it open"}
 
 
@@ -55,6 +61,7 @@ def print_reports(targets: Sequence[str], reports: list[dict[str, Any]]) -> None
 @live_option
 @copy_options
 @p2p_option
+@pinned_option
 @click.option("--leave-running", is_flag=True, help="Let the device go on as it was found once everything is read.")
 @click.option("--raw", is_flag=True, help="Write the bare device state: no bitmap, no pages, no integrity.")
 @click.option(
@@ -72,6 +79,7 @@ def save_command(
     copying: Copying,
     live: bool,
     without_p2p: bool,
+    pinned: bool,
     leave_running: bool,
     raw: bool,
     force: bool,
@@ -83,7 +91,8 @@ def save_command(
     --max-downtime pages are copied while it still runs, with --live what v2 devices have of their state, too.
     Several DEVICE=FILE are one job: all stop before any is read, and the first FILE has the memory of all.
 
-    A v2 device tells only the pages that it writes from now on, so FILE has no others; --all-memory copies every page.
+    A v2 device tells only the pages that it writes from now on, so FILE has no others; --all-memory copies every page,
+    --pinned those that the driver has pinned.
     A GVT-g vGPU of the 2017 RFC tells the pages that are mapped when it is asked: without --rounds a page that it wrote
     and the guest unmapped before the stop cannot be known. What such a vGPU only reads, page tables and batches, is not
     among them either: a target that does not have the rest of the guest's memory needs --all-memory, and `check` says
@@ -110,6 +119,7 @@ def save_command(
             raw=raw,
             force=force,
             without_p2p=without_p2p,
+            pinned=pinned,
             open_closed=open_closed,
         )
     options.done()
@@ -218,6 +228,7 @@ def restore_command(
     metavar="SECONDS",
     help="How long a v2 device logs its writes before it is asked; 1 by default.",
 )
+@pinned_option
 @click.option("--map", "as_map", is_flag=True, help="Draw a map of the pages in characters.")
 @click.option("--plot", metavar="FILE", help="Draw a map of the pages to FILE (.png or .svg; needs matplotlib).")
 @borrow_options
@@ -230,6 +241,7 @@ def dirty_command(
     *,
     list_ranges: bool,
     log_time: float | None,
+    pinned: bool,
     as_map: bool,
     plot: str | None,
 ) -> None:
@@ -237,7 +249,8 @@ def dirty_command(
 
     A GVT-g vGPU with the RFC always knows them, and nothing is cleared by asking. A mainline v2 device is told to log
     its writes, and asked after a while for those since then. Of a device that keeps no log, or cannot be migrated at
-    all, its container tells which pages the driver has pinned, if this command opens it or `vfio-mig hold` has it.
+    all, its container tells which pages the driver has pinned, if this command opens it or `vfio-mig hold` has it, or
+    with --pinned whoever has it.
 
     \b
     Examples:
@@ -257,6 +270,7 @@ def dirty_command(
         ranges=parse_ranges(ranges),
         list_ranges=list_ranges,
         log_time=log_time,
+        pinned=pinned,
         look=chunks.extend,
     )
     plot_dirty(plot, report.device, chunks)

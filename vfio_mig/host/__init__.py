@@ -5,6 +5,7 @@
 opening it, ``mdev`` makes and removes mdevs. ``opening`` opens a device by its group or borrows it, ``cdev`` by its own
 node; ``holders`` finds the process that has it, ``migrating`` whether that is migrating it. ``guest`` is guest memory
 to be mapped, ``dma`` what was mapped, ``iommufd`` an open ``/dev/iommu``, ``kvm`` a VM for drivers that demand one,
-``tracking`` what these know of a device's writes. ``lock`` lets one job at a time work on a device, and tells what a
-killed one has left; ``lease`` keeps writers away from a file, and ``pipe`` widens a pipe.
+``tracking`` what these know of a device's writes, ``frozen`` has their owner stand still for it. ``lock`` lets one job
+at a time work on a device, and tells what a killed one has left; ``lease`` keeps writers away from a file, and ``pipe``
+widens a pipe.
 """

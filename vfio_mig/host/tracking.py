@@ -2,8 +2,8 @@
 """Which pages did a device write that keeps no log of its own? What the IOMMU, or the container, knows of it.
 
 Only of a device that we opened and mapped guest memory for ourselves, or that a `vfio-mig hold` has: whoever else has
-mapped it may be tracking, and what is read here would be missing there. All kinds count from :meth:`DmaTracker.start`
-on, and tell a page once.
+mapped it may be tracking, and what is read here would be missing there; that is asked for the pages that are pinned, if
+at all, while it stands still. All other kinds count from :meth:`DmaTracker.start` on, and tell a page once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
 
 from vfio_mig import uapi
-from vfio_mig.errors import DeviceError, UnsupportedError
+from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError, UsageError
 from vfio_mig.host.dma import ContainerDma, IommufdDma
 from vfio_mig.host.holders import duplicate_container
 from vfio_mig.ranges import PAGE
@@ -23,11 +23,13 @@ from vfio_mig.uapi import IoctlError, ffi
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vfio_mig.device import Device
+    from vfio_mig.device import Device, Holder
 
 _BYTE: Final = 8
 _REACH: Final = (1 << 32, 1 << 43)
 """Bytes of a holder's container, from 0 on, that are asked for first and at most (DIRTY_BITMAP_SIZE_MAX of type1)."""
+_NOWHERE: Final = (1 << 64) - 2 * PAGE
+"""An address that no IOMMU has, and so no mapping."""
 _START: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_START")
 _STOP: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP")
 _GET: Final = ffi.integer_const("VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP")
@@ -86,6 +88,9 @@ class DmaTracker(ABC):
         """
         if not self._is_on:
             raise ValueError("tracking was not started: every page would seem clean")
+        self._read_all()
+
+    def _read_all(self) -> None:
         for number, kept in enumerate(self._kept):
             told = self._read(number)
             if any(kept):
@@ -219,7 +224,7 @@ class HeldTracker(ContainerTracker):
             if reach >= end:
                 self._set_pieces([(0, reach)])
                 try:
-                    self.collect()
+                    self._read_all()
                 except DeviceError as error:
                     if error.errno != errno.EINVAL or reach >= most:
                         raise
@@ -232,6 +237,94 @@ class HeldTracker(ContainerTracker):
                     errno=errno.EINVAL,
                 )
             reach *= 2
+
+
+class OwnersTracker(HeldTracker):
+    """The pages that are pinned now in the container of a process that may begin to migrate at any time.
+
+    To begin a log that has begun already is no error, and to end it ends it for everybody. So all of it (is there no
+    log? begin one, read it, end it) is done while no thread of that process runs: before and after it, its container is
+    as it was. A log that was begun by somebody is left alone.
+
+    :param holder: who has the container.
+    """
+
+    caution = (
+        "the pages are those that are pinned now, by every device in its owner's container; what was written and let "
+        "go of before is not among them"
+    )
+
+    def __init__(self, name: str, container: int, holder: Holder) -> None:
+        super().__init__(name, container)
+        self._holder = holder
+        self._end = 0
+
+    def start(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
+        """Note how far is to be asked; nothing goes on between two questions."""
+        self._end = max((iova + size for iova, size in ranges), default=0)
+
+    def stop(self) -> None:
+        """Nothing goes on between two questions."""
+
+    def collect(self) -> None:
+        """Read what is pinned now, for :meth:`take`.
+
+        :raises DeviceBusyError: the holder migrates, or has a log of its own begun, or cannot be made to stand still.
+        :raises DeviceError: refused.
+        """
+        from vfio_mig.host.frozen import while_still
+
+        while_still(self._name, self._holder, self._look)
+
+    def _look(self) -> None:
+        from vfio_mig.host.migrating import is_migrating
+
+        if is_migrating(self._holder.pid) or self._is_logged():
+            raise DeviceBusyError(
+                f"{self._holder} has a log of its own of what is written, as for a migration, and what is read here "
+                "would be missing there",
+                device=self._name,
+                hint="wait until that has ended",
+            )
+        self._switch(on=True)
+        try:
+            self._find_reach(self._end)
+        finally:
+            self._switch(on=False)
+
+    def _is_logged(self) -> bool:
+        """Tell whether a log has begun: only then a question is answered, and this one is of no mapping's pages."""
+        request = _GET_BITMAP.pack(_GET_BITMAP.size, _GET, _NOWHERE, PAGE, PAGE, 8, uapi.address_of(bytearray(8)))
+        try:
+            uapi.call(self._fd, uapi.IOMMU_DIRTY_PAGES, bytearray(request))
+        except IoctlError as error:
+            if error.errno == errno.EINVAL:
+                return False
+            raise self._failed(error) from error
+        return True
+
+
+def find_owners_tracker(device: Device) -> OwnersTracker:
+    """Return what can tell the pages that are pinned in the container of whoever has a device open.
+
+    :raises UsageError: nobody else has it.
+    :raises UnsupportedError: it has no container.
+    :raises DeviceBusyError: it has several, or may not be looked into.
+    """
+    holder = device.holder
+    if not device.borrowed:
+        raise UsageError(f"{device.name}: no other process has it open", hint="leave out --pinned")
+    if holder is None:
+        raise UsageError(f"{device.name}: nothing tells whose container an inherited fd has", hint="leave out --fd")
+    container = duplicate_container(device.name, holder)
+    if container is None:
+        raise UnsupportedError(
+            f"cannot be asked for its pinned pages: {holder} has it without a container (an iommufd has none)",
+            device=device.name,
+            hint="leave out --memory",
+        )
+    device.own(container)
+    return OwnersTracker(device.name, container, holder)
 
 
 def find_tracker(device: Device, *, of_holder: bool = False) -> DmaTracker:
@@ -261,6 +354,8 @@ def find_tracker(device: Device, *, of_holder: bool = False) -> DmaTracker:
     elif device.borrowed:
         why = "what was mapped by another process is left alone, as that may be tracking it"
         hint = "ask that process, or leave out --memory"
+        if device.holder is not None:
+            hint = "'dirty' and 'save' ask that process with --pinned; or leave out --memory"
     else:
         why, hint = "no memory was mapped for it", "name the guest's memory with --memory"
     raise UnsupportedError(

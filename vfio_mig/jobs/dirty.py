@@ -49,6 +49,7 @@ def fetch_dirty(
     ranges: Sequence[PageRange] = (),
     list_ranges: bool = False,
     log_time: float | None = None,
+    pinned: bool = False,
     look: Callable[[list[Dirty]], object] = lambda _: None,
 ) -> DirtyReport:
     """Fetch the dirty bitmap. For the RFC: pages the device may write, running or stopped; reading clears nothing.
@@ -59,6 +60,8 @@ def fetch_dirty(
     :param ranges: guest pages to ask for; by default those of *memory*, else the first 4 GiB.
     :param list_ranges: fill in the report's ranges.
     :param log_time: seconds, 1 by default; only for a device that logs.
+    :param pinned: ask the container of the process that has the device for the pages that are pinned now; it stands
+        still for that instant.
     :param look: called with the bitmaps, in order of address.
     :raises UnsupportedError: it cannot be asked.
     """
@@ -68,7 +71,7 @@ def fetch_dirty(
     with Job("dirty", settings) as job:
         guest = job.enter(Memory(memory))
         session = job.open(name, memory=guest.maps, alone=False, any_device=True)
-        log = DirtyLog(session, default_ranges(guest, ranges))
+        log = DirtyLog(session, default_ranges(guest, ranges), pinned=pinned)
         log.require()
         if log.is_holders:  # others that read it would have what is missing here
             job.enter(DeviceLock(session.found, "dirty"))
@@ -78,7 +81,8 @@ def fetch_dirty(
             log.begin()
             _sleep(LOG_TIME if log_time is None else log_time)
         elif log_time is not None:
-            raise UsageError(f"a {session.protocol.name} device keeps no log", hint="leave out --for")
+            what = "with --pinned nothing is logged" if pinned else f"a {session.protocol.name} device keeps no log"
+            raise UsageError(what, hint="leave out --for")
         began = time.perf_counter()
         chunks = log.fetch()
         seconds = time.perf_counter() - began

@@ -173,6 +173,7 @@ def save(
     all_memory: bool = False,
     guest_paused: bool = False,
     strict: bool = False,
+    pinned: bool = False,
     open_closed: bool = False,
 ) -> SaveReport:
     """Save a device to a file, or as ``-`` to standard output. The file is whole or not there.
@@ -190,6 +191,8 @@ def save(
     :param guest_paused: the caller knows that no CPU of the guest runs until this returns. Then the image of a device
         that logs its writes has every page, too, as only the log's begin tells what it wrote.
     :param strict: refuse dirty pages that are not in *memory*, instead of warning of them.
+    :param pinned: what a device without a log may have written are the pages that are pinned in the container of the
+        process that has it open, which stands still for the instant in which it is asked.
     :param open_closed: also a device that no other process has open: it is opened for the save alone, and closed.
     :raises OpenError, UnsupportedError: nothing was done.
     :raises DeviceError: the device failed; it was started again.
@@ -207,6 +210,7 @@ def save(
         all_memory=all_memory,
         guest_paused=guest_paused,
         strict=strict,
+        pinned=pinned,
         open_closed=open_closed,
     )[0]
 
@@ -225,6 +229,7 @@ def save_all(
     all_memory: bool = False,
     guest_paused: bool = False,
     strict: bool = False,
+    pinned: bool = False,
     open_closed: bool = False,
 ) -> list[SaveReport]:
     """Save several devices as one job: all are stopped before any is read, and after any failure all run.
@@ -239,7 +244,9 @@ def save_all(
     from vfio_mig.dirty.memory import Memory
 
     _check_targets(pairs, raw=raw, memory=memory, force=force)
-    wanted = Wanted(ranges, all_memory, guest_paused, strict)
+    if pinned and raw:
+        raise UsageError("a bare state has no pages", hint="leave out --pinned or --raw")
+    wanted = Wanted(ranges, all_memory, guest_paused, strict, pinned)
     targets = [_Target(name, file, raw=raw, force=force) for name, file in pairs]
     with Job(JOB, settings) as job:
         guest = job.enter(Memory(memory))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError
+from vfio_mig.errors import DeviceBusyError, DeviceError, UnsupportedError, UsageError
 from vfio_mig.ranges import PAGE
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ class DirtyLog:
     one before it. Where a log is lost, every page counts as dirty once.
 
     :param ranges: guest pages to ask for.
+    :param pinned: ask the container of whoever has the device for the pages that are pinned, at any time.
     """
 
-    def __init__(self, session: Session, ranges: Sequence[PageRange]) -> None:
+    def __init__(self, session: Session, ranges: Sequence[PageRange], *, pinned: bool = False) -> None:
         # Imported here, before the device is stopped
         from vfio_mig.dirty.fetch import fetch
 
@@ -35,6 +36,8 @@ class DirtyLog:
         self._ranges = list(ranges)
         self._fetch = fetch
         self._tracker: DmaTracker | None = None
+        self._pinned = pinned
+        self._is_told = False
         self._is_begun = False
         self.was_lost = False
         """Whether a log was lost, and every page was taken as dirty."""
@@ -42,7 +45,7 @@ class DirtyLog:
     @property
     def is_log(self) -> bool:
         """Whether it tells what was written since it began, and each page once."""
-        return self._session.protocol.dirty_log is not None or self._tracker is not None
+        return not self._pinned and (self._session.protocol.dirty_log is not None or self._tracker is not None)
 
     @property
     def is_holders(self) -> bool:
@@ -53,15 +56,17 @@ class DirtyLog:
 
     @property
     def is_snapshot(self) -> bool:
-        """Whether it tells, at any time, the pages that the device may write then: the RFC's."""
-        return self._session.protocol.has_dirty and not self.is_log
+        """Whether it tells, at any time, the pages that the device may write then: the RFC's, or pinned ones."""
+        return (self._pinned or self._session.protocol.has_dirty) and not self.is_log
 
     def require(self) -> None:
         """Refuse a device that cannot be asked: it has no log, and neither its IOMMU nor its container can tell.
 
         :raises UnsupportedError: says what was looked at.
         """
-        if not self._session.protocol.has_dirty:
+        if self._pinned:
+            self._require_pinned()
+        elif not self._session.protocol.has_dirty:
             from vfio_mig.host.tracking import find_tracker
 
             refusal = self._session.refusal
@@ -73,6 +78,24 @@ class DirtyLog:
                     raise
                 refusal.problem = f"{refusal.problem}; it {error.problem}"
                 raise refusal from error
+
+    def _require_pinned(self) -> None:
+        from vfio_mig.host.tracking import find_owners_tracker
+
+        protocol = self._session.protocol
+        if protocol.has_dirty and protocol.dirty_log is None:
+            raise UsageError(
+                f"{self._session.device.name}: a {protocol.name} device tells its dirty pages by itself",
+                hint="leave out --pinned",
+            )
+        self._tracker = find_owners_tracker(self._session.device)
+        self._tracker.start([(one.start * PAGE, one.nr_pages * PAGE) for one in self._ranges])
+
+    def _collect(self, tracker: DmaTracker) -> None:
+        tracker.collect()
+        if self._pinned and not self._is_told:
+            self._is_told = True
+            self._session.warn(tracker.caution)
 
     def begin(self) -> None:
         """Have the device log its writes from now on, if it has to be told.
@@ -127,8 +150,13 @@ class DirtyLog:
             return 0, 0
         from vfio_mig.dirty.ranges import complement
 
+        source = self._session.protocol.dirty
+        if self._tracker is not None:
+            self._collect(self._tracker)
+            source = self._tracker.take
+
         gaps = complement(guest.ranges, max(guest.end // PAGE, 1 << 20))
-        runs = [run for chunk in self._fetch(self._session.protocol.dirty, gaps) for run in chunk.ranges()]
+        runs = [run for chunk in self._fetch(source, gaps) for run in chunk.ranges()]
         return sum(run.nr_pages for run in runs), runs[0].start if runs else 0
 
     def fetch(self) -> list[Dirty]:
@@ -139,7 +167,7 @@ class DirtyLog:
         try:
             tracker = self._tracker
             if tracker is not None:
-                tracker.collect()
+                self._collect(tracker)
             source = self._session.protocol.dirty if tracker is None else tracker.take
             return list(self._fetch(source, self._ranges))
         except DeviceError as error:

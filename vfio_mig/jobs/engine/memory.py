@@ -52,7 +52,7 @@ class Content(NamedTuple):
         """Say what a copy will be worth, before it is made, unless a device loses its log."""
         if not has_memory:
             return cls(NONE, guest_paused=False)
-        logs = any(session.protocol.dirty_log is not None for session in sessions)
+        logs = not wanted.pinned and any(session.protocol.dirty_log is not None for session in sessions)
         is_all = wanted.all_memory or (wanted.guest_paused and logs)
         return cls(ALL if is_all else DIRTY, wanted.guest_paused)
 
@@ -64,12 +64,14 @@ class Wanted(NamedTuple):
     :param all_memory: copy every page once, not only what the devices may have written.
     :param guest_paused: the caller knows that no CPU of the guest runs as long as the job does.
     :param strict: refuse dirty pages that are in no memory that is known, instead of telling of them.
+    :param pinned: ask the containers of whoever has the devices for the pages that are pinned.
     """
 
     ranges: Sequence[PageRange] = ()
     all_memory: bool = False
     guest_paused: bool = False
     strict: bool = False
+    pinned: bool = False
 
 
 class ImageSink:
@@ -156,7 +158,8 @@ class MemoryCopy:
         self._guest = guest
         self._wanted = wanted
         self._union = union
-        self._logs = [DirtyLog(pause.session, default_ranges(guest, wanted.ranges)) for pause in pauses]
+        asked = default_ranges(guest, wanted.ranges)
+        self._logs = [DirtyLog(pause.session, asked, pinned=wanted.pinned) for pause in pauses]
         self._ever: list[Dirty] = []
         self._remember = remember
         self._progress = progress
@@ -164,7 +167,7 @@ class MemoryCopy:
         self._copy: LiveCopy | None = None
         self.dirty: list[list[Dirty]] = [[] for _ in self._logs]
         """The last bitmap of each device."""
-        if guest.maps:
+        if guest.maps or wanted.pinned:
             for log in self._logs:
                 log.require()
             preload()
