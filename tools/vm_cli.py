@@ -17,7 +17,7 @@ from typing import Final, Never
 from tools.kvmgt import build as kvmgt
 from tools.kvmgt import source
 from tools.l2 import image as l2
-from tools.vm import custom, guest, gvt, kernels, kvm, link, machine, module, mtty, newest, qemu
+from tools.vm import custom, guest, gvt, kernels, kvm, libvirt, link, machine, module, mtty, newest, qemu
 from tools.vm.cache import cache_root
 from tools.vm.errors import EXIT_KERNEL_FAULT, EXIT_RUNNER, EXIT_TIMEOUT, Interrupted, RunnerError
 
@@ -81,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
         "--link", type=link.parse, metavar="NAME/1|2",
         help="a network cable to the VM that is started with the other end of it; its address is $VFIO_MIG_LINK, the "
         "other VM's $VFIO_MIG_LINK_PEER",
+    )  # fmt: skip
+    result.add_argument(
+        "--libvirt", action="store_true",
+        help="fetch a libvirt daemon with its QEMU, 55 MB, once; $VFIO_MIG_LIBVIRT has it unpacked",
     )  # fmt: skip
     result.add_argument("--build-all", action="store_true", help="build all mutations first; alone: do only that")
     result.add_argument("--stdin", action="store_true", help="pass standard input to COMMAND, instead of /dev/null")
@@ -184,6 +188,7 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
         os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release,
         gpu=options.gpu, gvt=host_driver, uapi=kernel.uapi, l2=_guest_of_vgpu(cache, log) if options.l2 else None,
         qemu=(inner or machine_options.qemu).shell_words(), link=cable,
+        libvirt=libvirt.fetch(cache, say) if options.libvirt else None,
     )  # fmt: skip
     what = guest.Guest(
         tree=kernel.tree, module=loaded, module_args=options.module_args.split(), out=out,

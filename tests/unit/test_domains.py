@@ -15,8 +15,13 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import click
 import pytest
 
+from tests.schemas import validate
+from tests.unit.click_runner import runner
+from vfio_mig.cli import complete
+from vfio_mig.cli.main import cli
 from vfio_mig.errors import DeviceNotFoundError, HostError, OpenError, UnsupportedError, UsageError
 from vfio_mig.jobs.engine.session import Settings
 from vfio_mig.vm import connection, domain, jobs, machine, named, survey
@@ -451,3 +456,51 @@ def test_settings_reach_the_library_s_jobs_and_the_pause_is_proved() -> None:
         watched.on_step("save", step, UUID)
     watched.on_commit()
     assert seen == ["after-stop", "proved", "written", "noted", "commit"]
+
+
+ROWS = [
+    survey.VmRow(
+        vm="a\x1b[2Jb", pid=None, command=None, state="shut off", memory="private",
+        devices=[survey.VmDevice(UUID, None)], sockets=[], notes=["its RAM is private"],
+    ),
+    survey.VmRow(
+        vm=None, pid=7, command="qemu-system-x86", state="unknown", memory="shared",
+        devices=[survey.VmDevice(UUID, "gvt-rfc"), survey.VmDevice(OTHER, None)], sockets=["/run/vm.qmp"], notes=[],
+    ),
+]  # fmt: skip
+
+
+def test_vm_list_prints_a_line_for_each_and_says_the_rest_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def list_vms(names: Any, *, connect: str | None) -> list[survey.VmRow]:
+        asked.append((tuple(names), connect))
+        return ROWS
+
+    monkeypatch.setattr(survey, "list_vms", list_vms)
+    done = runner().invoke(cli, ["vm", "list", "--connect", URI, "x", "--header"])
+    assert done.stdout.splitlines() == [
+        "VM PID STATE MEMORY DEVICES",
+        f"a\\x1b[2Jb - shut_off private {UUID}",
+        f"(qemu-system-x86) 7 unknown shared {UUID},{OTHER}",
+    ]
+    assert done.stderr.splitlines() == [
+        "a\\x1b[2Jb: its RAM is private",
+        "PID 7: listens at /run/vm.qmp",
+    ]
+    assert asked == [(("x",), URI)]
+    assert runner().invoke(cli, ["-q", "vm", "list"]).stderr == ""
+    shown = validate("vm-list", runner().invoke(cli, ["vm", "list", "--json"]).stdout)
+    assert [row["pid"] for row in shown] == [None, 7]
+
+
+def test_shells_complete_domains_of_this_host_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = click.Argument(["vm"])
+    with played(monkeypatch, FakeDomain()):
+        for uri, names in ((URI, ["win10"]), ("qemu+ssh://host/system", []), ("qemu:///gone", [])):
+            context = click.Context(click.Command("save"))
+            context.params["connect"] = uri
+            assert complete.vm(context, parameter, "w") == names
+    (item,) = complete.vm(click.Context(click.Command("save")), parameter, "/run/v")
+    assert getattr(item, "type", None) == "file"
+    assert complete.connect(click.Context(click.Command("save")), parameter, "qemu:///sy") == [URI]

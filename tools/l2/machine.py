@@ -102,10 +102,7 @@ class L2:
 
     def counts(self) -> Counts:
         """Return what the load has counted, as it last said."""
-        for line in reversed(self.lines()):
-            if found := _COUNTS.fullmatch(line):
-                return Counts(*map(int, found.groups()))
-        return Counts()
+        return counted(self.lines())
 
     def await_ready(self, seconds: float = START_SECONDS) -> list[str]:
         """Wait until the guest is up and its driver has bound; returns the engines that the load uses.
@@ -207,6 +204,19 @@ class L2:
                 self.end()
 
 
+def counted(lines: Sequence[str]) -> Counts:
+    """Return what the load has counted, as it last said in these lines of the console."""
+    for line in reversed(lines):
+        if found := _COUNTS.fullmatch(line):
+            return Counts(*map(int, found.groups()))
+    return Counts()
+
+
+def kernel_options() -> str:
+    """Return the command line of the guest's kernel."""
+    return " ".join(_OPTIONS)
+
+
 def arguments(image: Image, vgpu: str, directory: Path, *, device: str = "") -> list[str]:
     """Return QEMU's arguments for a guest."""
     properties = ",".join(["vfio-pci", f"sysfsdev={vgpu}", f"addr={SLOT}", "id=vgpu", *([device] if device else [])])
@@ -218,5 +228,5 @@ def arguments(image: Image, vgpu: str, directory: Path, *, device: str = "") -> 
         *("-qmp", f"unix:{directory / 'qmp'},server=on,wait=off"),
         *("-qmp", f"unix:{directory / 'own.qmp'},server=on,wait=off"),
         *("-device", properties),
-        *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", " ".join(_OPTIONS)),
+        *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", kernel_options()),
     ]

@@ -10,6 +10,8 @@
 ``mtty``         the kernel's own sample of the migration protocol v2
 ``drivers``      the sample driver and kvmgt behind one face
 ``qemu``         QEMU with a vGPU, its driver played through qtest
+``libvirtd``     libvirt daemons, each a host of its own to libvirt
+``reaper``       what they run under, as nothing else buries their children
 ``cli``          the installed ``vfio-mig``, as users run it, or in a fork
 ``imports``      ``vfio-mig``, and what it imports between two of its steps
 ``borrowing``    a second fd of a device that another process holds

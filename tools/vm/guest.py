@@ -234,7 +234,7 @@ class Guest:
 def environment(
     host: Mapping[str, str], *, venv: Path, modules: Path | None, out: Path, release: str,
     gpu: str | None = None, gvt: Path | None = None, uapi: Path | None = None, l2: Path | None = None,
-    qemu: str | None = None, link: Link | None = None,
+    qemu: str | None = None, link: Link | None = None, libvirt: Path | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Return the variables that COMMAND sees."""
     guest = {key: value for key, value in host.items() if key.startswith(_PASSED_ON)}
@@ -249,7 +249,7 @@ def environment(
     }
     if_there = {
         "VFIO_MIG_KMOD_DIR": modules, "VFIO_MIG_GPU": gpu, "VFIO_MIG_GVT_MODULES": gvt, "VFIO_MIG_KERNEL_UAPI": uapi,
-        "VFIO_MIG_L2": l2, "VFIO_MIG_QEMU": qemu,
+        "VFIO_MIG_L2": l2, "VFIO_MIG_QEMU": qemu, "VFIO_MIG_LIBVIRT": libvirt,
         "VFIO_MIG_LINK": link and link.address, "VFIO_MIG_LINK_PEER": link and link.peer,
     }  # fmt: skip
     return guest | {name: str(value) for name, value in if_there.items() if value is not None}

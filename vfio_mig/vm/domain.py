@@ -60,6 +60,7 @@ class Domain:
         self.words: Words = words_of(name)
         self.news: list[str] = []
         self.ignores_signals = False
+        self._pid = 0
         self._connection = Connection(uri)
         try:
             self._open(name)
