@@ -27,6 +27,8 @@ GVT: Final = "drivers/gpu/drm/i915/gvt"
 INCLUDED: Final = "ca-certificates dkms python3-pyelftools patch xz-utils kmod linux-headers-amd64 linux-image-amd64"
 JOBS: Final = ("tests/vm/test_gvt_migration.py", "tests/vm/test_gvt_v2.py")
 """The whole job by the RFC and by protocol v2, on what is built here."""
+MUTATED: Final = "test_conform_finds_a_driver_that_loses_the_queue"
+"""It takes a module that is broken, which no package has."""
 # The kernel that comes later: of Debian 12 a newer one besides, of Debian 13 the same once more, which changes nothing.
 UPDATES: Final = {
     "bookworm": "linux-image-6.12-amd64 linux-headers-6.12-amd64",
@@ -213,7 +215,7 @@ def test_the_module_that_dkms_built_does_the_whole_job(debian: Path) -> None:
         pytest.skip(f"scripts/vm --kernel 6.1 has {done.stdout.strip()}, and this Debian {release}")
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".built-") as visible:  # in the VM; it has a /tmp of its own
         shutil.copy(debian / "built" / "kvmgt.ko", visible)
-        done = run_vm(["pytest", "-q", "-p", "no:cacheprovider", *JOBS], VFIO_MIG_KVMGT=visible)
+        done = run_vm(["pytest", "-q", "-p", "no:cacheprovider", "-k", f"not {MUTATED}", *JOBS], VFIO_MIG_KVMGT=visible)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert " passed" in done.stdout
 

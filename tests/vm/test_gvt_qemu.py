@@ -8,24 +8,26 @@ one that runs this VM, as Debian 12's does not speak protocol v2.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from tools.l2 import moves
-from tools.l2.machine import START_SECONDS
+from tools.l2.machine import MEGABYTES, START_SECONDS
 from tools.l2.pair import Pair
 from tools.lab import cli
 from tools.lab.gvt.rfc import MODULES, load_ours, load_stock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = [pytest.mark.gvt, pytest.mark.l2]
 
 TIMES: Final = 10
 RESULTS: Final = 60
+PINNED: Final = "dri/*/gvt/vgpu*/kvmgt_nr_cache_entries"
+"""Below debugfs: kvmgt.c, intel_vgpu_open_device()."""
 
 if not MODULES.is_dir():
     pytest.skip("VFIO_MIG_KVMGT is not the directory of a kvmgt that scripts/kvmgt built", allow_module_level=True)
@@ -69,6 +71,24 @@ def to_and_fro(pair: Pair, times: int) -> None:
 
 def test_a_running_guest_moves_there_and_back(pair: Pair) -> None:
     to_and_fro(pair, 2)
+
+
+def pinned() -> int:
+    """Return how many pages of guests kvmgt has pinned, by its own count."""
+    return sum(int(path.read_text()) for path in Path("/sys/kernel/debug").glob(PINNED))
+
+
+@pytest.mark.slow
+def test_the_pages_that_a_vgpu_has_pinned_are_told_and_its_guest_moves_afterwards(pair: Pair) -> None:
+    guest = pair.start(0)
+    guest.await_ready(5 * START_SECONDS)
+    guest.await_right(RESULTS)
+    assert 0 < js("dirty", pair.vgpus[0], "--pinned")["pages_dirty"] < MEGABYTES * 256
+    guest.pause()  # else it maps and unmaps meanwhile
+    assert js("dirty", pair.vgpus[0], "--pinned")["pages_dirty"] == pinned() > 0
+    guest.cont()
+    moved = pair.move(guest, 1)
+    assert moved.guest.await_right(RESULTS).wrong == 0
 
 
 @pytest.mark.slow
