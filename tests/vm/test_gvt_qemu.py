@@ -69,13 +69,15 @@ def to_and_fro(pair: Pair, times: int) -> None:
         assert moved.move.vfio_bytes > 3_000_000
 
 
+@pytest.mark.slow  # about one move in twenty leaves a silent guest on a busy machine: see tools/kvmgt/README.md
 def test_a_running_guest_moves_there_and_back(pair: Pair) -> None:
     to_and_fro(pair, 2)
 
 
 def pinned() -> int:
     """Return how many pages of guests kvmgt has pinned, by its own count."""
-    return sum(int(path.read_text()) for path in Path("/sys/kernel/debug").glob(PINNED))
+    files = {path.resolve() for path in Path("/sys/kernel/debug").glob(PINNED)}  # each minor leads to the same
+    return sum(int(path.read_text()) for path in files)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 
 import sys
 
-from tools.gpu.cli import main
+from tools.gpu.cli import end_on_signals, main
 
+end_on_signals()
 sys.exit(main(sys.argv[1:]))

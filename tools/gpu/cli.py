@@ -61,11 +61,15 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def end_on_signals() -> None:
+    """Have SIGTERM and SIGHUP end the program as its parent's end does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the program; returns its exit status."""
     options = parser().parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
     _allow_files()
     log: Callable[[str], None] = _say if options.verbose else _quiet
     try:

@@ -197,8 +197,6 @@ def main(arguments: list[str]) -> int:
     which.add_argument("--ansible-gvt", action="store_true", help="the same with the real kvmgt")
     parser.add_argument("--cut", type=int, metavar="N", help="cut the stream after N bytes; it must be refused")
     options = parser.parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, _end)
     kind = next((kind for name, kind in KINDS.items() if getattr(options, name)), None)
     if kind is not None:
         if options.cut is not None:
@@ -214,6 +212,8 @@ def _sum_up(good: list[bool]) -> int:
 
 
 if __name__ == "__main__":
+    for ending in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(ending, _end)
     try:
         sys.exit(main(sys.argv[1:]))
     except RunnerError as error:
