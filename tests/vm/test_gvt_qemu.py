@@ -69,7 +69,7 @@ def to_and_fro(pair: Pair, times: int) -> None:
         assert moved.move.vfio_bytes > 3_000_000
 
 
-@pytest.mark.slow  # about one move in twenty leaves a silent guest on a busy machine: see tools/kvmgt/README.md
+@pytest.mark.slow  # nested KVM under emulation loses a guest now and then: tools/kvmgt/README.md
 def test_a_running_guest_moves_there_and_back(pair: Pair) -> None:
     to_and_fro(pair, 2)
 

@@ -38,8 +38,10 @@ class Dirty(NamedTuple):
 
 
 def preload() -> None:
-    """Load numpy now: it takes longer than what follows, and may not be waited for while a device is stopped."""
+    """Load numpy and GMP now: it takes longer than what follows, and may not be waited for while a device is stopped."""
     import numpy as np  # noqa: F401
+
+    count(bytes(8), 64)
 
 
 def size(nr_pages: int) -> int:

@@ -25,14 +25,15 @@ def rehearse(session: Session) -> None:
 
     The image has some KiB, so the pipe takes it whole. The device is read only, and what is found is forgotten.
     """
-    import vfio_mig.dirty.bitmap
     import vfio_mig.image.memoryplan  # noqa: F401 -- for what comes later
+    from vfio_mig.dirty.bitmap import count
     from vfio_mig.image.digests import Digests
     from vfio_mig.image.writer import ArchiveWriter
     from vfio_mig.jobs.check import fit_checks
     from vfio_mig.jobs.engine.export import describe_device
     from vfio_mig.jobs.files.input import read_image
 
+    count(_STATE, 8 * len(_STATE))
     ends = os.pipe()
     with os.fdopen(ends[0], "rb") as received:
         with os.fdopen(ends[1], "wb", buffering=0) as sent, Digests(None) as digests:
