@@ -38,7 +38,7 @@ class Dirty(NamedTuple):
 
 
 def preload() -> None:
-    """Load numpy and GMP now: it takes longer than what follows, and may not be waited for while a device is stopped."""
+    """Load numpy and GMP now: that takes longer than what follows, and no stopped device may wait for it."""
     import numpy as np  # noqa: F401
 
     count(bytes(8), 64)
