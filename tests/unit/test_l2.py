@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tools.l2 import cpio, image
-from tools.l2.machine import L2, Counts, GuestError, arguments
+from tools.l2.machine import L2, Counts, GuestError, arguments, stuck_at
 from tools.vm.errors import RunnerError
 from tools.vm.gvt import load_order
 from tools.vm.kernels import Kernel
@@ -168,6 +168,18 @@ def test_waiting_ends_with_the_time_or_with_qemu(guest: L2) -> None:
     guest.process.wait()
     with pytest.raises(GuestError, match="QEMU has ended with -9"):
         guest.await_ready(5.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("RIP=ffffffff811b998b RFL=00000002 [-------] CPL=0 II=0", "ffffffff811b998b"),
+        ("RIP=ffffffff811b998b RFL=00000246 [---Z-P-] CPL=0 II=0", None),
+        ("", None),
+    ],
+)
+def test_a_cpu_without_interrupts_is_told_from_one_that_has_them(said: str, expected: str | None) -> None:
+    assert stuck_at(f"\nCPU#0\nRAX=0 RBX=0\n{said}\n") == expected
 
 
 def test_qemu_gets_the_vgpu_with_what_belongs_to_it(tmp_path: Path) -> None:

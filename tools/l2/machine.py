@@ -13,6 +13,7 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
+from vfio_mig.errors import HostError
 from vfio_mig.vm.qmp import Qmp
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ SIGNATURE: Final = 0x4C32_0000
 _END_SECONDS: Final = 20.0
 _POLL_SECONDS: Final = 0.05
 _KEPT_LINES: Final = 40
+_LOOKS: Final = 5
+_INTERRUPT_FLAG: Final = 0x200
 _COUNTS: Final = re.compile(r"load: right (\d+) wrong (\d+) late (\d+)")
 _OPTIONS: Final = (
     # Each character on a serial console costs an exit from the guest
@@ -155,8 +158,22 @@ class L2:
         while not is_so():
             self.require_good()
             if time.monotonic() > end:
-                raise self._error(f"no {name} within {seconds:g} s")
+                raise self._error(f"no {name} within {seconds:g} s{self._standstill()}")
             time.sleep(_POLL_SECONDS)
+
+    def _standstill(self) -> str:
+        """Say so if the CPU does not move, its interrupts off: nested KVM has lost it (tools/kvmgt/README.md)."""
+        if not self._own.exists():
+            return ""
+        try:
+            seen = set()
+            for _ in range(_LOOKS):
+                seen.add(stuck_at(str(self.qmp.execute("human-monitor-command", **{"command-line": "info registers"}))))
+                time.sleep(_POLL_SECONDS)
+        except HostError:
+            return ""
+        [where] = seen if len(seen) == 1 else [None]
+        return "" if where is None else f"; its CPU stands at {where} with interrupts off"
 
     def _error(self, problem: str) -> GuestError:
         said = "\n".join(self.lines()[-_KEPT_LINES:])
@@ -215,6 +232,12 @@ def counted(lines: Sequence[str]) -> Counts:
 def kernel_options() -> str:
     """Return the command line of the guest's kernel."""
     return " ".join(_OPTIONS)
+
+
+def stuck_at(registers: str) -> str | None:
+    """Read RIP out of what ``info registers`` says, if interrupts are off; else None."""
+    found = re.search(r"^RIP=(\w+) RFL=(\w+)", registers, re.MULTILINE)
+    return None if found is None or int(found[2], 16) & _INTERRUPT_FLAG else found[1]
 
 
 def arguments(image: Image, vgpu: str, directory: Path, *, device: str = "") -> list[str]:
