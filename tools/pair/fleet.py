@@ -210,7 +210,7 @@ class FleetTarget(Target):
     def judge(self, facts: dict[str, Any]) -> int:
         """See whether one has come and works."""
         report = Report()
-        instance, memory = host.Instance(facts["name"], facts["kind"]), Memory(0, PAGES, Path(facts["file"]))
+        instance, memory = host.Instance(facts["name"], facts["kind"]), Memory(0, PAGES, Path(facts["file"]), kept=True)
         work, queued = (Work(map(tuple, facts[name])) for name in ("work", "queued"))
         report.check(f"{facts['name']} runs here", instance.run_state() == "running")
         end = time.monotonic() + WORK_SECONDS

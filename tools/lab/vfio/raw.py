@@ -90,13 +90,16 @@ PV_G2V_NOTIFY: Final = PVINFO + 0x818
 
 
 class Memory:
-    """Guest memory at *iova*: a shared mapping, anonymous or of a *file* as a VMM with shared RAM has it."""
+    """Guest memory at *iova*: a shared mapping, anonymous or of a *file* as a VMM with shared RAM has it.
 
-    def __init__(self, iova: int, pages: int, file: Path | None = None) -> None:
+    :param kept: the file is there, and what is in it stays; else it is made anew.
+    """
+
+    def __init__(self, iova: int, pages: int, file: Path | None = None, *, kept: bool = False) -> None:
         self.iova: Final = iova
         self.size: Final = pages * PAGE
         with contextlib.ExitStack() as stack:
-            fd = -1 if file is None else stack.enter_context(file.open("w+b")).fileno()
+            fd = -1 if file is None else stack.enter_context(file.open("r+b" if kept else "w+b")).fileno()
             if fd >= 0:
                 os.truncate(fd, self.size)
             self.bytes: Final = mmap.mmap(fd, self.size)
