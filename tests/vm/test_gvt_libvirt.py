@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from tools.l2.image import INITRAMFS, KERNEL, Image
-from tools.l2.machine import MEGABYTES, START_SECONDS, Counts, GuestError, counted, kernel_options
+from tools.l2.machine import MEGABYTES, START_SECONDS, Counts, GuestError, counted, kernel_options, stuck_at
 from tools.lab import cli, libvirtd
 from tools.lab.faults.injection import VARIABLE
 from tools.lab.gvt import kvmgt
@@ -110,7 +110,8 @@ class Host:
                 report((self.shared / "console").read_text(errors="replace")[-500:])
             if time.monotonic() > end:
                 said = (self.shared / "console").read_text(errors="replace")[-3000:]
-                raise GuestError(f"no {more} more results within {seconds:g} s\n{said}\n{self.here.log()}")
+                why = f"no {more} more results within {seconds:g} s; {self.cpus()}"
+                raise GuestError(f"{why}\n{said}\n{self.here.log()}")
             time.sleep(0.1)
         assert counts.wrong == 0
         report(counts)
@@ -138,6 +139,18 @@ class Host:
                 yield name
             finally:
                 self.end()
+
+    def cpus(self) -> str:
+        """Say where the guest's CPU stands on each host, if nested KVM has lost it (tools/kvmgt/README.md)."""
+        seen = []
+        for host in (self.here, self.there):
+            try:
+                said = host.virsh("qemu-monitor-command", NAME, "--hmp", "info registers")
+            except libvirtd.VirshError:  # the guest is not there
+                continue
+            where = stuck_at(said)
+            seen.append("its CPU has interrupts on" if where is None else f"interrupts are off at {where}")
+        return ", ".join(seen) or "it runs nowhere"
 
     def state(self) -> str:
         return self.here.virsh("domstate", NAME, "--reason").strip()
