@@ -4,7 +4,6 @@
 import errno
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,20 +45,8 @@ def test_count_and_trim_agree_with_the_reference(case: tuple[int, bytes]) -> Non
     assert module.count(memoryview(bitmap), nr_pages) == module.count(bytearray(bitmap), nr_pages)
 
 
-@given(bitmaps(), st.integers(0, 1 << 52))
-def test_ranges_are_the_pages_in_order_and_as_few_as_possible(case: tuple[int, bytes], start: int) -> None:
-    nr_pages, bitmap = case
-    ranges = list(module.ranges(bitmap, start, nr_pages))
-    assert [p for r in ranges for p in range(r.start, r.end)] == sorted(pages(bitmap, nr_pages, start))
-    assert all(one.end < other.start for one, other in pairwise(ranges))
-
-
 def test_a_bitmap_that_is_too_short_is_a_value_error() -> None:
-    for call in (
-        module.trim,
-        module.count,
-        lambda b, n: list(module.ranges(b, 0, n)),
-    ):
+    for call in (module.trim, module.count):
         with pytest.raises(ValueError, match="1 bytes are not a bitmap of 9 pages"):
             call(b"\xff", 9)
 
@@ -154,16 +141,3 @@ def test_an_answer_that_is_too_short_is_the_devices_error() -> None:
 def test_a_chunk_knows_its_pages() -> None:
     chunk = Dirty(100, 10, b"\x05\x02")
     assert chunk.total() == 3
-    assert list(chunk.ranges()) == [(100, 1), (102, 1), (109, 1)]
-
-
-@given(st.sets(st.integers(0, 99_999), max_size=12), st.integers(90_000, 100_000), st.integers(0, 1 << 40))
-def test_a_few_pages_among_many_are_found_without_the_others(pages: set[int], nr_pages: int, start: int) -> None:
-    bitmap = bytearray((nr_pages + 7) // 8)
-    inside = {page for page in pages | {page + 1 for page in pages} if page < nr_pages}
-    for page in inside:
-        bitmap[page // 8] |= 1 << page % 8
-    found = list(module.ranges(bytes(bitmap), start, nr_pages))
-    assert {page - start for one in found for page in range(one.start, one.end)} == inside
-    assert all(one.end < after.start for one, after in pairwise(found))
-    assert module.count(bytes(bitmap), nr_pages) == len(inside)

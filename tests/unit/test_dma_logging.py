@@ -14,13 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfio_mig.device import Device
-from vfio_mig.dirty.bitmap import ranges as dirty_ranges
+from vfio_mig.dirty.bitmap import Dirty
 from vfio_mig.dirty.fetch import fetch
 from vfio_mig.dirty.ranges import PageRange
+from vfio_mig.dirty.runs import find
 from vfio_mig.errors import DeviceError, UnsupportedError
 from vfio_mig.protocols.dma_logging import DmaLog, merge_closest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vfio_mig.uapi import Request
     from vfio_mig.uapi._generated import CData
 
@@ -151,8 +154,11 @@ class PagedDevice(Device):
 
 
 def reported(log: DmaLog, start: int, nr_pages: int) -> set[int]:
-    bitmap = bytes(log.report(start, nr_pages))
-    return {page for one in dirty_ranges(bitmap, start, nr_pages) for page in range(one.start, one.end)}
+    return dirty_pages([Dirty(start, nr_pages, bytes(log.report(start, nr_pages)))])
+
+
+def dirty_pages(pieces: Iterable[Dirty]) -> set[int]:
+    return {page for runs in find(pieces) for one in runs.ranges() for page in range(one.start, one.end)}
 
 
 @given(
@@ -188,12 +194,7 @@ def test_chunks_that_cut_the_device_s_pages_lose_none(unit: int, chunk: int) -> 
     log.start([(3 * PAGE, 500 * PAGE)])
     for page in (3, 70, 99, 111, 500):
         device.write(page)
-    got = {
-        page
-        for one in fetch(log.report, [PageRange(3, 90), PageRange(93, 410)], chunk)
-        for run in one.ranges()
-        for page in range(run.start, run.end)
-    }
+    got = dirty_pages(fetch(log.report, [PageRange(3, 90), PageRange(93, 410)], chunk))
     expected = {page for at in (3, 70, 99, 111, 500) for page in range(at // unit * unit, (at // unit + 1) * unit)}
     assert got == {page for page in expected if 3 <= page < 503}
 

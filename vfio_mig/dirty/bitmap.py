@@ -2,23 +2,15 @@
 """Dirty bitmaps: bit *i* of byte *j* is page 8*j* + *i*. A bitmap of *n* pages has ceil(n / 8) bytes or more; bits from
 *n* on are ignored.
 
-Counting needs no numpy, because every save counts; the rest loads it.
+Counting needs no numpy, because every save counts; finding runs (:mod:`vfio_mig.dirty.runs`) does.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from vfio_mig.dirty.popcount import popcount
-from vfio_mig.dirty.ranges import PageRange
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 Buffer = bytes | bytearray | memoryview
-
-_SPARSE = 8
-"""Where fewer than one word in so many has a dirty page, the others are passed over."""
 
 
 class Dirty(NamedTuple):
@@ -31,17 +23,6 @@ class Dirty(NamedTuple):
     def total(self) -> int:
         """Return how many pages are dirty."""
         return count(self.bitmap, self.nr_pages)
-
-    def ranges(self) -> Iterator[PageRange]:
-        """Yield the dirty pages in order."""
-        return ranges(self.bitmap, self.start_page, self.nr_pages)
-
-
-def preload() -> None:
-    """Load numpy and GMP now: that takes longer than what follows, and no stopped device may wait for it."""
-    import numpy as np  # noqa: F401
-
-    count(bytes(8), 64)
 
 
 def size(nr_pages: int) -> int:
@@ -57,10 +38,11 @@ def trim(bitmap: Buffer, nr_pages: int) -> bytes:
     length = size(nr_pages)
     if len(bitmap) < length:
         raise ValueError(f"{len(bitmap)} bytes are not a bitmap of {nr_pages} pages")
-    trimmed = bytearray(bitmap[:length])
-    if nr_pages % 8:
-        trimmed[-1] &= (1 << nr_pages % 8) - 1
-    return bytes(trimmed)
+    trimmed = bytes(bitmap[:length])  # no copy of bytes that have this length
+    bits = nr_pages % 8
+    if bits and trimmed[-1] >> bits:
+        trimmed = trimmed[:-1] + bytes([trimmed[-1] & ((1 << bits) - 1)])
+    return trimmed
 
 
 def count(bitmap: Buffer, nr_pages: int) -> int:
@@ -73,31 +55,6 @@ def count(bitmap: Buffer, nr_pages: int) -> int:
     whole, rest = divmod(nr_pages, 8)
     last = bitmap[whole] & ((1 << rest) - 1) if rest else 0
     return popcount(memoryview(bitmap)[:whole]) + last.bit_count()
-
-
-def ranges(bitmap: Buffer, start_page: int, nr_pages: int) -> Iterator[PageRange]:
-    """Yield the set bits as page ranges, in order, as few as possible; bit 0 is page *start_page*.
-
-    Costs as much as there are dirty pages, but for a look at each 64-bit word.
-    """
-    import numpy as np
-
-    words = _words(bitmap, nr_pages)
-    used = np.flatnonzero(words)
-    if len(used) * _SPARSE > len(words):
-        edges = _edges(np.unpackbits(words.view(np.uint8), bitorder="little"))
-        firsts, ends = edges[::2], edges[1::2]
-    elif not len(used):
-        return
-    else:
-        bits = np.unpackbits(words[used].view(np.uint8), bitorder="little").reshape(-1, 64)
-        row, column = np.nonzero(bits)
-        pages = used[row] * 64 + column
-        last = np.flatnonzero(np.diff(pages) != 1)  # of each run but the very last
-        firsts = pages[np.concatenate(([0], last + 1))]
-        ends = pages[np.append(last, len(pages) - 1)] + 1
-    for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
-        yield PageRange(start_page + first, end - first)
 
 
 def union(bitmaps: Sequence[Sequence[Dirty]]) -> list[Dirty]:
@@ -130,18 +87,3 @@ def _or_into(bits: bytearray, at: int, bitmap: Buffer) -> None:
     place = slice(at // 8, at // 8 + (value.bit_length() + 7) // 8)
     there = bits[place]
     bits[place] = (int.from_bytes(there, "little") | value).to_bytes(len(there), "little")
-
-
-def _edges(bits: "NDArray[np.uint8]") -> "NDArray[np.int64]":
-    """Return where a bit differs from the one before it; outside of the bitmap all bits are 0."""
-    import numpy as np
-
-    return np.flatnonzero(np.diff(bits, prepend=np.uint8(0), append=np.uint8(0)))
-
-
-def _words(bitmap: Buffer, nr_pages: int) -> "NDArray[np.uint64]":
-    """Return the bitmap of *nr_pages* pages as 64-bit words, bits behind the last page cleared."""
-    import numpy as np
-
-    trimmed = trim(bitmap, nr_pages)
-    return np.frombuffer(trimmed + bytes(-len(trimmed) % 8), "<u8")

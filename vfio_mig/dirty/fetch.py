@@ -28,6 +28,7 @@ def fetch(
     :raises DeviceError: the kernel refused the smallest request, any request for another reason, or answered too short.
     """
     limit = max(max_pages, 1)
+    blank = b""
     for range_ in ranges:
         start = range_.start
         while start < range_.end:
@@ -41,5 +42,8 @@ def fetch(
                 continue
             if len(bitmap) < size(nr_pages):
                 raise DeviceError(f"dirty bitmap of {nr_pages} pages has only {len(bitmap)} bytes")
-            yield Dirty(start, nr_pages, trim(bitmap, nr_pages))
+            bits = trim(bitmap, nr_pages)
+            if len(blank) != len(bits):
+                blank = bytes(len(bits))
+            yield Dirty(start, nr_pages, blank if bits == blank else bits)  # most chunks share one
             start += nr_pages

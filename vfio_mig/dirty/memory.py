@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Guest memory that lies in files: memfd, /dev/shm, hugetlbfs or plain, as ``FILE@GPA[:SIZE[+OFFSET]]``."""
 
+from __future__ import annotations
+
 import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from vfio_mig.closing import Closing
 from vfio_mig.dirty.lent import open_memory
@@ -16,13 +17,18 @@ from vfio_mig.dirty.ranges import PageRange, merge, parse_number
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.ranges import ADDRESS_END, PAGE
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from vfio_mig.dirty.runs import Runs
+
 CHUNK: Final = 4 << 20
 """Bytes that are read from a file at a time."""
 _CHUNK_PAGES: Final = CHUNK // PAGE
 _GAP: Final = 4
 """Pages between two dirty runs that are read with them: cheaper than to ask the kernel once more."""
 _SPAN_PAGES: Final = 64
-"""Pages that are read at once with gaps between: they stay in a CPU's cache until they are written."""
+"""Runs are read at once within so many pages, which stay in a CPU's cache until they are written."""
 _MAP_HINTS: Final = {
     errno.ENOMEM: "there are too few free huge pages for it",
     errno.EPERM: "it is sealed against writing",
@@ -434,54 +440,45 @@ class Memory(Closing):
             stored += range_.nr_pages
         return stored
 
-    def read(self, page_ranges: Iterable[PageRange]) -> Iterator[tuple[int, memoryview]]:
+    def read(self, batches: Iterable[Runs]) -> Iterator[tuple[int, memoryview]]:
         """Yield (guest-physical address, content) of the pages that are guest memory, at most CHUNK bytes at a time.
 
         All contents are in one buffer that later steps overwrite. Reads through the page cache, so it sees what a
         device and the guest's CPUs have stored; a page that is being written may be half old.
+
+        :param batches: the runs of pages; those of one batch are in order.
+        :raises HostError: a page cannot be read.
         """
         buffer = memoryview(bytearray(CHUNK))
-        for map_, runs in _spans(self.find(page_ranges)):
-            first = runs[0].start
-            for run in _read_span(map_, runs, buffer):
-                at = (run.start - first) * PAGE
-                yield run.start * PAGE, buffer[at : at + run.nr_pages * PAGE]
+        for runs in batches:
+            for map_ in self.maps:
+                yield from _read_runs(map_, runs.within(map_.pages.start, map_.pages.end), buffer)
 
 
-def _spans(found: Iterable[tuple[MemoryMap, PageRange]]) -> Iterator[tuple[MemoryMap, list[PageRange]]]:
-    """Yield what is to be read at once: runs of one map with small gaps between them, or a part of a long run."""
-    runs: list[PageRange] = []
-    map_ = None
-    end = limit = 0
-    for in_map, run in found:
-        start, nr_pages = run
-        if in_map is map_ and end <= start <= end + _GAP and start + nr_pages <= limit:
-            runs.append(run)
-        else:
-            if map_ is not None:
-                yield map_, runs
-            for part in range(start, start + nr_pages - _CHUNK_PAGES, _CHUNK_PAGES):
-                yield in_map, [PageRange(part, _CHUNK_PAGES)]
-                start = part + _CHUNK_PAGES
-            runs = [PageRange(start, run.end - start)]
-            map_, limit = in_map, start + _SPAN_PAGES
-        end = run.end
-    if map_ is not None:
-        yield map_, runs
+def _read_runs(map_: MemoryMap, runs: Runs, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Read runs that are in one map, those that are near each other at once."""
+    starts, ends = runs.starts.tolist(), runs.ends.tolist()
+    for first, behind in runs.spans(_GAP, _SPAN_PAGES):
+        start, end = starts[first], ends[behind - 1]
+        if behind - first == 1:
+            for at in range(start, end, _CHUNK_PAGES):
+                view = buffer[: min(_CHUNK_PAGES, end - at) * PAGE]
+                map_.read(at * PAGE, view)
+                yield at * PAGE, view
+            continue
+        is_read = _can_read(map_, start * PAGE, buffer[: (end - start) * PAGE])
+        for number in range(first, behind):
+            at = starts[number]
+            view = buffer[(at - start) * PAGE : (ends[number] - start) * PAGE]
+            if not is_read:
+                map_.read(at * PAGE, view)
+            yield at * PAGE, view
 
 
-def _read_span(map_: MemoryMap, runs: list[PageRange], buffer: memoryview) -> Iterator[PageRange]:
-    """Read a span to the begin of *buffer*, and yield its runs; a page between them may be unreadable."""
-    first, end = runs[0].start, runs[-1].end
+def _can_read(map_: MemoryMap, gpa: int, view: memoryview) -> bool:
+    """Read pages of which some lie between those that are wanted, and may be unreadable."""
     try:
-        map_.read(first * PAGE, buffer[: (end - first) * PAGE])
+        map_.read(gpa, view)
     except HostError:
-        if len(runs) == 1:
-            raise
-    else:
-        yield from runs
-        return
-    for run in runs:
-        at = (run.start - first) * PAGE
-        map_.read(run.start * PAGE, buffer[at : at + run.nr_pages * PAGE])
-        yield run
+        return False
+    return True

@@ -12,7 +12,7 @@ from vfio_mig import interrupts
 from vfio_mig.dirty.bitmap import Dirty
 from vfio_mig.dirty.changed import Fingerprints
 from vfio_mig.dirty.memory import Memory, data_extents, has_write
-from vfio_mig.dirty.ranges import PageRange
+from vfio_mig.dirty.runs import Runs, find
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.ranges import PAGE
 
@@ -198,7 +198,7 @@ class Copy:
 
     def run(self, dirty: Iterable[Dirty]) -> None:
         """Write the dirty pages that have changed."""
-        for gpa, view in self._memory.read(self._ranges(dirty)):
+        for gpa, view in self._memory.read(self._runs(dirty)):
             interrupts.check()
             pages = len(view) // PAGE
             self.inside += pages
@@ -208,11 +208,10 @@ class Copy:
             else:
                 self._write_changed(self._known, gpa, view)
 
-    def _ranges(self, dirty: Iterable[Dirty]) -> Iterator[PageRange]:
-        for chunk in dirty:
-            for range_ in chunk.ranges():  # no count of its own: most chunks have no dirty page
-                self.dirty += range_.nr_pages
-                yield range_
+    def _runs(self, dirty: Iterable[Dirty]) -> Iterator[Runs]:
+        for runs in find(dirty):
+            self.dirty += runs.total()
+            yield runs
 
     def _write_changed(self, known: Fingerprints, gpa: int, view: memoryview) -> None:
         for start, count in known.changed(gpa, view):

@@ -104,6 +104,7 @@ _sleep = waiting(time.sleep)
 
 def _runs(chunks: list[Dirty]) -> list[tuple[int, int]]:
     from vfio_mig.dirty.ranges import merge
+    from vfio_mig.dirty.runs import find
 
-    runs = merge(run for chunk in chunks if chunk.total() for run in chunk.ranges())
-    return [(run.start * PAGE, run.nr_pages * PAGE) for run in runs]
+    merged = merge(run for runs in find(chunks) for run in runs.ranges())
+    return [(run.start * PAGE, run.nr_pages * PAGE) for run in merged]

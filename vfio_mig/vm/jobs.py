@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 from vfio_mig import interrupts
-from vfio_mig.dirty.bitmap import preload
 from vfio_mig.dirty.memory import MemoryMap
+from vfio_mig.dirty.runs import preload
 from vfio_mig.errors import (
     DeviceBusyError,
     DeviceNotFoundError,

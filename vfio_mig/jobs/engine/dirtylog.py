@@ -149,6 +149,7 @@ class DirtyLog:
         if not self.is_snapshot:
             return 0, 0
         from vfio_mig.dirty.ranges import complement
+        from vfio_mig.dirty.runs import find
 
         source = self._session.protocol.dirty
         if self._tracker is not None:
@@ -156,8 +157,8 @@ class DirtyLog:
             source = self._tracker.take
 
         gaps = complement(guest.ranges, max(guest.end // PAGE, 1 << 20))
-        runs = [run for chunk in self._fetch(source, gaps) for run in chunk.ranges()]
-        return sum(run.nr_pages for run in runs), runs[0].start if runs else 0
+        batches = list(find(self._fetch(source, gaps)))
+        return sum(runs.total() for runs in batches), int(batches[0].starts[0]) if batches else 0
 
     def fetch(self) -> list[Dirty]:
         """Return the dirty bits of now, all ranges.

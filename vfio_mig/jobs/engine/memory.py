@@ -151,7 +151,8 @@ class MemoryCopy:
         progress: Callable[[int], object] = lambda _: None,
     ) -> None:
         # Imported here, before the device is stopped
-        from vfio_mig.dirty.bitmap import preload, union
+        from vfio_mig.dirty.bitmap import union
+        from vfio_mig.dirty.runs import preload
 
         self._job = job
         self._pauses = list(pauses)
