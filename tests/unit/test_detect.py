@@ -630,6 +630,22 @@ def test_what_lies_behind_a_state_in_a_dump_of_the_region_is_not_written() -> No
     assert device.writes == [(STATE_INDEX, 0, state + bytes(SMALL - 600))]
 
 
+def test_a_staged_state_is_laid_out_before_the_stop_and_written_when_it_is_asked_for() -> None:
+    device = RfcDevice()
+    state = bytearray(b"\x11" * 600)
+    load = rfc(device).stage([memoryview(state)[:100], bytes(state[100:])])
+    assert (device.calls, device.writes) == ([], [])
+    state[:] = bytes(600)
+    load()
+    assert device.writes == [(STATE_INDEX, 0, b"\x11" * 600 + bytes(SMALL - 600))]
+
+
+@pytest.mark.parametrize("sizes", [[SMALL], [1, SMALL - 1], [SMALL - 1, 1]])
+def test_chunks_as_long_as_the_region_together_are_not_staged(sizes: list[int]) -> None:
+    with pytest.raises(ValueError, match="1024 bytes do not fit into 1024"):
+        rfc(RfcDevice()).stage([bytes(size) for size in sizes])
+
+
 def test_a_state_as_long_as_the_region_is_not_written() -> None:
     device = RfcDevice()
     assert rfc(device).state_size_max == SMALL - 1
@@ -676,6 +692,15 @@ def test_a_dirty_request_of_no_or_too_many_pages_is_not_sent(nr_pages: int) -> N
     with pytest.raises(UsageError, match=f"{nr_pages} pages"):
         rfc(device).dirty(0, nr_pages)
     assert device.calls == []
+
+
+def test_a_bitmap_has_nothing_of_the_one_before() -> None:
+    device = RfcDevice(bits=b"\xff" * 24)
+    protocol = rfc(device)
+    protocol.dirty(0, 100)
+    device.bits = b"\x01"  # a kernel that writes less than it should
+    assert bytes(protocol.dirty(0, 100)) == b"\x01" + bytes(12)
+    assert bytes(protocol.dirty(0, 64)) == b"\x01" + bytes(7)
 
 
 def test_a_dirty_request_that_returns_a_file_closes_it() -> None:

@@ -64,7 +64,7 @@ from vfio_mig.protocols.gvt_rfc import GvtRfc
 from vfio_mig.protocols.none import NoMigration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from vfio_mig.words import Effect, How
@@ -337,6 +337,18 @@ def test_a_restore_writes_pages_then_state_while_the_device_is_stopped(gpu: Gpu,
     assert after[3 * PAGE : 4 * PAGE] == b"\x11" * PAGE
     assert after[: 3 * PAGE] == b"".join(map(content_of, range(3)))
     assert gpu.left is None
+
+
+def test_a_restore_lays_out_the_state_before_the_stop(gpu: Gpu, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = FakeProtocol.stage
+
+    def stage(self: FakeProtocol, chunks: Iterable[bytes | memoryview]) -> Callable[[], None]:
+        gpu.step("stage")
+        return real(self, chunks)
+
+    monkeypatch.setattr(FakeProtocol, "stage", stage)
+    jobs.restore()
+    assert gpu.calls == ["stage running", "stop", "write_state", "start"]
 
 
 def test_a_restore_leaves_the_device_stopped(gpu: Gpu, jobs: Jobs) -> None:

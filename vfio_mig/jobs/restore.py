@@ -137,10 +137,14 @@ class _Target:
         """Write down that the device, or its guest's memory, holds a part of an image from now on."""
         self.pause.change(LOADING, lambda: _abandon(self.session, force=self._force))
 
-    def write_state(self, progress: Callable[[int], object]) -> None:
+    def stage(self, progress: Callable[[int], object]) -> None:
+        """Do what of loading the state need not wait for the stop."""
+        self._load = self.session.protocol.stage(counted(self._chunks, progress))
+
+    def write_state(self) -> None:
         """Load the device's state."""
         with self.pause.phase("state_write_time"):
-            self.session.protocol.write_chunks(counted(self._chunks, progress))
+            self._load()
         self.pause.job.step("after-state", self.session)
 
     @waiting
@@ -213,6 +217,8 @@ def _load(job: Job, targets: list[_Target], load: MemoryLoad | None, progress: C
     """Stop all devices, then write memory and states."""
     pages = 0 if load is None else load.bytes_planned
     expect(progress, lambda: pages + sum(target.image.state_size for target in targets))
+    for target in targets:
+        target.stage(progress)
     stop_all([target.pause for target in targets])
     if load is not None:
         for target in targets:
@@ -224,7 +230,7 @@ def _load(job: Job, targets: list[_Target], load: MemoryLoad | None, progress: C
     for target in targets:
         if load is None:
             target.begin_to_load()
-        target.write_state(progress)
+        target.write_state()
 
 
 def _settle(targets: list[_Target]) -> list[Callable[[], object]]:

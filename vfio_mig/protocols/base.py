@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from vfio_mig.device import Device
     from vfio_mig.errors import UnsupportedError
@@ -125,6 +126,13 @@ class MigrationProtocol(ABC):
         """
         yield self.read_state()
 
+    def stage(self, chunks: Iterable[bytes | memoryview]) -> Callable[[], None]:
+        """Take what can be taken of a verified state before the stop; return what loads it into the stopped device.
+
+        See :meth:`write_state`. The device is left alone until then.
+        """
+        return partial(self.write_chunks, chunks)
+
     def write_chunks(self, chunks: Iterable[bytes | memoryview]) -> None:
         """Load a state chunk by chunk; see :meth:`write_state`."""
         self.write_state(memoryview(b"".join(chunks)))
@@ -147,7 +155,7 @@ class MigrationProtocol(ABC):
     def dirty(self, start_page: int, nr_pages: int) -> memoryview:
         """Return one dirty bitmap: ceil(nr_pages / 8) bytes, bit *i* of byte *j* is page 8*j* + *i* from *start_page*.
 
-        Pages have 4096 bytes and are counted from IOVA 0.
+        The next call may overwrite it. Pages have 4096 bytes and are counted from IOVA 0.
 
         :raises DeviceError: the kernel refused; with EINVAL or ENOMEM it may take fewer pages.
         """

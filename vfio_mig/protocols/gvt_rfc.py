@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import struct
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from vfio_mig.device import READ, WRITE
@@ -18,7 +19,7 @@ from vfio_mig.uapi import ffi
 from vfio_mig.uapi.v2 import STOP_COPY_FLAG as STOP_COPY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from vfio_mig.decode.gvt_image import GvtImage
     from vfio_mig.device import Device, Region
@@ -63,6 +64,7 @@ class GvtRfc(MigrationProtocol):
         self.profile = profile
         self._region = region
         self._buffer: bytearray | None = None
+        self._request = bytearray()  # of the last bitmap: new memory for each would be page faults
 
     @property
     def state_size_max(self) -> int:
@@ -127,20 +129,27 @@ class GvtRfc(MigrationProtocol):
             )
         return whole[:data_size]
 
-    def write_state(self, state: memoryview) -> None:
-        """Write the whole region in one call; zeros behind the state, as the kernel reads on until it finds some.
+    def stage(self, chunks: Iterable[bytes | memoryview]) -> Callable[[], None]:
+        """Lay out the whole region, which is written in one call; zeros behind the state, where the kernel stops.
 
         What lies behind the state's data_size, as in a dump of a region, is not written: the kernel would read it.
         """
-        if len(state) > self.state_size_max:
-            raise ValueError(f"{len(state)} bytes do not fit into {self._region.size}")
-        if len(state) >= _HEAD.size:
-            kind, size, _, data_size = _HEAD.unpack_from(state)
-            if (kind, size) == (_HEAD_TYPE, _HEAD_PAYLOAD) and _HEAD_BYTES <= data_size < len(state):
-                state = state[:data_size]
         whole = memoryview(self._take_buffer())
-        whole[: len(state)] = state  # a bytearray's slice would take a copy first
-        self.device.pwrite(self._region, 0, whole)
+        length = 0
+        for chunk in chunks:
+            behind = length + len(chunk)
+            if behind > self.state_size_max:
+                raise ValueError(f"{behind} bytes do not fit into {self._region.size}")
+            whole[length:behind] = chunk  # a bytearray's slice would take a copy first
+            length = behind
+        kind, size, _, data_size = _HEAD.unpack_from(whole)
+        if (kind, size) == (_HEAD_TYPE, _HEAD_PAYLOAD) and _HEAD_BYTES <= data_size < length:
+            whole[data_size:length] = bytes(length - data_size)
+        return partial(self.device.pwrite, self._region, 0, whole)
+
+    def write_state(self, state: memoryview) -> None:
+        """Write the whole region in one call, as :meth:`stage` lays it out."""
+        self.stage([state])()
 
     def dirty(self, start_page: int, nr_pages: int) -> memoryview:
         """Ask for at most DIRTY_PAGES_MAX pages."""
@@ -148,7 +157,11 @@ class GvtRfc(MigrationProtocol):
             raise UsageError(f"{nr_pages} pages in one dirty bitmap request")
         # The kernel copies back one u64 more than the bitmap needs
         tail = ((nr_pages + 63) // 64 + 1) * 8
-        request = bytearray(_DIRTY_HEAD + tail)
+        request = self._request
+        if len(request) == _DIRTY_HEAD + tail:
+            memoryview(request)[_DIRTY_HEAD:] = bytes(tail)
+        else:
+            request = self._request = bytearray(_DIRTY_HEAD + tail)
         struct.pack_into("=QQ", request, 0, start_page * PAGE, nr_pages)
         result = self.device.call(self.profile.get_dirty, request)
         if result != 0:
