@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Make ``vfio_mig/uapi/_generated.py`` and its stub from the headers in ``cdefs/``, and ``vfio_mig/dirty/_gmp.py``.
+"""Make ``vfio_mig/uapi/_generated.py`` and its stub from the headers in ``cdefs/``, and the bindings of two libraries.
+
+Those are ``vfio_mig/dirty/_gmp.py`` and ``_libcrypto.py``; their few functions are declared here.
 
 Usage: python -m tools.gen_uapi [OUTPUT_DIRECTORY]
 
@@ -18,9 +20,21 @@ ROOT: Final = Path(__file__).parent.parent
 CDEFS: Final = ROOT / "cdefs"
 HEADERS: Final = ("vfio_mainline.h", "iommufd.h", "kvm.h", "gvt_rfc.h", "gvt_image.h", "gvt_pvinfo.h")
 MODULE: Final = "vfio_mig.uapi._generated"
-GMP_MODULE: Final = "vfio_mig.dirty._gmp"
-GMP: Final = "unsigned long __gmpn_popcount(const unsigned long *, long);"
-"""GMP's mpn_popcount as its library has it: <gmp.h>, where mp_limb_t, mp_size_t and mp_bitcnt_t are longs."""
+# GMP's mpn_popcount as its library has it: <gmp.h>, where mp_limb_t, mp_size_t and mp_bitcnt_t are longs. And what
+# OpenSSL 3's man page EVP_MAC(3ssl) declares
+LIBRARIES: Final = {
+    "vfio_mig.dirty._gmp": "unsigned long __gmpn_popcount(const unsigned long *, long);",
+    "vfio_mig.dirty._libcrypto": """
+        typedef struct evp_mac_st EVP_MAC;
+        typedef struct evp_mac_ctx_st EVP_MAC_CTX;
+        EVP_MAC *EVP_MAC_fetch(void *libctx, const char *algorithm, const char *properties);
+        EVP_MAC_CTX *EVP_MAC_CTX_new(EVP_MAC *mac);
+        void EVP_MAC_CTX_free(EVP_MAC_CTX *ctx);
+        int EVP_MAC_init(EVP_MAC_CTX *ctx, const unsigned char *key, size_t keylen, const void *params);
+        int EVP_MAC_update(EVP_MAC_CTX *ctx, const unsigned char *data, size_t datalen);
+        int EVP_MAC_final(EVP_MAC_CTX *ctx, unsigned char *out, size_t *outl, size_t outsize);
+    """,
+}
 
 TYPES: Final = """
 typedef uint8_t __u8;
@@ -51,9 +65,10 @@ def write_module(text: str, directory: Path) -> None:
     _emit(MODULE, TYPES + text, directory)
 
 
-def write_gmp(directory: Path) -> None:
-    """Let cffi write the bindings of GMP."""
-    _emit(GMP_MODULE, GMP, directory)
+def write_libraries(directory: Path) -> None:
+    """Let cffi write the bindings of GMP and libcrypto."""
+    for module, text in LIBRARIES.items():
+        _emit(module, text, directory)
 
 
 def _emit(module: str, text: str, directory: Path) -> None:
@@ -123,13 +138,13 @@ def write_stub(text: str, directory: Path) -> None:
 
 
 def main() -> None:
-    """Write all three files."""
+    """Write all files."""
     package = ROOT / "vfio_mig"
     uapi, dirty = (Path(sys.argv[1]),) * 2 if len(sys.argv) > 1 else (package / "uapi", package / "dirty")
     text = declarations()
     write_module(text, uapi)
     write_stub(text, uapi)
-    write_gmp(dirty)
+    write_libraries(dirty)
 
 
 if __name__ == "__main__":

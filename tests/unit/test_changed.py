@@ -12,7 +12,8 @@ TIB = 1 << 40
 
 
 def runs(known: Fingerprints, page: int, *contents: int) -> list[tuple[int, int]]:
-    return list(known.changed(page * PAGE, memoryview(b"".join(bytes([byte]) * PAGE for byte in contents))))
+    prints = known.of_pages([memoryview(bytes([byte]) * PAGE) for byte in contents])
+    return list(known.changed(page * PAGE, prints))
 
 
 def test_pages_are_new_once_and_then_when_their_content_is() -> None:

@@ -18,10 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vfio_mig import threads
+from vfio_mig.dirty import memory as dirty_memory
 from vfio_mig.dirty.bitmap import Dirty
 from vfio_mig.dirty.memory import CHUNK, Memory, MemoryMap
 from vfio_mig.dirty.ranges import PageRange
-from vfio_mig.dirty.runs import Runs, find
+from vfio_mig.dirty.runs import Runs
 from vfio_mig.dirty.sync import Copy, LiveCopy, Round, Sink, SparseFile, zero_runs
 from vfio_mig.errors import HostError, UsageError
 from vfio_mig.image.archive import read_archive
@@ -31,10 +33,16 @@ from vfio_mig.jobs.engine.live import Live, copy_live
 PAGE = 4096
 
 
-def runs(*ranges: tuple[int, int]) -> list[Runs]:
-    """Runs of so many pages each from a page number on, in one batch."""
+def runs(*ranges: tuple[int, int]) -> Runs:
+    """Runs of so many pages each from a page number on."""
     starts, sizes = np.array(ranges, np.int64).reshape(-1, 2).T
-    return [Runs(starts, starts + sizes)]
+    return Runs(starts, starts + sizes)
+
+
+def pieces(memory: Memory, *ranges: tuple[int, int]) -> Iterator[tuple[int, memoryview]]:
+    """What is read of such runs."""
+    for listed in memory.read([runs(*ranges)]):
+        yield from listed
 
 
 def sync(
@@ -176,14 +184,15 @@ def test_reading_gives_the_pages_asked_for_across_maps_and_gaps() -> None:
     with memfd(page(1) + page(2)) as (_, one), memfd(page(3) + page(4)) as (_, two):
         maps = [MemoryMap(two, 0x4000), MemoryMap(one, 0x1000)]
         with Memory(maps) as memory:
-            got = [(gpa, bytes(view)) for gpa, view in memory.read(runs((0, 5), (5, 90)))]
+            got = [(gpa, bytes(view)) for gpa, view in pieces(memory, (0, 5), (5, 90))]
     assert got == [(0x1000, page(1) + page(2)), (0x4000, page(3)), (0x5000, page(4))]
 
 
 def test_long_reads_are_cut_into_chunks() -> None:
     with memfd(page(7) * 2000) as (_, path), Memory([MemoryMap(path, 0)]) as memory:
-        sizes = [len(view) for _, view in memory.read(runs((0, 2000)))]
-    assert sizes == [CHUNK, 2000 * PAGE - CHUNK]
+        sizes = [len(view) for _, view in pieces(memory, (0, 2000))]
+    whole = 2000 * PAGE // CHUNK
+    assert sizes == [*[CHUNK] * whole, 2000 * PAGE - whole * CHUNK]
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 90)), max_size=40))
@@ -197,7 +206,7 @@ def test_reading_gives_each_run_its_own_pages_whatever_is_read_with_it(steps: li
         asked = [run for run in asked if run.end <= 1100]
         got: list[int] = []
         with Memory(maps) as memory:
-            for gpa, view in memory.read(runs(*asked)):
+            for gpa, view in pieces(memory, *asked):
                 pages = [int.from_bytes(view[at : at + 8], "little") for at in range(0, len(view), PAGE)]
                 assert pages == list(range(gpa // PAGE, gpa // PAGE + len(pages)))
                 got += pages
@@ -212,8 +221,8 @@ def test_near_runs_are_read_at_once_and_far_ones_are_not(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(MemoryMap, "read", read)
     with memfd(page(7) * 2000) as (_, path), Memory([MemoryMap(path, 0)]) as memory:
-        near = runs((0, 1), (5, 2), (12, 1), (60, 2), (63, 2), (66, 3), (70, 1))
-        assert [gpa // PAGE for gpa, _ in memory.read(near)] == [0, 5, 12, 60, 63, 66, 70]
+        near = (0, 1), (5, 2), (12, 1), (60, 2), (63, 2), (66, 3), (70, 1)
+        assert [gpa // PAGE for gpa, _ in pieces(memory, *near)] == [0, 5, 12, 60, 63, 66, 70]
     # 63 lies in another block of 64 pages than the end of its run, 66 in the same as 70
     assert asked == [(0, 7), (12, 1), (60, 2), (63, 2), (66, 5)]
 
@@ -228,10 +237,10 @@ def test_a_page_that_nobody_asked_for_may_be_unreadable(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "preadv", preadv)
     with memfd(page(1) + page(2) + page(3) + page(4)) as (_, path), Memory([MemoryMap(path, 0)]) as memory:
-        got = [(gpa, bytes(view)) for gpa, view in memory.read(runs((0, 2), (3, 1)))]
+        got = [(gpa, bytes(view)) for gpa, view in pieces(memory, (0, 2), (3, 1))]
         assert got == [(0, page(1) + page(2)), (3 * PAGE, page(4))]
         with pytest.raises(HostError, match="cannot read guest memory: EIO"):
-            list(memory.read(runs((1, 2))))
+            list(pieces(memory, (1, 2)))
 
 
 def test_writing_stores_what_is_memory_and_leaves_the_rest_out() -> None:
@@ -356,14 +365,14 @@ def test_a_file_that_becomes_shorter_is_an_error_and_not_a_crash() -> None:
     with memfd(page(1) * 4) as (fd, path), Memory([MemoryMap(path, 0)]) as memory:
         os.ftruncate(fd, PAGE)
         with pytest.raises(HostError, match="guest memory ends at 0x1000: the file has become shorter"):
-            list(memory.read(runs((0, 4))))
+            list(pieces(memory, (0, 4)))
 
 
 def test_reading_a_hole_does_not_fill_it() -> None:
     with memfd(b"") as (fd, path):
         os.ftruncate(fd, 64 * PAGE)
         with Memory([MemoryMap(path, 0)]) as memory:
-            assert all(not any(view) for _, view in memory.read(runs((0, 64))))
+            assert all(not any(view) for _, view in pieces(memory, (0, 64)))
         assert os.fstat(fd).st_blocks == 0
 
 
@@ -471,11 +480,35 @@ def test_a_failing_destination_is_the_hosts_error(
             write_and_finish(sink)
 
 
+@pytest.mark.parametrize("spare", [0, 1, 3])
+def test_pages_are_the_same_however_many_threads_hash_them(monkeypatch: pytest.MonkeyPatch, spare: int) -> None:
+    monkeypatch.setattr(threads, "spare_cpus", lambda: spare)
+    monkeypatch.setattr(dirty_memory, "CHUNK", 32 * PAGE)
+    monkeypatch.setattr(dirty_memory, "_CHUNK_PAGES", 32)
+    total = 500
+    content = bytearray(b"".join((number + 1).to_bytes(8, "little") * (PAGE // 8) for number in range(total)))
+    every = [Dirty(0, total, b"\xff" * (total // 8) + b"\x0f")]
+    with (
+        memfd(bytes(content)) as (fd, path),
+        memfd(b"") as (copied, _),
+        Memory([MemoryMap(path, 0)]) as memory,
+        LiveCopy(memory, lambda: every, SparseFile(copied, "it")) as copy,
+    ):
+        assert copy.round().pages_written == total
+        for changed in ([], [0], [31, 32, 33, 499], list(range(100, 300))):
+            for number in changed:
+                content[number * PAGE] ^= 0x80
+            os.pwrite(fd, content, 0)
+            done = copy.last_round()
+            assert (done.pages_changed, done.pages_unchanged) == (len(changed), total - len(changed))
+            assert os.pread(copied, len(content), 0) == content
+
+
 def test_dirty_pages_go_into_the_image_too() -> None:
     file = io.BytesIO()
     with memfd(page(1) + page(2) + page(3)) as (_, path), Memory([MemoryMap(path, 0x10000)]) as memory:
         writer = ArchiveWriter(file, {})
-        assert writer.add_pages(memory.read(find([Dirty(0x10, 3, b"\x05")]))) == 2 * PAGE
+        assert writer.add_pages(pieces(memory, (0x10, 1), (0x12, 1))) == 2 * PAGE
         writer.finish()
     file.seek(0)
     assert [(gpa, bytes(view)) for gpa, view in read_archive(file).pages()] == [

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pytest
 
-from tools.gen_uapi import HEADERS, declarations, write_gmp, write_module, write_stub
+from tools.gen_uapi import HEADERS, declarations, write_libraries, write_module, write_stub
 from vfio_mig import uapi
 from vfio_mig.uapi import IoctlError, Request, call, ffi, iommufd, kvm, vfio_request
 from vfio_mig.uapi.profile import DEFAULT_PROFILE, GET_DIRTY, STATUS_SET
@@ -93,14 +93,14 @@ def constants_in(*headers: str) -> list[str]:
     return [name for header in headers for name in COMPILED_NAME.findall((CDEFS / header).read_text("ascii"))]
 
 
-@pytest.mark.parametrize("name", ["uapi/_generated.py", "uapi/_generated.pyi", "dirty/_gmp.py"])
+@pytest.mark.parametrize("name", ["uapi/_generated.py", "uapi/_generated.pyi", "dirty/_gmp.py", "dirty/_libcrypto.py"])
 def test_the_committed_bindings_are_those_of_a_fresh_run(tmp_path: Path, name: str) -> None:
     text = declarations()
     for room in ("uapi", "dirty"):
         (tmp_path / room).mkdir()
     write_module(text, tmp_path / "uapi")
     write_stub(text, tmp_path / "uapi")
-    write_gmp(tmp_path / "dirty")
+    write_libraries(tmp_path / "dirty")
     assert (UAPI.parent / name).read_bytes() == (tmp_path / name).read_bytes(), "run python -m tools.gen_uapi"
 
 

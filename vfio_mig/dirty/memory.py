@@ -8,7 +8,7 @@ import mmap
 import os
 import stat
 from contextlib import suppress
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Final, Self
 
 from vfio_mig.closing import Closing
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vfio_mig.dirty.runs import Runs
 
-CHUNK: Final = 4 << 20
+CHUNK: Final = 2 << 20
 """Bytes that are read from a file at a time."""
 _CHUNK_PAGES: Final = CHUNK // PAGE
 _GAP: Final = 4
@@ -440,39 +440,65 @@ class Memory(Closing):
             stored += range_.nr_pages
         return stored
 
-    def read(self, batches: Iterable[Runs]) -> Iterator[tuple[int, memoryview]]:
-        """Yield (guest-physical address, content) of the pages that are guest memory, at most CHUNK bytes at a time.
+    def read(self, batches: Iterable[Runs], buffers: int = 1) -> Iterator[list[tuple[int, memoryview]]]:
+        """Yield the pages that are guest memory in lists of (guest-physical address, content), CHUNK bytes at most.
 
-        All contents are in one buffer that later steps overwrite. Reads through the page cache, so it sees what a
-        device and the guest's CPUs have stored; a page that is being written may be half old.
+        The contents of a list are in one buffer, which is used again after so many lists as there are buffers. Reads
+        through the page cache, so it sees what a device and the guest's CPUs have stored; a page that is being written
+        may be half old.
 
         :param batches: the runs of pages; those of one batch are in order.
         :raises HostError: a page cannot be read.
         """
-        buffer = memoryview(bytearray(CHUNK))
+        reader = _Reader(buffers)
         for runs in batches:
             for map_ in self.maps:
-                yield from _read_runs(map_, runs.within(map_.pages.start, map_.pages.end), buffer)
+                yield from reader.read(map_, runs.within(map_.pages.start, map_.pages.end))
+        if reader.pieces:
+            yield reader.pieces
 
 
-def _read_runs(map_: MemoryMap, runs: Runs, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Read runs that are in one map, those that are near each other at once."""
-    starts, ends = runs.starts.tolist(), runs.ends.tolist()
-    for first, behind in runs.spans(_GAP, _SPAN_PAGES):
-        start, end = starts[first], ends[behind - 1]
-        if behind - first == 1:
+class _Reader:
+    """Fills one buffer after the other with pages."""
+
+    def __init__(self, buffers: int) -> None:
+        self._buffers = cycle([memoryview(bytearray(CHUNK)) for _ in range(buffers)])
+        self._left = next(self._buffers)
+        self.pieces: list[tuple[int, memoryview]] = []
+        """What is in the buffer."""
+
+    def read(self, map_: MemoryMap, runs: Runs) -> Iterator[list[tuple[int, memoryview]]]:
+        """Read runs that are in one map, those that are near each other at once; yield what fills a buffer."""
+        starts, ends = runs.starts.tolist(), runs.ends.tolist()
+        for first, behind in runs.spans(_GAP, _SPAN_PAGES):
+            start, end = starts[first], ends[behind - 1]
             for at in range(start, end, _CHUNK_PAGES):
-                view = buffer[: min(_CHUNK_PAGES, end - at) * PAGE]
-                map_.read(at * PAGE, view)
-                yield at * PAGE, view
-            continue
-        is_read = _can_read(map_, start * PAGE, buffer[: (end - start) * PAGE])
-        for number in range(first, behind):
-            at = starts[number]
-            view = buffer[(at - start) * PAGE : (ends[number] - start) * PAGE]
-            if not is_read:
-                map_.read(at * PAGE, view)
-            yield at * PAGE, view
+                size = min(_CHUNK_PAGES, end - at) * PAGE
+                if size > len(self._left):
+                    yield self._take()
+                view, self._left = self._left[:size], self._left[size:]
+                if behind - first == 1:
+                    map_.read(at * PAGE, view)
+                    self.pieces.append((at * PAGE, view))
+                else:
+                    self.pieces += _read_span(map_, view, starts[first:behind], ends[first:behind])
+
+    def _take(self) -> list[tuple[int, memoryview]]:
+        pieces, self.pieces = self.pieces, []
+        self._left = next(self._buffers)
+        return pieces
+
+
+def _read_span(
+    map_: MemoryMap, view: memoryview, starts: list[int], ends: list[int]
+) -> Iterator[tuple[int, memoryview]]:
+    """Read runs with small gaps between them, all at once if it can be."""
+    is_read = _can_read(map_, starts[0] * PAGE, view)
+    for start, end in zip(starts, ends, strict=True):
+        part = view[(start - starts[0]) * PAGE : (end - starts[0]) * PAGE]
+        if not is_read:
+            map_.read(start * PAGE, part)
+        yield start * PAGE, part
 
 
 def _can_read(map_: MemoryMap, gpa: int, view: memoryview) -> bool:

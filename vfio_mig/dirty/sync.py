@@ -9,12 +9,15 @@ from itertools import pairwise
 from typing import Any, Final, NamedTuple, Protocol
 
 from vfio_mig import interrupts
+from vfio_mig.closing import Closing
 from vfio_mig.dirty.bitmap import Dirty
 from vfio_mig.dirty.changed import Fingerprints
 from vfio_mig.dirty.memory import Memory, data_extents, has_write
+from vfio_mig.dirty.pagehash import SIZE
 from vfio_mig.dirty.runs import Runs, find
 from vfio_mig.errors import HostError, UsageError, errno_text
 from vfio_mig.ranges import PAGE
+from vfio_mig.threads import Workers
 
 ROUNDS: Final = 3
 """Rounds before the device is stopped, at most, unless the caller says otherwise."""
@@ -154,7 +157,9 @@ def zero_runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
     import numpy as np
 
     pages = np.frombuffer(view, np.uint64).reshape(-1, PAGE // 8)
-    zero = np.equal(pages.max(axis=1, initial=0), 0)
+    zero = np.equal(pages[:, 0], 0)  # few pages begin with zeros and go on with others
+    if zero.any():
+        zero[zero] = pages[zero].max(axis=1) == 0
     edges = [0, *(np.flatnonzero(np.diff(zero)) + 1).tolist(), len(zero)]
     for start, end in pairwise(edges):
         if start < end:
@@ -184,39 +189,65 @@ def _short_zero_runs(view: memoryview) -> Iterator[tuple[int, int, bool]]:
 
 
 class Copy:
-    """The copying of one round.
+    """The copying of one round; with *known*, of the pages whose content is new.
 
     Counts pages: *dirty* ones, those *inside* the memory that we know, *changed* ones of these, and *written* ones,
     which are those changed that are not all zero.
     """
 
-    def __init__(self, memory: Memory, sink: Sink, known: Fingerprints | None = None) -> None:
+    def __init__(
+        self, memory: Memory, sink: Sink, known: Fingerprints | None = None, workers: Workers | None = None
+    ) -> None:
         self._memory = memory
         self._sink = sink
         self._known = known
+        self._workers = workers
         self.dirty = self.inside = self.changed = self.written = 0
 
     def run(self, dirty: Iterable[Dirty]) -> None:
         """Write the dirty pages that have changed."""
-        for gpa, view in self._memory.read(self._runs(dirty)):
+        if self._known is not None:
+            assert self._workers is not None  # noqa: S101 -- for the type checker
+            self._write_changed(self._known, self._workers, self._runs(dirty))
+            return
+        for pieces in self._memory.read(self._runs(dirty)):
             interrupts.check()
-            pages = len(view) // PAGE
-            self.inside += pages
-            if self._known is None:
-                self.changed += pages
-                self.written += self._sink.write(gpa, view)
-            else:
-                self._write_changed(self._known, gpa, view)
+            for gpa, view in pieces:
+                self.inside += len(view) // PAGE
+                self._write(gpa, view)
+
+    def _write(self, gpa: int, view: memoryview) -> None:
+        self.changed += len(view) // PAGE
+        self.written += self._sink.write(gpa, view)
 
     def _runs(self, dirty: Iterable[Dirty]) -> Iterator[Runs]:
         for runs in find(dirty):
             self.dirty += runs.total()
             yield runs
 
-    def _write_changed(self, known: Fingerprints, gpa: int, view: memoryview) -> None:
-        for start, count in known.changed(gpa, view):
-            self.changed += count
-            self.written += self._sink.write(gpa + start * PAGE, view[start * PAGE : (start + count) * PAGE])
+    def _write_changed(self, known: Fingerprints, workers: Workers, dirty: Iterable[Runs]) -> None:
+        """Read pages, and write what is new of those before, while the fingerprints of those between are taken."""
+
+        def take(pieces: _Pieces) -> bytes:
+            return known.of_pages([view for _, view in pieces])
+
+        lists = self._memory.read(dirty, workers.count + 1)
+        for pieces, prints in workers.results(lists, take, _is_small):
+            interrupts.check()
+            at = 0
+            for gpa, view in pieces:
+                pages = len(view) // PAGE
+                self.inside += pages
+                for start, count in known.changed(gpa, prints[at : at + pages * SIZE]):
+                    self._write(gpa + start * PAGE, view[start * PAGE : (start + count) * PAGE])
+                at += pages * SIZE
+
+
+_Pieces = list[tuple[int, memoryview]]
+
+
+def _is_small(pieces: _Pieces) -> bool:
+    return sum(len(view) for _, view in pieces) <= _FEW
 
 
 def brings_nothing(done: list[Round]) -> bool:
@@ -224,7 +255,7 @@ def brings_nothing(done: list[Round]) -> bool:
     return not done[-1].pages_changed or (len(done) > 1 and done[-1].pages_changed >= done[-2].pages_changed)
 
 
-class LiveCopy:
+class LiveCopy(Closing):
     """Copies dirty pages in rounds while the device runs, and once more when it is stopped.
 
     :param fetch: the dirty bits of now, all of them.
@@ -238,6 +269,12 @@ class LiveCopy:
         self._fetch = fetch
         self._sink = sink
         self._known = Fingerprints() if remember else None
+        self._workers = Workers() if remember else None
+
+    def close(self) -> None:
+        """End its threads."""
+        if self._workers is not None:
+            self._workers.close()
 
     def round(self) -> Round:
         """Copy once while the device runs."""
@@ -255,7 +292,7 @@ class LiveCopy:
         dirty = list(self._fetch())
         middle = time.monotonic()
         fetched()
-        copy = Copy(self._memory, self._sink, self._known)
+        copy = Copy(self._memory, self._sink, self._known, self._workers)
         copy.run(dirty)
         self._sink.end_round()
         done = time.monotonic()

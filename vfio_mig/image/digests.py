@@ -9,9 +9,8 @@ from typing import Final, Self
 
 from vfio_mig.errors import HostError
 from vfio_mig.interrupts import protected
-from vfio_mig.threads import spare_cpus, submit
+from vfio_mig.threads import WORKERS_MAX, spare_cpus, submit
 
-WORKERS_MAX: Final = 4
 SMALL: Final = 64 << 10
 """Bytes: to hand less than this to a thread takes longer than to take its digest."""
 _READ: Final = 1 << 20

@@ -175,7 +175,8 @@ class MemoryCopy:
         if sink is not None:
             from vfio_mig.dirty.sync import LiveCopy
 
-            self._copy = LiveCopy(guest, self._fetch, _Counted(sink, progress), remember=remember)
+            copy = LiveCopy(guest, self._fetch, _Counted(sink, progress), remember=remember)
+            self._copy = job.enter(copy)
 
     @property
     def copies(self) -> bool:
