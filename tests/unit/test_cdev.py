@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import subprocess
@@ -152,6 +153,7 @@ def test_guest_memory_is_mapped_in_an_address_space_that_the_device_is_attached_
     device: NodeDevice, kernel: Kernel, memory: Any
 ) -> None:
     with open_device(device, memory=[memory]) as opened:
+        assert fcntl.fcntl(opened.fileno(), fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
         assert isinstance(opened.dma, IommufdDma)
         assert opened.dma[1:] == (None, "its IOMMU cannot track writes", ((0x100000, 4096),))
     assert kernel.names[1:] == [*(f"iommu {name}" for name in STEPS), "node VFIO_DEVICE_ATTACH_IOMMUFD_PT"]

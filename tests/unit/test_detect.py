@@ -491,6 +491,9 @@ def test_a_region_is_read_and_written_at_its_place_in_the_file(tmp_path: Path) -
     path.write_bytes(bytes(range(200)))
     with Device("d", os.open(path, os.O_RDWR)) as device:
         assert device.pread(region_at(100), 5, 10) == bytes(range(105, 115))
+        filled = bytearray(10)
+        device.pread_into(region_at(100), 5, filled)
+        assert filled == bytes(range(105, 115))
         device.pwrite(region_at(100), 5, memoryview(b"abc"))
     assert path.read_bytes() == bytes(range(105)) + b"abc" + bytes(range(108, 200))
 
@@ -501,6 +504,8 @@ def test_short_reads_and_refusals_are_device_errors(tmp_path: Path) -> None:
     with Device("d", os.open(path, os.O_RDONLY)) as device:
         with pytest.raises(DeviceError, match=r"^d: region 2: 6 bytes read instead of 7$"):
             device.pread(region_at(4), 0, 7)
+        with pytest.raises(DeviceError, match=r"^d: region 2: 6 bytes read instead of 7$"):
+            device.pread_into(region_at(4), 0, bytearray(7))
         with pytest.raises(DeviceError, match=r"^d: writing 1 bytes at 0x3 of region 2 failed: EBADF") as caught:
             device.pwrite(region_at(4), 3, b"x")
     assert caught.value.errno == errno.EBADF

@@ -14,7 +14,7 @@ from tests.unit.saved_images import HEADER, Memory, gvt_state, js, patched, run,
 from tests.unit.test_image_archive import PAGE
 from tests.unit.test_image_gvt import CFG, GTT, SREG, VREG
 from tools.fuzz import builders
-from vfio_mig.decode.differences import state_differences
+from vfio_mig.decode.differences import _values, state_differences
 from vfio_mig.decode.pagemap import PageMap
 from vfio_mig.errors import UsageError
 from vfio_mig.image.archive import read_archive
@@ -32,6 +32,15 @@ def differences(first: Path, second: Path) -> list[tuple[str, str, int, Any, Any
     report = js("diff", first, second)
     assert report["equal"] == (not report["differences"])
     return [tuple(one[key] for key in ("section", "name", "size", "old", "new")) for one in report["differences"]]
+
+
+def test_what_only_one_has_differs_as_a_whole_whatever_is_in_it() -> None:
+    one, other = {"same": {"x": 1}, "gone": {"y": 2}, "was": {"z": 3}}, {"same": {"x": 1}, "was": 4, "new": {"v": 5}}
+    assert [(found.name, found.old, found.new) for found in _values("s", one, other)] == [
+        ("gone", {"y": 2}, None),
+        ("was", {"z": 3}, 4),
+        ("new", None, {"v": 5}),
+    ]
 
 
 def test_an_image_does_not_differ_from_itself_saved_later_under_another_name(tmp_path: Path) -> None:

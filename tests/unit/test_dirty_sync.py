@@ -253,6 +253,15 @@ def test_writing_stores_what_is_memory_and_leaves_the_rest_out() -> None:
         assert os.pread(two, 3 * PAGE, 0) == page(2) + page(3)
 
 
+def test_clearing_touches_its_pages_alone_wherever_the_memory_lies_in_its_file() -> None:
+    with memfd(b"".join(map(page, range(1, 7)))) as (fd, path):
+        with Memory([MemoryMap(path, 0x1000, 3 * PAGE, 2 * PAGE)], writable=True) as memory:
+            assert memory.clear(0x2000, PAGE) == 1
+            assert os.pread(fd, 6 * PAGE, 0) == page(1) + page(2) + page(3) + page(0) + page(5) + page(6)
+            assert memory.clear(0x3000, 4 * PAGE) == 1
+        assert os.pread(fd, 6 * PAGE, 0) == page(1) + page(2) + page(3) + page(0) * 2 + page(6)
+
+
 def test_hugetlbfs_without_write_is_written_through_the_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
     def pwrite(*_: Any) -> int:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

@@ -119,6 +119,17 @@ def test_a_host_whose_gpu_could_have_vgpus_is_told_how_and_no_more(root: Path) -
     assert GVT_CHECKS & set(results(report)) == {"gvt"}
 
 
+def test_a_host_without_types_of_gvt_g_is_told_of_no_room(root: Path) -> None:
+    gvt_host(root)
+    for name in ("name", "available_instances"):
+        (root / TYPES / name).unlink()
+    (root / TYPES).rmdir()
+    other = str(Path(TYPES).with_name("nvidia-35"))
+    put(root, f"{other}/name", "GRID")
+    put(root, f"{other}/available_instances", "2\n")
+    assert "types" not in results(examine_host(root=str(root)))
+
+
 @pytest.mark.parametrize(
     ("migration", "result", "words"),
     [("rfc", OK, "0.1.0: the interface of the 2017 RFC"), ("v2", OK, "protocol v2"), ("off", NOTE, "migration=v2")],
@@ -180,6 +191,14 @@ def test_what_is_in_gvt_g_s_way_is_named_with_the_way_out(root: Path) -> None:
     assert "mokutil --import /var/lib/dkms/mok.pub" in the(examine_host(root=str(root)), "secure-boot").text
     put(root, EFI, "\6\0\0\0\0")
     assert the(examine_host(root=str(root)), "secure-boot").result == OK
+
+
+def test_the_guc_is_in_the_way_only_where_it_submits_work(root: Path) -> None:
+    """Bit 1 has it load the HuC's firmware, which does no harm."""
+    gvt_host(root)
+    for value, result in (("0", OK), ("1", PROBLEM), ("2", OK), ("3", PROBLEM)):
+        put(root, "sys/module/i915/parameters/enable_guc", f"{value}\n")
+        assert the(examine_host(root=str(root)), "guc").result == result
 
 
 def test_a_kvmgt_without_a_gpu_for_it_is_odd(root: Path) -> None:

@@ -17,6 +17,7 @@ from vfio_mig import proc
 from vfio_mig.device import Holder
 from vfio_mig.errors import DeviceBusyError
 from vfio_mig.host import holders as module
+from vfio_mig.host import opening
 from vfio_mig.host.devices import HostDevice
 from vfio_mig.host.discover import Host, Snapshot
 from vfio_mig.host.holders import Unseen, View, find_holder, find_holders, look
@@ -240,6 +241,12 @@ def test_a_busy_device_that_nobody_shows_says_where_to_look(
 def test_a_process_that_is_not_here_lends_nothing(node: str, pid: int, words: str) -> None:
     with pytest.raises(DeviceBusyError, match=words if pid == 0 else f"there is no PID {pid} here"):
         open_device(device_of(node), pid=pid)
+
+
+def test_of_a_process_that_is_not_here_it_is_said_where_it_might_be(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "look", lambda *_: View({}, module.NAMESPACE))
+    with pytest.raises(DeviceBusyError, match=r"there is no PID \d+ here; run it in the host's PID namespace"):
+        open_device(device_of(node), pid=2**22)
 
 
 def test_who_has_only_borrowed_it_is_asked_last(node: str) -> None:

@@ -498,6 +498,7 @@ class Kernel:
             raise IoctlError(errno.ESRCH, request)
         if request in (kvm_words.CREATE_VM, kvm_words.CREATE_DEVICE):
             made = os.open(self.kvm.with_name("vm" if request == kvm_words.CREATE_VM else "vfio"), os.O_RDONLY)
+            os.set_inheritable(made, True)  # as old kernels make it
             if isinstance(arg, int):
                 return made
             device: Any = arg
@@ -626,6 +627,7 @@ def test_a_driver_that_demands_a_kvm_gets_one_with_the_guest_s_memory(
         assert (number, flags, gpa, size) == (0, 0, 0x100000, 4096)
         assert address == address_of(memory.mapping)
         assert kernel.kvm.with_name("vm") in {Path(f"/proc/self/fd/{fd}").resolve() for fd in open_fds()}
+        assert not [fd for fd in set(open_fds()) - set(before) if os.get_inheritable(int(fd))]
     assert open_fds() == before
 
 

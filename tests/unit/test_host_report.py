@@ -64,7 +64,8 @@ def root(tmp_path: Path) -> Path:
     made = tmp_path / "root"
     gpu = "sys/bus/pci/devices/0000:00:02.0"
     kind = "sys/class/mdev_bus/0000:00:02.0/mdev_supported_types/i915-GVTg_V5_4"
-    bars = "0x00000000de000000 0x00000000deffffff 0x0000000000140204\n" + "0x0 0x0 0x0\n" * 5
+    ports = "0x000000000000f000 0x000000000000f03f 0x0000000000040101\n"  # no memory
+    bars = "0x00000000de000000 0x00000000deffffff 0x0000000000140204\n" + "0x0 0x0 0x0\n" * 3 + ports + "0x0 0x0 0x0\n"
     for path, text in {
         f"{gpu}/class": "0x030000\n",
         f"{gpu}/vendor": "0x8086\n",
@@ -121,6 +122,10 @@ def test_what_is_needed_is_there(root: Path) -> None:
     assert found["GPU 1", "PCI IDs"] == "0x8086 0x1912"
     assert found["GPU 1", "generation of GVT-g"] == "Skylake"
     assert found["GPU 1", "BARs"] == "0: 16384 KiB"
+    assert {name: value for (section, name), value in found.items() if section == "KVM"} == {
+        "/dev/kvm": "there",
+        "VFIO": "vfio/vfio",
+    }
     assert found["modules", "kvmgt"] == "loaded, version 0.1.0, srcversion 94D1D6C6C0E6…, migration=v2"
     assert found["modules", "i915's enable_guc"] == "0"
     assert (found["vGPUs", "whose kvmgt"], found["vGPUs", "interface"]) == ("vfio_mig's", "v2")

@@ -331,16 +331,29 @@ def test_what_cannot_be_taken_back_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_file_and_directory_are_synced_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[tuple[bool, bool]] = []
+    synced: list[tuple[bool, int, bool]] = []
     real = os.fsync
 
     def fsync(fd: int) -> None:
-        synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), (tmp_path / "image").exists()))
+        status = os.fstat(fd)
+        is_directory = stat.S_ISDIR(status.st_mode)
+        # All that was written is in the file by then: what still waits in a buffer is not made durable
+        synced.append((is_directory, 0 if is_directory else status.st_size, (tmp_path / "image").exists()))
         real(fd)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    write(tmp_path / "image")
-    assert synced == [(False, False), (True, True)]
+    write(tmp_path / "image", b"content")
+    assert synced == [(False, 7, False), (True, 0, True)]
+
+
+def test_a_hidden_name_that_is_taken_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [*["taken"] * 2, *map(str, range(9))]
+    (tmp_path / "taken").write_bytes(b"theirs")
+    write(tmp_path / "image", b"old")
+    monkeypatch.setattr(files._Place, "_temporary_names", lambda _: iter(names))
+    with committed(tmp_path / "image", force=True) as file:
+        file.write(b"new")
+    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {"taken": b"theirs", "image": b"new"}
 
 
 def test_a_killed_process_leaves_no_file_of_that_name(tmp_path: Path) -> None:
@@ -378,6 +391,9 @@ def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(HostError):
         write(tmp_path / "other")
+    for _ in range(2):
+        with pytest.raises(UsageError):
+            write(tmp_path / "image")  # it is there
     assert open_descriptors() == before
 
 

@@ -105,6 +105,18 @@ def test_configuration_space_is_decoded() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("control", "enabled", "masked"),
+    [(0x8001, True, False), (0x4000, False, True), (0x3FFF, False, False), (0xC000, True, True)],
+)
+def test_msi_x_is_enabled_and_masked_by_a_bit_each(control: int, enabled: bool, masked: bool) -> None:
+    config = bytearray(256)
+    config[6], config[0x34] = 0x10, 0x40
+    struct.pack_into("<BBHII", config, 0x40, 0x11, 0, control, 0x2003, 0x3004)
+    (msi_x,) = pci.decode(bytes(config))["capabilities"]
+    assert (msi_x["enabled"], msi_x["masked"], msi_x["vectors"]) == (enabled, masked, (control & 0x7FF) + 1)
+
+
 @settings(deadline=None)
 @given(st.binary(min_size=256, max_size=4096))
 def test_any_configuration_space_is_decoded(config: bytes) -> None:
@@ -302,6 +314,21 @@ def test_what_cannot_be_followed_is_said(words: list[int], missing: int | None, 
     pages.pop((missing or 0) + 0x100000, None)
     found = values(decode(state, pages.get), "workload")["workloads"]["listed"][0]["elements"][0]
     assert problem in found["problem"]
+
+
+def test_a_short_pipe_control_has_no_address() -> None:
+    writes = 1 << 14
+    found, problem = commands.listing((0x7A000000, writes, 0x7A000002, writes, 0x1004, 0))
+    assert problem is None
+    assert [(one["name"], one.get("address")) for one in found] == [("PIPE_CONTROL", None), ("PIPE_CONTROL", 0x1004)]
+
+
+@pytest.mark.parametrize(("head", "tail"), [(PAGE, 0), (0, PAGE), (PAGE + 8, 8)])
+def test_a_ring_is_not_read_outside_of_itself(head: int, tail: int) -> None:
+    state, pages = queued([gpu.USER_INTERRUPT] * 1024, [], head=head, tail=tail)
+    (element, _), _ = (one["elements"] for one in values(decode(state, pages.get), "workload")["workloads"]["listed"])
+    assert element["problem"] == f"head {head:#x} or tail {tail:#x} is outside the ring"
+    assert element["commands"] == []
 
 
 def test_a_context_that_is_not_mapped_is_said() -> None:

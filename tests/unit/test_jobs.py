@@ -958,6 +958,13 @@ def test_every_mismatch_is_counted_and_the_first_one_named(jobs: Jobs) -> None:
         jobs.restore()
     assert caught.value.problem.startswith("the image does not fit: protocol: ")
     assert caught.value.problem.endswith(" (and 2 more mismatches)")
+    jobs.image.write_bytes(image_of(head=header(machine="s390x", device={})))
+    with pytest.raises(MismatchError, match=r" \(and 1 more mismatches\)"):
+        jobs.restore()
+    jobs.image.write_bytes(image_of(head=header(machine="s390x")))
+    with pytest.raises(MismatchError) as caught:
+        jobs.restore()
+    assert "more" not in caught.value.problem
     assert caught.value.hint == "see 'vfio-mig check'"
 
 

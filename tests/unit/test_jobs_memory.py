@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.unit.test_jobs import FakeProtocol, Gpu
 from tools.lab.faults.injection import LISTENERS, install
@@ -16,16 +22,17 @@ from vfio_mig import interrupts
 from vfio_mig.device import Device, Holder
 from vfio_mig.dirty.memory import MemoryMap
 from vfio_mig.dirty.ranges import PageRange
-from vfio_mig.errors import DeviceError, HostError, MismatchError, UnsupportedError, UsageError
+from vfio_mig.errors import DeviceError, HostError, MismatchError, OpenError, UnsupportedError, UsageError
 from vfio_mig.host.devices import HostDevice
 from vfio_mig.host.discover import Host, Snapshot
 from vfio_mig.host.holders import View
 from vfio_mig.host.lock import LOADING, MOVED, VARIABLE, DeviceLock, Leftover
+from vfio_mig.image import memoryplan
 from vfio_mig.image.archive import read_archive
 from vfio_mig.image.memoryplan import memory_note
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs import control
-from vfio_mig.jobs.control import device_status, start_device, start_devices, stop_device
+from vfio_mig.jobs.control import device_status, start_device, start_devices, stop_device, stop_devices
 from vfio_mig.jobs.engine import session
 from vfio_mig.jobs.engine.export import describe_device
 from vfio_mig.jobs.engine.job import Job
@@ -37,12 +44,12 @@ from vfio_mig.jobs.migrate import _check_memory
 from vfio_mig.jobs.restore import OLD_PAGES, restore, restore_all
 from vfio_mig.jobs.save import save, save_all
 from vfio_mig.jobs.sync import sync_dirty
+from vfio_mig.ranges import merge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
-    from vfio_mig.protocols.abilities import LogsWrites
+    from vfio_mig.protocols.abilities import HasP2p, LogsWrites
 
 A, B = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
 PAGE: Final = 4096
@@ -61,6 +68,7 @@ class Vgpu(Gpu):
         self.protocol = Knowing
         self.rounds: list[set[int]] = [set()]
         self.on_fetch: Callable[[], object] = int
+        self.note: Callable[[str], object] = str
 
     def next_dirty(self) -> set[int]:
         self.on_fetch()
@@ -91,6 +99,37 @@ class Logging(Knowing):
 
     def stop_log(self) -> None:
         self.gpu.calls.append("log ends")
+
+
+class Pci(Knowing):
+    """Could write to another device, and so has no business without the P2P states in a job of several."""
+
+    reaches_others: ClassVar[bool] = True
+
+
+class PciWithP2p(Pci):
+    """One that can be kept from it."""
+
+    @property
+    def p2p(self) -> HasP2p | None:
+        return self
+
+    def quiet(self) -> None:
+        self.gpu.note(f"quiet {self.device.name[-1]}")
+
+    def wake(self) -> None:
+        self.gpu.note(f"wake {self.device.name[-1]}")
+
+    def undo_wake(self) -> None:
+        self.gpu.note(f"undo_wake {self.device.name[-1]}")
+
+    def stop(self) -> None:
+        self.gpu.note(f"stop {self.device.name[-1]}")
+        super().stop()
+
+    def start(self) -> None:
+        self.gpu.note(f"start {self.device.name[-1]}")
+        super().start()
 
 
 @pytest.fixture
@@ -270,6 +309,22 @@ def test_images_of_which_none_is_known_to_be_newer_are_refused(
     assert [page(target, number) for number in (1, 2, 5)] == [1, 1, 5]
 
 
+def test_of_three_images_any_two_that_are_in_doubt_are_refused() -> None:
+    pages = [[(0, PAGE)], [(0, PAGE)], [(0, PAGE)]]
+    images: Any = [SimpleNamespace(name=name, time=time) for name, time in (("a", 1), ("b", 2), ("c", 1))]
+    with pytest.raises(MismatchError, match="a and c both have memory at 0x0"):
+        memoryplan._refuse_doubt(images, pages)
+    images[2].time = 3
+    memoryplan._refuse_doubt(images, pages)
+
+
+@given(st.sets(st.integers(0, 24)), st.integers(0, 24), st.integers(1, 24))
+def test_of_a_range_exactly_what_is_allowed_is_written(allowed: set[int], start: int, size: int) -> None:
+    spans = merge((number, number + 1) for number in allowed)
+    found = list(memoryplan._parts(start, start + size, spans))
+    assert [at for one in found for at in range(*one)] == sorted(allowed & set(range(start, start + size)))
+
+
 def test_overlapping_members_write_no_more_than_the_memory_has(tmp_path: Path) -> None:
     path = tmp_path / "image"
     device = Device(A, -1)
@@ -282,6 +337,8 @@ def test_overlapping_members_write_no_more_than_the_memory_has(tmp_path: Path) -
     target = tmp_path / "target"
     target.write_bytes(b"\xff" * PAGE * PAGES)
     written: list[int] = []
+    with pytest.raises(UsageError, match="nowhere to write to"):
+        load_pages(str(path), memory=[])
     report = load_pages(str(path), memory=maps(target), progress=written.append)
     assert sum(written) == PAGES * PAGE
     assert report.pages_written == PAGES
@@ -314,6 +371,40 @@ def test_a_page_that_was_written_and_unmapped_between_rounds_is_not_old(
     play()
     sync_dirty(A, str(tmp_path / "copy"), settings, memory=maps(memory), rounds=2)
     assert page(tmp_path / "copy", 7) == 0x55
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_pages_are_not_copied_onto_themselves(
+    gpus: dict[str, Vgpu], memory: Path, tmp_path: Path, settings: Settings, *, link: bool
+) -> None:
+    """Else a page of zeros might become a hole under the feet of the guest."""
+    same = memory
+    if link:
+        same = tmp_path / "other name"
+        same.hardlink_to(memory)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(UsageError, match="is the guest's memory itself") as caught:
+        sync_dirty(A, str(same), settings, memory=maps(memory), rounds=0)
+    assert gpus[A].calls == []
+    assert len(list(Path("/proc/self/fd").iterdir())) == before, caught
+
+
+@pytest.mark.parametrize("step", ["_open_found", "_take_over"])
+def test_a_device_that_cannot_be_opened_is_not_left_locked(
+    gpus: dict[str, Vgpu], settings: Settings, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Whoever calls this package may keep the error, and with it what was open when it was raised."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OpenError("it cannot be", device=A)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session, step, fail)
+        with pytest.raises(OpenError) as caught:
+            session.open_session(A, settings, job="save")
+    session.open_session(A, settings, job="save").close()
+    assert caught.value.__traceback__ is not None
+    assert gpus[A].calls == []
 
 
 def test_a_log_tells_only_what_is_written_from_now_on(
@@ -590,6 +681,67 @@ def test_what_a_kill_leaves_between_pages_is_loading(tmp_path: Path, settings: S
     LISTENERS.append(look)
     restore(A, str(image), settings, memory=maps(target))
     assert seen[-4:] == ["after-stop:stopped", "writing-pages:loading", "after-pages:loading", "after-state:loading"]
+
+
+@pytest.mark.parametrize(("one", "several"), [(save, save_all), (restore, restore_all)], ids=["save", "restore"])
+def test_a_job_on_one_device_passes_on_all_that_it_was_asked(
+    monkeypatch: pytest.MonkeyPatch, one: Callable[..., Any], several: Callable[..., Any]
+) -> None:
+    given = {
+        name: object()
+        for name, parameter in inspect.signature(one).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    calls: list[tuple[Any, ...]] = []
+
+    def play(*args: Any, **kwargs: Any) -> list[str]:
+        inspect.signature(several).bind(*args, **kwargs)
+        calls.append((args, kwargs))
+        return ["report"]
+
+    monkeypatch.setattr(sys.modules[several.__module__], several.__name__, play)
+    assert one("gpu", "file", "settings", **given) == "report"
+    assert calls == [(([("gpu", "file")], "settings"), given)]
+
+
+# --- several devices stop and start as one
+
+
+def test_no_device_stands_or_runs_while_another_could_write_to_it(gpus: dict[str, Vgpu], settings: Settings) -> None:
+    order: list[str] = []
+    for gpu in gpus.values():
+        gpu.protocol, gpu.note = PciWithP2p, order.append
+    stop_devices([A, B], settings)
+    assert order == ["quiet 1", "quiet 2", "stop 1", "stop 2"]
+    order.clear()
+    start_devices([A, B], settings)
+    assert order == ["wake 1", "wake 2", "start 1", "start 2"]
+    order.clear()
+    stop_device(A, settings)
+    start_device(A, settings)
+    assert order == ["stop 1", "start 1"]
+
+
+@pytest.mark.parametrize("which", [A, B])
+def test_of_several_devices_each_must_have_the_p2p_states_that_could_write_to_another(
+    gpus: dict[str, Vgpu], memory: Path, tmp_path: Path, settings: Settings, which: str
+) -> None:
+    for name, gpu in gpus.items():
+        gpu.protocol = Pci if name == which else PciWithP2p
+    pairs = [(name, str(tmp_path / name)) for name in gpus]
+    for job in (stop_devices, start_devices):
+        with pytest.raises(UnsupportedError, match=f"{which}: it has no P2P states"):
+            job([A, B], settings)
+    with pytest.raises(UnsupportedError, match=f"{which}: it has no P2P states"):
+        save_all(pairs, settings, memory=maps(memory))
+    assert {gpu.running for gpu in gpus.values()} == {True}
+    assert gpus[A].calls == gpus[B].calls == []
+    stop_devices([A, B], settings, without_p2p=True)
+    assert {gpu.running for gpu in gpus.values()} == {False}
+    stop_device(which, settings)  # one alone needs none
+    gpus[which].protocol = Knowing  # nor one that reaches no other
+    start_devices([A, B], settings)
+    assert {gpu.running for gpu in gpus.values()} == {True}
 
 
 # --- several devices are started

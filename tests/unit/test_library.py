@@ -145,6 +145,22 @@ def test_an_image_s_methods_are_their_functions(
     assert calls[0][0] == args
 
 
+def test_what_is_asked_of_an_image_s_methods_reaches_their_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = vfio_mig.Image("file")
+    asked: dict[str, Any] = {"device": "one", "force": True}
+    cases: dict[str, tuple[Callable[[], Any], Call]] = {
+        "extract_device": (lambda: image.extract_device("new", **asked), (("file", "new"), asked)),
+        "pack_stream": (
+            lambda: image.pack_into(Path("vm"), "new", **asked),
+            (("file", "new"), {"stream": "vm", **asked}),
+        ),
+    }
+    for function, (call, expected) in cases.items():
+        calls = played(monkeypatch, function)
+        assert call() == function
+        assert calls == [expected]
+
+
 @pytest.mark.parametrize(
     ("function", "call", "args"),
     [

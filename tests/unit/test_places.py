@@ -225,7 +225,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     for path in ("new", "full", "loop", "loop/x", "none/x", "full/x"):
         with suppress(UsageError, HostError), NewDirectory(str(tmp_path / path)) as into:
-            into.write("dirty/0000", [b"x"])
+            assert into.write("dirty/0000", [b"xy", b"", b"z"]) == 3
         with suppress(UsageError, HostError), committed(tmp_path / path / "file"):
             pass
     assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -200,6 +200,7 @@ class FakeQmp:
         self.iommu = ""
         self.mtree = FLAT_VIEW
         self.after_stop = "paused"
+        self.devfn: Any = 3 << 3
 
     def execute(self, command: str, **arguments: str) -> Any:
         self.asked.append(command)
@@ -209,7 +210,7 @@ class FakeQmp:
             return self._children(arguments["path"])
         if command == "qom-get":
             if arguments["property"] == "addr":
-                return 3 << 3
+                return self.devfn
             name = arguments["path"].partition("[")[2].rstrip("]")
             return name and f"/sys/bus/mdev/devices/{name}"
         if command == "query-migrate":
@@ -716,6 +717,26 @@ def test_behind_a_virtual_iommu_the_guest_s_pages_are_not_named_by_the_device(
         assert qmp.changes == []
         command(qmp, UUID, "gpu.vfm", memory=["none"])
     assert len(played.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("devfn", "is_off"),
+    [(0, True), (4 << 3, False), (255, True), (256, False), (-1, False), ("04.0", False)],
+    ids=["the first of its bus", "translated", "the last", "too large", "negative", "a word"],
+)
+def test_of_which_slot_the_iommu_translates_is_looked_at_and_of_all_where_it_is_not_known(
+    played: Played, devfn: Any, is_off: bool
+) -> None:
+    """A device below a PCI Express root port is 00.0."""
+    qmp: Any = FakeQmp()
+    qmp.devfn = devfn
+    qmp.iommu, qmp.mtree = "intel-iommu", with_view(' AS "vtd-root", root: vtd-04.0', NO_RAM)
+    if is_off:
+        jobs.save_vgpu(qmp, UUID, "gpu.vfm", settings=Settings(warn=str))
+        assert len(played.calls) == 1
+    else:
+        with pytest.raises(UnsupportedError, match="a virtual IOMMU"):
+            jobs.save_vgpu(qmp, UUID, "gpu.vfm")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
@@ -12,7 +13,7 @@ from vfio_mig.interrupts import ENDING
 from vfio_mig.jobs.engine.rollback import Rollback
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 
@@ -68,6 +69,38 @@ def test_another_exception_gets_what_failed_as_notes(error: BaseException) -> No
     with pytest.raises(type(error)):
         job(error, fail_with(HostError("disk")), fail_with(DeviceError("START failed")))
     assert error.__notes__ == ["while rolling back: START failed", "while rolling back: disk"]
+
+
+@pytest.mark.parametrize("error", [HostError("disk"), ValueError("odd")], ids=repr)
+def test_an_error_that_a_file_passes_on_is_not_told_as_another_one(error: Exception) -> None:
+    """A context manager that is made of a generator raises what it was given, if it does not swallow it."""
+
+    @contextmanager
+    def passing() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            pass
+
+    class Raising:
+        def __enter__(self) -> None:
+            return None
+
+        def __exit__(self, *given: object) -> None:
+            assert given[1] is error
+            raise error
+
+    def fail() -> None:
+        with Rollback() as rollback:
+            rollback.enter(passing())
+            rollback.enter(Raising())
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail()
+    assert caught.value is error
+    assert not getattr(error, "__notes__", [])
+    assert not getattr(error, "undo_errors", [])
 
 
 def test_an_undo_runs_once_even_if_the_block_is_left_twice() -> None:

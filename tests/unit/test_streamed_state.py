@@ -19,6 +19,7 @@ from vfio_mig.image.digests import Digests
 from vfio_mig.image.files import committed
 from vfio_mig.image.layout import CHUNK
 from vfio_mig.image.writer import ArchiveWriter
+from vfio_mig.jobs.files.input import Image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,6 +99,13 @@ def test_no_thread_is_left_and_none_gets_a_signal(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("cpus")
+def test_a_bare_state_of_any_size_says_how_large_it_is() -> None:
+    content = bytes(range(200))
+    image = Image(b"", None, io.BytesIO(content))
+    assert image.state_size == 200
+    assert b"".join(image.chunks()) == content
+
+
 def test_reading_ahead_changes_neither_order_nor_errors() -> None:
     def source() -> Iterator[int]:
         yield from range(5)
