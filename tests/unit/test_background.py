@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from vfio_mig.jobs.hold import notify
 
 START = """
 import os, sys, time
@@ -33,6 +36,25 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract", "none", "relative"])
+def test_systemd_is_told_where_it_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = {"path": str(tmp_path / "notify"), "relative": "notify"}.get(kind, f"@vfio-mig-test-{os.getpid()}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(name.replace("@", "\0"))
+        systemd.setblocking(False)
+        if kind == "none":
+            monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+        else:
+            monkeypatch.setenv("NOTIFY_SOCKET", name)
+        notify("READY=1")
+        if kind in {"path", "abstract"}:
+            assert systemd.recv(100) == b"READY=1"
+        else:  # sd_notify(3) knows no other address
+            with pytest.raises(BlockingIOError):
+                systemd.recv(100)
 
 
 def test_it_returns_once_the_other_is_ready_which_goes_on_alone() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import tracemalloc
 
+import pytest
+
 from vfio_mig.dirty.changed import BLOCK, Fingerprints
 from vfio_mig.ranges import PAGE
 
@@ -24,6 +26,16 @@ def test_pages_are_new_once_and_then_when_their_content_is() -> None:
     assert runs(known, first, 0, 9, 9, 3) == [(1, 2)]
     assert runs(known, first, 8, 9, 9, 8) == [(0, 1), (3, 1)]
     assert runs(known, first + 1, 9) == []
+
+
+@pytest.mark.parametrize("at", [0, 1, PAGE // 2, PAGE - 1])
+def test_any_byte_of_a_page_makes_it_new_and_none_of_its_neighbours_does(at: int) -> None:
+    known = Fingerprints()
+    pages = bytearray(3 * PAGE)
+    assert list(known.changed(0, memoryview(pages))) == [(0, 3)]
+    for number in range(3):
+        pages[number * PAGE + at] ^= 1
+        assert list(known.changed(0, memoryview(pages))) == [(number, 1)]
 
 
 def test_what_is_kept_grows_with_the_pages_and_not_with_where_they_are() -> None:

@@ -345,6 +345,8 @@ def test_the_table_has_a_line_per_check_and_tells_rule_and_source_of_findings() 
         ["skip", "v2.x.skip"],
     ]
     assert sum("linux/vfio.h" in line for line in lines) == 2
+    told = [number for number, line in enumerate(lines) if "linux/vfio.h" in line]
+    assert [lines[number - 2].split()[0] for number in told] == ["FAIL", "WARN"]
     assert lines[-1].startswith(
         "4 checks: 1 pass, 1 fail, 1 warn, 1 skip; 1.0 s; the device was running, is now closed"
     )

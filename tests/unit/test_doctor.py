@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,31 @@ def test_a_host_without_vfio_has_a_problem_and_is_told_what_to_load(root: Path) 
     assert the(report, "vfio") == BARE
     assert report.problems == sum(one.result == PROBLEM for one in report.checks) >= 1
     assert results(report)["iommufd"] == results(report)["debugfs"] == results(report)["devices"] == NOTE
+
+
+@pytest.mark.parametrize(
+    ("nodes", "result", "said"), [(["vfio/vfio"], OK, "/dev/vfio/vfio"), (["iommu"], OK, "/dev/iommu")]
+)
+def test_either_way_to_a_device_is_enough(root: Path, nodes: list[str], result: str, said: str) -> None:
+    for name in nodes:
+        put(root, f"dev/{name}")
+    assert the(examine_host(root=str(root)), "vfio") == HostCheck("vfio", result, said)
+
+
+@pytest.mark.parametrize(
+    ("release", "result"),
+    [
+        ("6.1.0-18-amd64", OK),
+        ("6.2.0", NOTE),
+        ("7.1.3", NOTE),
+        ("7.2.0", OK),
+        ("10.0", OK),
+        ("x", OK),
+    ],
+)
+def test_kernels_that_may_hang_are_told(root: Path, monkeypatch: pytest.MonkeyPatch, release: str, result: str) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release, machine="x86_64"))
+    assert the(examine_host(root=str(root)), "kernel").result == result
 
 
 def test_a_host_that_has_everything_has_no_problem(root: Path) -> None:

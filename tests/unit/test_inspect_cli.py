@@ -333,6 +333,7 @@ def test_the_devices_of_a_qemu_stream_are_extracted(tmp_path: Path) -> None:
         ("layout.json", b"[]", "no JSON object"),
         ("layout.json", b"{", "no JSON"),
         ("layout.json", b'{"format":"x","version":1}', "format is 'x', version 1"),
+        ("layout.json", {"version": 2}, "version 2: not made by"),
         ("layout.json", {"mtime": -1}, "impossible mtime -1"),
         ("layout.json", {"mtime": True}, "impossible mtime True"),
         ("layout.json", {"members": 1}, "no list of members"),

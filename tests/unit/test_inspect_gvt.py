@@ -117,6 +117,17 @@ def test_msi_x_is_enabled_and_masked_by_a_bit_each(control: int, enabled: bool, 
     assert (msi_x["enabled"], msi_x["masked"], msi_x["vectors"]) == (enabled, masked, (control & 0x7FF) + 1)
 
 
+@pytest.mark.parametrize("number", range(0x17))
+def test_a_capability_may_stand_at_the_very_end(number: int) -> None:
+    """What of it would be behind the end is left out, with every bit set that could ask for more."""
+    for at in range(0xC0, 0x100, 4):
+        config = bytearray(b"\xff" * 256)
+        config[6], config[0x34] = 0x10, at
+        config[at : at + 2] = bytes((number, 0))
+        (found,) = pci.decode(bytes(config))["capabilities"]
+        assert (found["id"], found["offset"]) == (number, at)
+
+
 @settings(deadline=None)
 @given(st.binary(min_size=256, max_size=4096))
 def test_any_configuration_space_is_decoded(config: bytes) -> None:

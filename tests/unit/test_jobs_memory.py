@@ -500,6 +500,7 @@ def test_pages_go_nowhere_in_a_migration_only_if_that_is_said() -> None:
         _check_memory([MemoryMap("x", 0)], [], no_memory=False)
     with pytest.raises(UsageError, match="nothing to write"):
         _check_memory([], ["x@0"], no_memory=False)
+    _check_memory([MemoryMap("x", 0)], ["x@0"], no_memory=False)
     _check_memory([MemoryMap("x", 0)], [], no_memory=True)
     _check_memory([], [], no_memory=False)
 

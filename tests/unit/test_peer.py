@@ -210,6 +210,25 @@ def test_endless_output_is_ended(tmp_path: Path, kind: str, *, waits: bool) -> N
     assert run._process.poll() is not None
 
 
+@pytest.mark.parametrize(
+    ("piece", "times", "is_refused"),
+    [
+        ('{"step": "opened"}\\n', 9_000, False),
+        ('{"step": "opened"}\\n', 10_001, True),
+        ('{"step": "opened"}' + " " * 200 + "\\n", 6_000, True),
+    ],
+    ids=["much", "lines", "bytes"],
+)
+def test_lines_and_bytes_have_a_limit_each(tmp_path: Path, piece: str, times: int, *, is_refused: bool) -> None:
+    peer = remote(tmp_path, f"import sys\nsys.stdout.write('{piece}' * {times})\nprint('{{\"state\": 1}}')\n")
+    with peer.start("restore", "x") as run:
+        if is_refused:
+            with pytest.raises(HostError, match="it is not vfio-mig"):
+                run.finish()
+        else:
+            assert run.finish() == {"state": 1}
+
+
 def test_endless_errors_are_read_and_dropped(tmp_path: Path) -> None:
     source = """
 import os, sys

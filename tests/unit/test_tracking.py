@@ -401,17 +401,12 @@ def test_an_owner_s_container_is_asked_as_a_whole_and_left_as_it_was(
     for dirty in ({3, 15}, {4, 1 << 20}, set[int]()):
         container.dirty = set(dirty)
         tracker.collect()
-        assert pages_of(tracker, 1 << 21) == dirty
+        assert bits_of(memoryview(tracker.take(0, 1 << 21)), 0) == dirty
         assert container.calls[-2:] == [True, False]
         assert not container.is_logged
     tracker.stop()
     assert len(container.calls) == 6
     assert "pinned now" in tracker.caution
-
-
-def pages_of(tracker: DmaTracker, number: int) -> set[int]:
-    bits = int.from_bytes(tracker.take(0, number), "little")
-    return {page for page in range(bits.bit_length()) if bits >> page & 1}
 
 
 def test_an_owner_that_logs_is_left_alone(
