@@ -167,7 +167,9 @@ def test_a_nonsense_name_is_wrong_usage_everywhere(command: str, name: str) -> N
 
 
 @pytest.mark.parametrize("command", ON_DEVICES)
-@pytest.mark.parametrize("name", [MISSING, "fffe:ff:1f.7", "/dev/vfio/999999999", "/sys/nowhere"])
+@pytest.mark.parametrize(
+    "name", [MISSING, "fffe:ff:1f.7", "/dev/vfio/999999999", "/dev/vfio/devices/vfio999999999", "/sys/nowhere"]
+)
 def test_a_missing_device_is_not_found_anywhere(command: str, name: str) -> None:
     error = refused(command, name, *ON_DEVICES[command])
     assert isinstance(error, DeviceNotFoundError)
