@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Threads for what can be done beside a job: hashing and reading ahead. None where the process has one CPU only."""
 
+import errno
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from threading import Barrier, Thread
 from typing import Final, Self, TypeVar
 
 T = TypeVar("T")
@@ -21,25 +24,67 @@ def spare_cpus() -> int:
     return len(os.sched_getaffinity(0)) - 1
 
 
+def start(thread: Thread) -> None:
+    """Start a thread of which more depends than time.
+
+    :raises OSError: EAGAIN, there may be no more threads: RLIMIT_NPROC, or a cgroup's pids.max.
+    """
+    with _told():
+        thread.start()
+
+
 def submit(pool: ThreadPoolExecutor, work: Callable[[], T]) -> Callable[[], T]:
-    """Have *work* done in a thread that gets no signal, as those are to interrupt the job itself; return its result."""
+    """Have *work* done in a thread that gets no signal, as those are to interrupt the job itself; return its result.
+
+    :raises OSError: as :func:`start`, where the pool has not made all of its threads yet.
+    """
     # A new thread has the mask of the one that makes it
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        return pool.submit(work).result
+        with _told():
+            return pool.submit(work).result
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Make an error of the host of what Python says."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), "a new thread") from error
+
+
+def make_pool(count: int) -> ThreadPoolExecutor | None:
+    """Make a pool whose threads are all there: none is made later, while a device stands still.
+
+    :returns: None where there is to be no thread, or may be none: what they would do is then done without.
+    """
+    if count < 1:
+        return None
+    pool = ThreadPoolExecutor(count)
+    together = Barrier(count)  # else the first one would do the others' work
+    try:
+        waiting = [submit(pool, together.wait) for _ in range(count)]
+    except OSError:
+        together.abort()
+        pool.shutdown()
+        return None
+    for wait in waiting:
+        wait()
+    return pool
+
+
 class Workers:
-    """As many threads as there are spare CPUs, at most WORKERS_MAX; they are there from now on until it is closed."""
+    """As many threads as there are spare CPUs, at most WORKERS_MAX, or none; they are there until it is closed."""
 
     def __init__(self) -> None:
-        self.count: Final = max(0, min(spare_cpus(), WORKERS_MAX))
-        self._pool = ThreadPoolExecutor(self.count) if self.count else None
-        if self._pool is not None:
-            for wait in [submit(self._pool, os.getpid) for _ in range(self.count)]:
-                wait()
+        count = min(spare_cpus(), WORKERS_MAX)
+        self._pool = make_pool(count)
+        self.count: Final = 0 if self._pool is None else count
 
     def __enter__(self) -> Self:
         return self
@@ -80,9 +125,9 @@ def _same(result: R) -> R:
 
 def ahead(source: Iterator[T]) -> Iterator[T]:
     """Yield what *source* does, the next one already being made meanwhile, the first from now on; None ends it."""
-    if spare_cpus() < 1:
+    pool = make_pool(min(spare_cpus(), 1))  # its thread ends with the iterator
+    if pool is None:
         return source
-    pool = ThreadPoolExecutor(1)  # its thread ends with the iterator
     return _ahead(source, pool, submit(pool, lambda: next(source, None)))
 
 

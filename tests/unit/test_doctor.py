@@ -52,13 +52,11 @@ def test_a_host_without_vfio_has_a_problem_and_is_told_what_to_load(root: Path) 
     assert results(report)["iommufd"] == results(report)["debugfs"] == results(report)["devices"] == NOTE
 
 
-@pytest.mark.parametrize(
-    ("nodes", "result", "said"), [(["vfio/vfio"], OK, "/dev/vfio/vfio"), (["iommu"], OK, "/dev/iommu")]
-)
-def test_either_way_to_a_device_is_enough(root: Path, nodes: list[str], result: str, said: str) -> None:
+@pytest.mark.parametrize(("nodes", "said"), [(["vfio/vfio"], "/dev/vfio/vfio"), (["iommu"], "/dev/iommu")])
+def test_either_way_to_a_device_is_enough(root: Path, nodes: list[str], said: str) -> None:
     for name in nodes:
         put(root, f"dev/{name}")
-    assert the(examine_host(root=str(root)), "vfio") == HostCheck("vfio", result, said)
+    assert the(examine_host(root=str(root)), "vfio") == HostCheck("vfio", OK, said)
 
 
 @pytest.mark.parametrize(

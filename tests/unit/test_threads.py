@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
 
 from vfio_mig import threads
+from vfio_mig.image import digests
 from vfio_mig.threads import WORKERS_MAX, Workers
 
 if TYPE_CHECKING:
@@ -64,3 +68,53 @@ def test_an_error_of_the_work_ends_the_results(monkeypatch: pytest.MonkeyPatch) 
 
     with with_cpus(monkeypatch, 2) as workers, pytest.raises(OSError, match="Input/output"):
         list(workers.results(range(9), work, lambda _: False))
+
+
+@pytest.fixture(params=[0, 1])
+def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A host that gives so many threads more, as one does at RLIMIT_NPROC or a cgroup's pids.max."""
+    left = int(request.param)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        nonlocal left
+        if not left:
+            raise RuntimeError("can't start new thread")  # CPython's Modules/_threadmodule.c
+        left -= 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    return left
+
+
+def test_without_threads_the_work_is_done_here(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    monkeypatch.setattr(threads, "spare_cpus", lambda: 3)
+    before = threading.active_count()
+    with Workers() as workers:
+        assert workers.count == 0
+        assert list(workers.results([1, 2], str, lambda _: False)) == [(1, "1"), (2, "2")]
+    if not few:
+        assert list(threads.ahead(iter([1, 2]))) == [1, 2]
+    assert threading.active_count() == before
+
+
+def test_a_digest_is_taken_without_threads(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    monkeypatch.setattr(digests, "spare_cpus", lambda: few + 1)
+    content = bytes(digests.SMALL)
+    with digests.Digests(None) as taken:
+        assert taken.of_memory(memoryview(content))() == hashlib.sha256(content).hexdigest()
+
+
+def test_a_thread_that_is_needed_and_not_to_be_had_is_the_host_s_error(few: int) -> None:
+    for _ in range(few):
+        threads.start(threading.Thread(target=int))
+    with pytest.raises(OSError, match=r"temporarily unavailable: 'a new thread'") as caught:
+        threads.start(threading.Thread(target=int))
+    assert caught.value.errno == errno.EAGAIN
+
+
+def test_no_other_error_of_a_pool_is_taken_for_that() -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        threads.submit(pool, int)

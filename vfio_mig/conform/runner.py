@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from vfio_mig import interrupts
+from vfio_mig import interrupts, threads
 from vfio_mig.conform.kit.check import FAIL, OUTCOMES, PASS, RFC, SKIP, V2, WARN, Result
 from vfio_mig.conform.kit.rfc_device import Rfc
 from vfio_mig.conform.kit.rig import Rig
@@ -87,7 +87,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self._timer is not None:
-            self._timer.start()
+            threads.start(self._timer)
         return self
 
     def __exit__(

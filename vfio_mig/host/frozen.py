@@ -15,6 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+from vfio_mig import threads
 from vfio_mig.errors import DeviceBusyError, errno_text
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def while_still(name: str, holder: Holder, do: Callable[[], None]) -> None:
             tracer.go_on()
 
     thread = threading.Thread(target=trace, name="tracer", daemon=True)
-    thread.start()
+    threads.start(thread)
     thread.join()
     if failures:
         raise failures[0]

@@ -4,12 +4,11 @@
 import hashlib
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Self
 
 from vfio_mig.errors import HostError
 from vfio_mig.interrupts import protected
-from vfio_mig.threads import WORKERS_MAX, spare_cpus, submit
+from vfio_mig.threads import WORKERS_MAX, make_pool, spare_cpus, submit
 
 SMALL: Final = 64 << 10
 """Bytes: to hand less than this to a thread takes longer than to take its digest."""
@@ -26,12 +25,9 @@ class Digests:
 
     def __init__(self, fd: int | None) -> None:
         self.fd: Final = fd
-        workers = min(spare_cpus(), WORKERS_MAX)
-        self._pool = ThreadPoolExecutor(workers) if workers > 0 else None
+        self._pool = make_pool(min(spare_cpus(), WORKERS_MAX))  # now, and not while the device stands still
 
     def __enter__(self) -> Self:
-        if self._pool is not None:
-            submit(self._pool, os.getpid)()  # the first thread is made now, and not while the device stands still
         return self
 
     @protected

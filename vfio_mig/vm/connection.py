@@ -14,7 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
-from vfio_mig import interrupts
+from vfio_mig import interrupts, threads
 from vfio_mig.errors import HostError, OpenError, UsageError, excerpt
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _be_quiet(_context: object, _error: object) -> None:
 def _run_events() -> None:
     libvirt = binding()
     libvirt.virEventRegisterDefaultImpl()
-    threading.Thread(target=_serve_events, args=(libvirt,), name="libvirt events", daemon=True).start()
+    threads.start(threading.Thread(target=_serve_events, args=(libvirt,), name="libvirt events", daemon=True))
 
 
 def _serve_events(libvirt: Any) -> None:
@@ -179,7 +179,7 @@ class Connection:
             except BaseException as error:  # noqa: BLE001 -- it is raised again where it belongs
                 answers.put((False, error))
 
-        threading.Thread(target=run, daemon=True).start()
+        threads.start(threading.Thread(target=run, daemon=True))
         try:
             is_answer, found = answers.get(timeout=seconds)
         except queue.Empty:
