@@ -67,14 +67,14 @@ def test_what_was_not_asked_for_is_no_step(job: str, asked: dict[str, Any], miss
 
 
 @pytest.mark.parametrize("job", sorted({*COMMANDS, *STEPS}))
-@pytest.mark.parametrize("step", sorted(NAMES))
-def test_a_hook_that_would_never_run_is_refused(job: str, step: str) -> None:
-    if OTHER_NAMES.get(step, step) in steps_of(job):
-        Hooks([f"{step}=true"], job)
-        return
-    with pytest.raises(UsageError, match=f"hook {step}: ") as caught:
-        Hooks([f"{step}=true"], job)
-    assert ("has no steps" in str(caught.value)) == (job not in STEPS)
+def test_a_hook_that_would_never_run_is_refused(job: str) -> None:
+    for step in sorted(NAMES):
+        if OTHER_NAMES.get(step, step) in steps_of(job):
+            Hooks([f"{step}=true"], job)
+            continue
+        with pytest.raises(UsageError, match=f"hook {step}: ") as caught:
+            Hooks([f"{step}=true"], job)
+        assert ("has no steps" in str(caught.value)) == (job not in STEPS)
 
 
 def test_it_says_which_option_would_make_it_run() -> None:

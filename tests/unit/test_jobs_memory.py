@@ -389,6 +389,21 @@ def test_pages_are_not_copied_onto_themselves(
     assert len(list(Path("/proc/self/fd").iterdir())) == before, caught
 
 
+@pytest.mark.parametrize(
+    ("holder", "is_ours"),
+    [
+        (None, False),  # borrowed of somebody whom we do not see
+        (Holder(4711, "qemu-system-x86", is_hold=False, fd=3), False),
+        (Holder(4711, "vfio-mig", is_hold=True, fd=3), True),
+    ],
+)
+def test_a_borrowed_device_is_ours_if_our_holder_has_it(holder: Holder | None, *, is_ours: bool) -> None:
+    device = Device(A, -1, how="borrowed", holder=holder)
+    assert Session(found(A), device, Knowing(device, Vgpu())).is_ours is is_ours
+    own = Device(A, -1, how="group")
+    assert Session(found(A), own, Knowing(own, Vgpu())).is_ours
+
+
 @pytest.mark.parametrize("step", ["_open_found", "_take_over"])
 def test_a_device_that_cannot_be_opened_is_not_left_locked(
     gpus: dict[str, Vgpu], settings: Settings, monkeypatch: pytest.MonkeyPatch, step: str
