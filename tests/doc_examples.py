@@ -19,8 +19,13 @@ PROGRAM: Final = "vfio-mig"
 MEMORY: Final = "/dev/shm/guest"
 
 ELSEWHERE: Final = {
-    "pip install": "needs the network; scripts/setup does it",
-    "pipx install": "needs the network",
+    "python3 -m venv /opt/vfio-mig": "needs the network afterwards; tests/package/test_new_user.py",
+    "/opt/vfio-mig/bin/": "needs the network; tests/package/test_new_user.py",
+    "ln -s /opt/vfio-mig/bin/": "links what needs the network; tests/package/test_new_user.py",
+    "man -M /opt/vfio-mig/": "shows what needs the network; tests/package/test_new_user.py",
+    ". /opt/vfio-mig/": "reads what needs the network; tests/package/test_new_user.py",
+    "pipx install": "needs the network; tests/package/test_python.py",
+    "sudo pipx install": "needs the network",
     "qemu-system-x86_64 ": "shortened by …; tests/vm/test_qemu.py starts one",
     "scripts/qemu-": "needs that QEMU; tests/vm/test_qemu.py",
     "vfio-mig vm save /run/": "needs that QEMU; tests/vm/test_qemu.py",
@@ -50,7 +55,7 @@ ELSEWHERE: Final = {
 """Beginnings of lines that are not run, with the reason."""
 
 _FENCE: Final = re.compile(r"(?ms)^```(\w*)\n(.*?)^```$")
-_COMMAND: Final = re.compile(rf"(?m)(^|[|;&] *|\s){PROGRAM} [a-z-]")
+_COMMAND: Final = re.compile(rf"(?m)(^|[|;&(] *|\s){PROGRAM} [a-z-]")
 _SAID: Final = re.compile(r"\s#\s+(\d+) if ")
 _PCI: Final = {"ssh://other/0000:3b:00.1": "ssh://other/$OTHER", "0000:3b:00.1": "$UUID", "0000:3b:00.2": "$OTHER"}
 # Debian's 6.12 cannot read a device's log of its writes, and 6.1, which can, has no PRE_COPY
@@ -146,6 +151,11 @@ def inputs_and_outputs(block: Block) -> tuple[list[str], list[str]]:
                 made = writes is not None and (at == len(names) - 1 if last and writes[1] == "pack" else not last)
                 (outputs if made else inputs).append(name)
     return inputs, outputs
+
+
+def whole(page: str) -> Block:
+    """Return a page's examples as one: what a reader types who follows it from its begin to its end."""
+    return Block(page, 1, "sh", "\n".join(one.text for one in examples() if one.page == page))
 
 
 def script(block: Block) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -42,10 +43,19 @@ _PLACES: Final = {
     **{f"docs/{path.name}": path.name for path in (ROOT / "docs").glob("*.md")},
     "docs/demo.svg": "demo.svg",
 }
-_PATH: Final = re.compile(r"(?<![\w/`\[(.-])`?(" + "|".join(map(re.escape, _PLACES)) + r")`?(?![\w/`\])-])")
+_PATH: Final = re.compile(r"(?<![\w/`\[.-])(?<!\]\()`?(" + "|".join(map(re.escape, _PLACES)) + r")`?(?![\w/`\]-])")
 _LINK: Final = re.compile(r"\]\((" + "|".join(map(re.escape, _PLACES)) + r")\)")
 _CODE: Final = re.compile(r"`[^`]*`")
 _LOCAL: Final = re.compile(r"\[(\w+)\]\(\1\)")
+_SHORT: Final = 26
+"""Characters of code that stay in one line; what is longer than half a column of text has to be divided."""
+_INLINE: Final = re.compile(r"(?s)<pre>.*?</pre>|<code>(.*?)</code>")
+_QUANTITY: Final = re.compile(r"(?<=\d) (?=(?:µs|ms|s|min|minutes|KiB|MiB|GiB|TiB|MB|GB|%)\b|%)")
+_STYLE: Final = """\
+:not(pre) > code { white-space: normal; }
+code.short { white-space: nowrap; }
+"""
+_CELL: Final = re.compile(r"(?s)<t[dh][ >].*?</t[dh]>|<t[dh]>.*?</t[dh]>")
 
 
 def linked(text: str) -> str:
@@ -53,6 +63,8 @@ def linked(text: str) -> str:
 
     >>> linked("see docs/usage.md, and `docs/usage.md`")
     'see [docs/usage.md](usage.md), and [docs/usage.md](usage.md)'
+    >>> linked("it is (docs/usage.md) there, [here](docs/usage.md)")
+    'it is ([docs/usage.md](usage.md)) there, [here](usage.md)'
     >>> linked("[that](docs/usage.md)"), linked("    cat docs/usage.md"), linked("[LICENSE](LICENSE)")
     ('[that](usage.md)', '    cat docs/usage.md', 'LICENSE')
     >>> linked(r"| `save DEV - \| ssh` | a |")
@@ -131,7 +143,32 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in docs/."""
     for name, text in made_pages().items():
         files.append(File.generated(config, name, content=text))
+    files.append(File.generated(config, "site.css", content=_STYLE))
     return files
+
+
+def unbroken(html: str) -> str:
+    r"""Keep short code in one line, as an option is not to be read as two, and in tables a number with its unit.
+
+    >>> unbroken("<p><code>stop DEV</code> in 5 ms</p><td>5 ms, 0.1 % to 2 s</td>").replace("\xa0", "_")
+    '<p><code class="short">stop DEV</code> in 5 ms</p><td>5_ms, 0.1_% to 2_s</td>'
+    >>> unbroken("<code>one\ntwo</code><pre><code>a\nb</code></pre>")
+    '<code class="short">one two</code><pre><code>a\nb</code></pre>'
+    """
+    return _CELL.sub(lambda cell: _QUANTITY.sub("\xa0", cell[0]), _INLINE.sub(_code, html))
+
+
+def _code(found: re.Match[str]) -> str:
+    if found[1] is None:  # a block, which has its lines
+        return found[0]
+    text = " ".join(found[1].split())
+    kind = ' class="short"' if len(unescape(text)) <= _SHORT else ""
+    return f"<code{kind}>{text}</code>"
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Have no line end where a reader stumbles."""
+    return unbroken(html)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

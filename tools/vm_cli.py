@@ -158,35 +158,34 @@ def _precompile() -> None:
 
 
 def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options, guest.Guest]:
-    log = say if options.verbose else _silent
     if options.kernel == custom.NAME:
-        kernel = custom.fetch(_CHECKOUT, cache, say)  # told always: it takes minutes
+        kernel = custom.fetch(_CHECKOUT, cache, say)
     else:
-        kernel = newest.find(options.kernel, cache, log)
+        kernel = newest.find(options.kernel, cache, say)
     modules = None
     loaded = None
     if not options.no_module:
         wanted = {None, options.mutation, *(module.MUTATIONS if options.build_all else ())}
         modules = module.build(_CHECKOUT, kernel, cache, tuple(sorted(wanted, key=str)))
         loaded = modules / module.file_name(options.mutation)
-    other = mtty.build(kernel, cache, log) if options.mtty else None
+    other = mtty.build(kernel, cache, say) if options.mtty else None
     out = Path(os.environ.get("VFIO_MIG_VM_OUT") or cache / "out").absolute()
     out.mkdir(parents=True, exist_ok=True)
     by_kvm = kvm.usable(kernel.image, cache)
     # mtty's protocol is spoken by a QEMU that is new enough for emulation, too
     need = gvt.NEED if options.gvt else qemu.KVM if by_kvm and not options.mtty else qemu.EMULATION
     cable = link.Link(cache / "links" / options.link[0], options.link[1]) if options.link else None
-    inner = qemu.of_suite(options.l2_qemu, cache, log) if options.l2_qemu else None
+    inner = qemu.of_suite(options.l2_qemu, cache, say) if options.l2_qemu else None
     machine_options = machine.Options(
-        kernel=kernel, kvm=by_kvm, qemu=qemu.find(need, cache, log, say), gpu=options.gpu,
+        kernel=kernel, kvm=by_kvm, qemu=qemu.find(need, cache, say, say), gpu=options.gpu,
         gpu_args=tuple(options.gpu_args.split()),
         memory=options.memory, cpus=options.cpus, timeout=options.timeout,
         second_start=options.repeat is None, link=cable,
     )  # fmt: skip
-    host_driver = gvt.modules(kernel, cache, log) if options.gvt else None
+    host_driver = gvt.modules(kernel, cache, say) if options.gvt else None
     environment = guest.environment(
         os.environ, venv=Path(sys.prefix), modules=modules, out=out, release=kernel.release,
-        gpu=options.gpu, gvt=host_driver, uapi=kernel.uapi, l2=_guest_of_vgpu(cache, log) if options.l2 else None,
+        gpu=options.gpu, gvt=host_driver, uapi=kernel.uapi, l2=_guest_of_vgpu(cache, say) if options.l2 else None,
         qemu=(inner or machine_options.qemu).shell_words(), link=cable,
         libvirt=libvirt.fetch(cache, say) if options.libvirt else None,
     )  # fmt: skip
@@ -197,7 +196,8 @@ def _prepare(options: argparse.Namespace, cache: Path) -> tuple[machine.Options,
         kvmgt=_our_kvmgt(kernel, cache, say) if options.kvmgt == "ours" else None,
         kvmgt_args=options.kvmgt_args.split(), link=cable,
     )  # fmt: skip
-    log(machine.environment_note(machine_options))
+    if options.verbose:
+        say(machine.environment_note(machine_options))
     return machine_options, what
 
 
@@ -212,10 +212,6 @@ def _our_kvmgt(kernel: kernels.Kernel, cache: Path, log: kernels.Log) -> Path:
     )
     setting.modules.mkdir(parents=True, exist_ok=True)
     return kvmgt.build(setting, (None,)) / kvmgt.file_name(None)
-
-
-def _silent(_message: str) -> None:
-    pass
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import doctest
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,12 @@ import pytest
 from tests.unit.click_runner import runner
 from tests.unit.saved_images import gvt_state, write
 from vfio_mig.cli import columns, devices, qemu, render
+from vfio_mig.cli.copying import tell_round
 from vfio_mig.cli.main import COLUMNS, COMMANDS, PROGRAM, cli
+from vfio_mig.cli.options import Options
 from vfio_mig.conform.registry import select
 from vfio_mig.dirty.bitmap import Dirty
+from vfio_mig.dirty.sync import Round
 from vfio_mig.jobs.queries.devices import DeviceRow
 from vfio_mig.pictures.terminal import dirty_map
 
@@ -133,6 +137,58 @@ def test_a_list_is_shown_again_until_a_signal_with_the_job_that_is_at_work(
     done = runner().invoke(cli, [*words, "-o", "name,job"])
     assert (done.exit_code, done.stdout) == (0, "one -\none save:after-stop\none ?\n")
     assert waits == [devices.WATCH_SECONDS] * 3
+
+
+@pytest.mark.parametrize(
+    ("words", "source", "says"),
+    [
+        (["list"], "vfio_mig.jobs.queries.devices.list_devices", "no VFIO device here; 'vfio-mig doctor' says more"),
+        (["mdev", "types"], "vfio_mig.host.mdev.types", "no device here offers mdevs; 'vfio-mig doctor' says more"),
+        (["vm", "list"], "vfio_mig.vm.survey.list_vms", "no process here has a VFIO device open"),
+        (["vm", "list", "--connect", "test:///"], "vfio_mig.vm.survey.list_vms", "libvirt has no domain"),
+    ],
+)
+def test_a_user_at_a_terminal_is_told_that_there_is_nothing_and_a_script_reads_no_line(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], source: str, says: str
+) -> None:
+    monkeypatch.setattr(source, lambda *_, **__: [])
+    assert runner().invoke(cli, words).output == ""
+    monkeypatch.setattr(columns, "terminal_width", lambda: COLUMNS)
+    done = runner().invoke(cli, words)
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert done.stderr.startswith("vfio-mig: ")
+    assert done.stderr.endswith(f"{says}\n")
+    assert runner().invoke(cli, ["--json", *words]).output == "[]\n"
+    assert runner().invoke(cli, ["-q", *words]).output == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "rounds", "said"),
+    [
+        ({"terminal": True}, [True], []),
+        ({"terminal": True}, [False, True], ["running", "stopped"]),
+        ({}, [False, True], []),
+        ({"terminal": True, "quiet": True}, [False, True], []),
+        ({"verbose": True}, [True], ["stopped"]),
+    ],
+    ids=["one", "two", "no terminal", "quiet", "verbose"],
+)
+def test_rounds_are_told_where_there_are_some_and_the_last_does_not_guess_what_a_stop_would_take(
+    given: dict[str, bool],
+    rounds: list[bool],
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: "terminal" in given)
+    options = Options()
+    options.quiet, options.verbose = "quiet" in given, "verbose" in given
+    tell = tell_round(options)
+    for one in rounds:
+        tell(Round(one, 10, 5, 1, 4, 0, 5 * 4096, 0.001, 0.01))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("(")[1].split(")")[0] for line in lines] == said
+    assert ["a stop now: " in line for line in lines] == [one == "running" for one in said]
 
 
 def test_a_column_that_there_is_not_is_wrong_usage() -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 import doctest
 import re
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from tools.demo import picture
-from tools.demo.picture import COLUMNS, ROWS, Line, svg
+import pytest
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from tools.demo import picture
+from tools.demo.picture import AT_BEGIN, AT_END, COLUMNS, ROWS, Line, svg
 
 TEXT = "{http://www.w3.org/2000/svg}text"
 
@@ -24,13 +23,23 @@ def test_every_line_is_in_the_picture_escaped_and_no_wider_than_the_terminal() -
     assert COLUMNS - 5 < max(map(len, drawn)) <= COLUMNS
 
 
-def test_lines_come_in_their_order_and_what_does_not_fit_moves_up() -> None:
+def test_the_first_screen_is_there_at_once_and_each_further_line_moves_all_up() -> None:
     text = svg([Line(number * 0.5, f"line {number}") for number in range(ROWS + 3)])
-    starts = [float(one) for one in re.findall(r"@keyframes l\d+ \{ 0% \{ opacity: 0 \} ([\d.]+)%", text)]
-    assert starts == sorted(starts)
-    assert (len(starts), starts[0]) == (ROWS + 3, 0.0)
-    assert len(re.findall(r"translateY\(-\d+px\)", text)) == 3
-    assert svg([]).startswith("<svg")
+    moves = re.findall(r"([\d.]+)% { transform: translateY\((-?\d+)px\) }", text)
+    shares, places = [float(share) for share, _ in moves], [int(place) for _, place in moves]
+    assert shares == sorted(shares)
+    assert places == [0, -18, -36, -54]
+    whole = AT_BEGIN + 3 * 0.5 + AT_END
+    assert shares[0] == 0.0
+    assert shares[1] == pytest.approx((AT_BEGIN + 0.5) / whole * 100, abs=0.01)
+    assert "opacity" not in text
+
+
+@pytest.mark.parametrize("number", [0, 1, ROWS])
+def test_what_fits_one_screen_stands_still(number: int) -> None:
+    text = svg([Line(one, f"line {one}") for one in range(number)])
+    assert text.count("translateY") == 1
+    assert ET.fromstring(text).get("height") == "456"  # noqa: S314 -- our own
 
 
 def test_it_is_made_of_a_run_that_ends_well_only(tmp_path: Path) -> None:
@@ -40,6 +49,14 @@ def test_it_is_made_of_a_run_that_ends_well_only(tmp_path: Path) -> None:
         assert picture.main([str(file), *words]) == code
         assert file.exists() == (code == 0)
     assert 'class="ok"' in (tmp_path / "0.svg").read_text("utf-8")
+
+
+def test_the_lines_that_readme_shows_are_those_of_the_picture() -> None:
+    root = Path(__file__).parents[2]
+    drawn = [one.text for one in ET.fromstring((root / "docs/demo.svg").read_text("utf-8")).iter(TEXT)]  # noqa: S314 -- our own
+    shown = re.findall(r"(?m)^ {4}(  ok    .*)$", (root / "README.md").read_text("utf-8"))
+    assert len(shown) == 4
+    assert set(shown) <= set(drawn)
 
 
 def test_the_examples_in_docstrings_are_true() -> None:

@@ -31,7 +31,7 @@ def test_every_line_that_begins_with_the_program_is_in_an_example() -> None:
 
 
 def test_a_new_example_is_run_without_being_named_and_a_listed_line_is_not() -> None:
-    text = "Words\n\n    vfio-mig new $UUID\n    pip install .\n\nWords\n\n```python\nprint(1)\n```\n"
+    text = "Words\n\n    vfio-mig new $UUID\n    pipx install .\n\nWords\n\n```python\nprint(1)\n```\n"
     shell, python = sorted(blocks("page", text), key=lambda one: one.number)
     assert (shell.number, shell.to_run()) == (3, ["vfio-mig new $UUID"])
     assert "{ vfio-mig new $UUID; }" in script(shell)

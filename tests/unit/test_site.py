@@ -87,6 +87,23 @@ def test_a_path_in_a_sentence_is_a_link(site: dict[Path, Page]) -> None:
     assert {"gvt-host.html", "scripting.html", "conform.html"} <= set(usage.links)
 
 
+def test_a_path_in_parentheses_is_a_link_too_and_no_page_names_another_without(site: dict[Path, Page]) -> None:
+    names = {f"{path.stem}.md" for path in (ROOT / "docs").glob("*.md")}
+    left = {
+        (path.name, name)
+        for path in site
+        for text in re.findall(r">([^<]+)<", re.sub(r"(?s)<(pre|code|a)\b.*?</\1>", "", path.read_text("utf-8")))
+        for name in re.findall(r"docs/([\w-]+\.md)", text)
+        if name in names
+    }
+    assert left == set()
+
+
+def test_every_page_of_docs_is_in_the_menu() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert [path.name for path in (ROOT / "docs").glob("*.md") if f": {path.name}\n" not in menu] == []
+
+
 def test_nothing_of_a_page_comes_from_elsewhere_and_its_menu_s_script_understands_every_place(
     site: dict[Path, Page],
 ) -> None:

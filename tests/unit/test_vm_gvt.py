@@ -60,6 +60,18 @@ def test_our_kvmgt_goes_with_gvt_and_has_parameters(capsys: pytest.CaptureFixtur
     assert "--kvmgt needs --gvt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--kvmgt", "ours"], ["--kvmgt=ours", "true"], ["--kvmgt", "stock"], ["--", "true"]])
+def test_what_building_our_kvmgt_takes_is_asked_for_first(tmp_path: Path, words: list[str]) -> None:
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    shutil.copy(Path(__file__).parents[2] / "scripts/vm", scripts)
+    (scripts / "setup").write_text('#!/bin/sh\necho "asked for: $*"\nexit 7\n')
+    (scripts / "setup").chmod(0o755)
+    done = subprocess.run([scripts / "vm", "--gvt", *words], capture_output=True, text=True, check=False)
+    wanted = "--kvmgt" if "ours" in " ".join(words) else ""
+    assert (done.returncode, done.stdout) == (7, f"asked for: {wanted}\n")
+
+
 # The process
 
 

@@ -2,6 +2,8 @@
 """Every example of README.md and docs/ is run on the sample driver and ends as it says: with 0, if it says nothing.
 
 A page's examples follow each other on the same two vGPUs and in the same directory; each begins with both running.
+Besides, the first page and the tutorials are walked through as a reader does it who has nothing: in one shell, with the
+vGPUs that they make.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.doc_examples import MEMORY, Block, examples, inputs_and_outputs, script
+from tests.doc_examples import MEMORY, Block, examples, inputs_and_outputs, script, whole
 from tools.lab import cli
 from tools.lab.sample import gpu, host
 from tools.lab.sample.held import guest_of, run_some_work
@@ -27,13 +29,15 @@ from tools.lab.vfio.raw import PAGE, Memory
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SECONDS: Final = 180
+SECONDS: Final = 300
 PAGES: Final = 4096  # of guest memory
 OTHER_MEMORY: Final = "/dev/shm/other"
 QUIESCE: Final = Path("/usr/local/bin/quiesce")
 # The options that come before the host's name are migrate's; what it asks for runs here.
 SSH: Final = '#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done\nshift\nexec bash -c "$*"\n'
-RUNNABLE: Final = [one for one in examples() if one.language == "python" or one.to_run()]
+WALKED: Final = ("README.md", "tutorial-scripts.md", "tutorial-drivers.md", "tutorial-ci.md")
+IN_CI: Final = {"README.md", "tutorial-scripts.md", "usage.md"}
+RUNNABLE: Final = [one for one in examples() if one.page not in WALKED and (one.language == "python" or one.to_run())]
 GROUPS: Final = {
     (v2, page): list(group)
     for (v2, page), group in groupby(
@@ -97,37 +101,46 @@ class Desk:
         python = block.language == "python"
         words = [sys.executable, "-c", block.text] if python else ["bash", "-c", script(block)]
         with contextlib.nullcontext() if block.wants_closed else self._open():
-            code, said = self._ended(words)
+            code, said = ended(words, self._directory, self._env)
         assert code == 0, f"{block.name}: ended with {code}\n{block.text}\n{said}"
         assert "Traceback" not in said, f"{block.name}: {said}"
 
-    def _ended(self, words: list[str]) -> tuple[int, str]:
-        """Run words to their end, and end what they left behind; the exit code, and the end of what was said."""
-        log = self._directory / "said"
-        with log.open("wb") as out:  # a file: a pipe would stay open in a child that outlives its shell
-            shell = subprocess.Popen(
-                words,
-                cwd=self._directory,
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code = shell.wait(SECONDS)
-            except subprocess.TimeoutExpired:
-                code = 124
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(shell.pid, signal.SIGKILL)
-                shell.wait()
-        return code, log.read_bytes()[-3000:].decode(errors="replace")
+
+def ended(words: list[str], directory: Path, env: dict[str, str]) -> tuple[int, str]:
+    """Run words to their end, and end what they left behind; the exit code, and the end of what was said."""
+    log = directory / "said"
+    before = mdevs()
+    with log.open("wb") as out:  # a file: a pipe would stay open in a child that outlives its shell
+        shell = subprocess.Popen(
+            words,
+            cwd=directory,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = shell.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            code = 124
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
+            shell.wait()
+            for mdev in mdevs() - before:
+                (mdev / "remove").write_text("1")
+    return code, log.read_bytes()[-3000:].decode(errors="replace")
+
+
+def mdevs() -> set[Path]:
+    """Return the mdevs that there are; an example may have made some."""
+    return set(Path("/sys/bus/mdev/devices").iterdir())
 
 
 def case(v2: bool, page: str) -> object:
     """Return the parameters of a page's test; CI takes the first pages, and all where one kernel is named."""
-    marks = [] if page in {"README.md", "usage.md"} and not v2 else [pytest.mark.variant]
+    marks = [] if page in IN_CI and not v2 else [pytest.mark.variant]
     return pytest.param(v2, page, marks=marks, id=f"{'v2' if v2 else 'rfc'}: {page}")
 
 
@@ -138,3 +151,14 @@ def test_the_examples_of_a_page_end_as_they_say(v2: bool, page: str, tmp_path: P
         desk = Desk(tmp_path, one, two, v2=v2)
         for block in GROUPS[v2, page]:
             desk.run(block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[] if page in IN_CI else [pytest.mark.variant]) for page in WALKED]
+)
+def test_a_reader_who_has_nothing_walks_through_a_page_in_one_shell(page: str, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name not in {"UUID", "OTHER"}}
+    code, said = ended(["bash", "-c", script(whole(page))], tmp_path, {**env, "VFIO_MIG_VM_OUT": str(tmp_path)})
+    assert code == 0, said
+    assert "Traceback" not in said

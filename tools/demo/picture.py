@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A picture that moves, of what a command prints: ``python -m tools.demo.picture FILE.svg COMMAND…``.
 
-COMMAND is run, and its output goes to stderr meanwhile. FILE is an SVG in which the lines come as they came, pauses cut
-short, on a terminal of 80 columns; it repeats. UUIDs are $A, $B and so on there, as nobody reads them, and temporary
+COMMAND is run, and its output goes to stderr meanwhile. FILE is an SVG of a terminal of 80 columns. The first screen is
+there at once, so that whoever looks once, or sees no animation, has something to read; the other lines then come as
+they came, pauses cut short; it repeats. UUIDs are $A, $B and so on there, as nobody reads them, and temporary
 directories are left out. docs/demo.svg is made so, of ``scripts/demo --gvt``.
 """
 
@@ -23,8 +24,10 @@ ROWS: Final = 24
 PAUSE_MAX: Final = 1.0
 """Seconds between two lines, at most, and at least *PAUSE_MIN*."""
 PAUSE_MIN: Final = 0.4
+AT_BEGIN: Final = 6.0
+"""Seconds for which the first screen stays."""
 AT_END: Final = 6.0
-"""Seconds for which the last lines stay."""
+"""Seconds for which the last one stays."""
 _UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TEMPORARY: Final = re.compile(r"/(?:dev/shm|tmp)/tmp\w+/")
 _WIDTH, _HEIGHT, _MARGIN = 8.4, 18, 12
@@ -96,27 +99,30 @@ def _style(text: str) -> str:
 
 
 def svg(lines: list[Line]) -> str:
-    """Draw the lines: each appears in its second, and all move up where there are more than ROWS."""
+    """Draw the lines: a screen of ROWS at once, each further one in its second, when all move up."""
     shown = on_terminal(shortened(lines))
-    total = (shown[-1].at if shown else 0.0) + AT_END
+    rest = shown[ROWS:]
+    begin = shown[ROWS - 1].at - AT_BEGIN if rest else 0.0
+    total = (rest[-1].at - begin if rest else 0.0) + AT_END
     width, height = COLUMNS * _WIDTH + 2 * _MARGIN, ROWS * _HEIGHT + 2 * _MARGIN
-    styles, texts, moves = [_STYLE], [], ["0% { transform: translateY(0px) }"]
-    for number, line in enumerate(shown):
-        percent = line.at / total * 100
-        styles.append(f"@keyframes l{number} {{ 0% {{ opacity: 0 }} {percent:.2f}%, 100% {{ opacity: 1 }} }}")
-        styles.append(f"#l{number} {{ animation: l{number} {total:.2f}s step-end infinite }}")
-        y = _MARGIN + (number + 1) * _HEIGHT - 4
-        texts.append(f'<text id="l{number}" class="{line.style}" x="{_MARGIN}" y="{y}">{escape(line.text)}</text>')
-        if number >= ROWS:
-            moves.append(f"{percent:.2f}% {{ transform: translateY(-{(number - ROWS + 1) * _HEIGHT}px) }}")
-    styles.append(f"@keyframes up {{ {' '.join(moves)} }}")
-    box = f'viewBox="0 0 {width:.0f} {height}"'
-    styles.append(f"#all {{ animation: up {total:.2f}s step-end infinite }}")
+    moves = ["0% { transform: translateY(0px) }"]
+    moves += [
+        f"{(line.at - begin) / total * 100:.2f}% {{ transform: translateY(-{number * _HEIGHT}px) }}"
+        for number, line in enumerate(rest, 1)
+    ]
+    texts = [
+        f'<text class="{line.style}" x="{_MARGIN}" y="{_MARGIN + number * _HEIGHT - 4}">{escape(line.text)}</text>'
+        for number, line in enumerate(shown, 1)
+    ]
+    size = f'width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" {box} role="img">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" {size} role="img">',
             "<title>What the demonstration prints</title>",
-            f"<style>\n{chr(10).join(styles)}\n</style>",
+            f"<style>\n{_STYLE}\n@keyframes up {{ {' '.join(moves)} }}",
+            f"#all {{ animation: up {total:.2f}s step-end infinite }}",
+            "@media (prefers-reduced-motion) { #all { animation: none } }",
+            "</style>",
             f'<clipPath id="screen"><rect y="{_MARGIN}" width="100%" height="{ROWS * _HEIGHT}"/></clipPath>',
             '<rect width="100%" height="100%" rx="6" fill="#2e3440"/>',
             '<g clip-path="url(#screen)"><g id="all">',

@@ -200,6 +200,8 @@ load_modules || fail 'the sample driver could not be loaded'
 [[ -z $gvt ]] || load_gvt || fail 'the host driver of GVT-g could not be loaded'
 [[ -z $link ]] || connect || fail 'the network of --link could not be set up'
 if ((interactive)); then
+	printf '%s\n' '' 'You are root in the VM, and vfio-mig is installed. exit ends it; what you write is lost,' \
+		"except below $out"
 	inside /bin/bash {_RUN}/command.sh
 	finish $?
 fi

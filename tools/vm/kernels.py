@@ -111,7 +111,7 @@ def _fetch_once(apt: Apt, series: str, kernels: Path, log: Log) -> Kernel:
     kernel = Kernel(kernels / release, release)
     with populated(kernel.tree) as tree:
         if tree is not None:
-            log(f"fetching kernel {release}")
+            log(f"fetching kernel {release}, 120 MB")
             packages = tree / "packages"
             packages.mkdir()
             apt.download(packages_of(release, series, apt.query("pkgnames", "linux-kbuild-")), packages)

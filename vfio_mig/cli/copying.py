@@ -118,17 +118,20 @@ def copy_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def tell_round(options: Options) -> Callable[[Round], None]:
-    """Say what each round did, to a terminal or with -v."""
+    """Say what each round did, to a terminal or with -v; what the only one did is in the report."""
+    told = False
 
     def tell(one: Round) -> None:
-        if sys.stderr.isatty() or options.verbose:
-            state = "stopped" if one.stopped else "running"
-            say(
-                options,
-                f"round ({state}): {one.pages_dirty} pages dirty, {one.pages_written} written, "
-                f"{one.pages_unchanged} unchanged, {one.rate / 1e6:.0f} MB/s; "
-                f"a stop now: {one.estimated_downtime * 1e3:.1f} ms",
-            )
+        nonlocal told
+        if not options.verbose and not (sys.stderr.isatty() and (told or not one.stopped)):
+            return
+        told = True
+        did = f"{one.pages_dirty} pages dirty, {one.pages_written} written, {one.pages_unchanged} unchanged"
+        did += f", {one.rate / 1e6:.0f} MB/s"
+        if one.stopped:
+            say(options, f"round (stopped): {did}")
+        else:
+            say(options, f"round (running): {did}; a stop now: {one.estimated_downtime * 1e3:.1f} ms")
 
     return tell
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from vfio_mig.cli import complete
-from vfio_mig.cli.output import borrow_options, print_json, put, repeat, settings_of
+from vfio_mig.cli.output import borrow_options, print_json, put, repeat, say_none, settings_of
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
@@ -115,8 +115,11 @@ def list_command(options: Options, columns: list[int] | None, *, header: bool, w
 
     if watch:
         repeat(list_devices, show, WATCH_SECONDS)
-    else:
-        show(list_devices())
+        return
+    found = list_devices()
+    show(found)
+    if not found and not options.as_json:
+        say_none(options, "there is no VFIO device here; 'vfio-mig doctor' says more")
 
 
 _PCI_FLAG: Final = 1 << 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vfio_mig.cli.main import Group
-from vfio_mig.cli.output import print_json, put, say
+from vfio_mig.cli.output import print_json, put, say, say_none
 
 if TYPE_CHECKING:
     from vfio_mig.cli.options import Options
@@ -42,6 +42,8 @@ def types_command(options: Options) -> None:
         return
     for one in found:
         put(f"{one.parent} {one.type} {one.available} {one.name}")
+    if not found:
+        say_none(options, "no device here offers mdevs; 'vfio-mig doctor' says more")
 
 
 @mdev_command.command("create")

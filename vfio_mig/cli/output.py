@@ -146,6 +146,14 @@ def say(options: Options, text: str) -> None:
         put(text, err=True)
 
 
+def say_none(options: Options, text: str) -> None:
+    """Tell a user at a terminal why nothing is listed; a script reads no line, as it should."""
+    from vfio_mig.cli.columns import terminal_width
+
+    if terminal_width() is not None:
+        say(options, f"vfio-mig: {text}")
+
+
 def repeat(look: Callable[[], _Seen], show: Callable[[_Seen], object], seconds: float) -> None:
     """Print what there is to see, again and again until a signal ends that; a terminal is cleared before each time."""
     terminal = sys.stdout.isatty()

@@ -9,7 +9,7 @@ import click
 
 from vfio_mig.cli import complete
 from vfio_mig.cli.main import Group
-from vfio_mig.cli.output import print_json, put, say, settings_of
+from vfio_mig.cli.output import print_json, put, say, say_none, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,6 +103,8 @@ def list_command(options: Options, vms: tuple[str, ...], *, connect: str | None,
         rows.insert(0, list(COLUMNS))
     for line in map(" ".join, rows) if width is None else aligned(rows):
         put(line)
+    if not found:
+        say_none(options, "libvirt has no domain" if connect else "no process here has a VFIO device open")
     for row in found:
         name = row.vm or f"PID {row.pid}"
         if row.vm is None and row.sockets:
