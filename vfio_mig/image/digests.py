@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""SHA-256 of a streamed state's members, taken beside the job: its device stands still while the stream is read."""
+"""SHA-256 of an image's members, taken beside the job: its device stands still while they are made."""
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Self
 
 from vfio_mig.errors import HostError
+from vfio_mig.image.layout import Buffer
 from vfio_mig.interrupts import protected
 from vfio_mig.threads import WORKERS_MAX, make_pool, spare_cpus, submit
 
@@ -35,12 +36,12 @@ class Digests:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def of_memory(self, content: memoryview) -> Callable[[], str]:
-        """Return what gives the digest; *content* must stay as it is until then."""
-        if len(content) < SMALL:
-            digest = hashlib.sha256(content).hexdigest()
+    def of_memory(self, *parts: Buffer) -> Callable[[], str]:
+        """Return what gives the digest of all parts; they must stay as they are until then."""
+        if sum(map(len, parts)) < SMALL:
+            digest = _of_parts(parts)
             return lambda: digest
-        return self._submit(lambda: hashlib.sha256(content).hexdigest())
+        return self._submit(lambda: _of_parts(parts))
 
     def of_file(self, offset: int, size: int) -> Callable[[], str]:
         """Return what gives the digest of *size* bytes that have been written to the file at *offset*.
@@ -68,3 +69,10 @@ class Digests:
             digest.update(buffer[:count])
             offset, size = offset + count, size - count
         return digest.hexdigest()
+
+
+def _of_parts(parts: Sequence[Buffer]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

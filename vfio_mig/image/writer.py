@@ -40,8 +40,8 @@ class ArchiveWriter:
 
     :param file: where to; nothing is read back.
     :param header: what ``header.json`` says beside format and version, values that JSON can carry; or its bytes.
-    :param digests: takes the digests of a streamed state beside the job; if it can read *file*, which is empty then,
-        nothing of the state is kept in memory, and no digest is waited for before :meth:`finish`.
+    :param digests: takes the digests of state and guest memory beside the job; if it can read *file*, which is empty
+        then, nothing of a streamed state is kept in memory, and its digests are not waited for before :meth:`finish`.
     :param mtime: of every member, seconds since 1970; now, if it is not said.
     :param first: bytes of the first state member, at most CHUNK; each has twice as much as the one before. Small ones
         give whoever reads the archive from a pipe something to do while the rest is gathered.
@@ -66,7 +66,10 @@ class ArchiveWriter:
         self._counts = dict.fromkeys(KINDS, 0)
         self._finished = False
         self._ranges: list[list[int]] = []
-        self._content = bytearray()
+        self._buffers: list[memoryview] = []
+        self._filled = 0
+        self._hashed: list[int] = []
+        """Numbers of the members whose content is in one of the buffers."""
         self._end = 0
         """Behind all ranges that wait: pages mostly rise, so that there is nothing to compare."""
         if not isinstance(header, bytes):
@@ -95,8 +98,7 @@ class ArchiveWriter:
         """Gather members in memory, as a member's size stands in front of it: what a pipe needs."""
         total = filled = 0
         size = self._first
-        # One is filled while the digest of the other is taken. No page of them is touched before it is needed
-        buffers = [memoryview(mmap.mmap(-1, CHUNK)) for _ in range(1 if self._digests is None else 2)]
+        buffers = self._make_buffers()
         for chunk in chunks:
             view = chunk
             total += len(view)
@@ -114,16 +116,20 @@ class ArchiveWriter:
         return total
 
     def _put_state(self, content: memoryview) -> None:
-        """Write a state member; its digest is taken meanwhile."""
+        self._put_beside(self._next("state"), [content])
+
+    def _put_beside(self, name: str, parts: Sequence[Buffer]) -> None:
+        """Write a member whose content stays as it is for now: its digest is taken meanwhile, if there are threads."""
         if self._digests is None:
-            self._put(self._next("state"), [content])
+            self._put(name, parts)
             return
-        name = self._next("state")
-        self._begin(name, len(content))
-        digest = self._digests.of_memory(content)
-        self._write(content)
+        size = sum(map(len, parts))
+        self._begin(name, size)
+        digest = self._digests.of_memory(*parts)
+        for part in parts:
+            self._write(part)
         self._pad()
-        self._members.append((Member(name, len(content), "", 0, {}), digest))
+        self._members.append((Member(name, size, "", 0, {}), digest))
 
     def _settle(self, number: int) -> None:
         """Wait for the digest of a member."""
@@ -190,22 +196,40 @@ class ArchiveWriter:
             self.flush_pages()  # a page comes in one index once
         self._end = max(self._end, gpa + size)
         while view:
-            piece = view[: CHUNK - len(self._content)]
+            piece = view[: CHUNK - self._filled]
             if self._ranges and sum(self._ranges[-1]) == gpa:
                 self._ranges[-1][1] += len(piece)
             else:
                 self._ranges.append([gpa, len(piece)])
-            self._content += piece
+            self._gather_pages(piece)
             gpa, view = gpa + len(piece), view[len(piece) :]
-            if len(self._content) == CHUNK:
+            if self._filled == CHUNK:
                 self.flush_pages()
         return size
 
+    def _gather_pages(self, piece: memoryview) -> None:
+        if not self._buffers:
+            self._buffers = self._make_buffers()
+        self._buffers[0][self._filled : self._filled + len(piece)] = piece
+        self._filled += len(piece)
+
+    def _make_buffers(self) -> list[memoryview]:
+        """Return buffers to gather members in: one is filled while the digest of the other is taken.
+
+        No page of them is touched before it is needed.
+        """
+        return [memoryview(mmap.mmap(-1, CHUNK)) for _ in range(1 if self._digests is None else 2)]
+
     def flush_pages(self) -> None:
         """Write the guest memory that waits."""
-        if self._ranges:
-            self.add_member("pages", [index(self._ranges), self._content])
-            self._ranges, self._content, self._end = [], bytearray(), 0
+        if not self._ranges:
+            return
+        self._put_beside(self._next("pages"), [index(self._ranges), self._buffers[0][: self._filled]])
+        self._ranges, self._filled, self._end = [], 0, 0
+        self._hashed.append(len(self._members) - 1)
+        self._buffers.reverse()
+        if len(self._hashed) == len(self._buffers):
+            self._settle(self._hashed.pop(0))
 
     def add_zero(self, ranges: Iterable[tuple[int, int]]) -> int:
         """Append guest memory that is all zero: (guest-physical address, bytes), whole pages, in any order.

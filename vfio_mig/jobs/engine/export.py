@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from vfio_mig.jobs.engine.live import copy_live, falls_short
-from vfio_mig.jobs.engine.memory import ImageSink, MemoryCopy, last_round
+from vfio_mig.jobs.engine.memory import NONE, ImageSink, MemoryCopy, last_round
 from vfio_mig.jobs.engine.pause import announce_start, stop_all, wake
 from vfio_mig.jobs.engine.state import StateReader
 from vfio_mig.ranges import PAGE
@@ -57,7 +57,7 @@ def begin_image(
     reread: int | None = None,
     is_awaited: bool = False,
 ) -> ArchiveWriter:
-    """Begin a device's image; the digests of a streamed state are taken beside the job.
+    """Begin a device's image; the digests of a streamed state, and of guest memory, are taken beside the job.
 
     :param memory: what its header says of guest memory.
     :param reread: an fd to read the image back by; None where that cannot be.
@@ -68,7 +68,8 @@ def begin_image(
     from vfio_mig.image.layout import CHUNK
     from vfio_mig.image.writer import ArchiveWriter
 
-    digests = job.enter(Digests(reread)) if session.protocol.streams or is_awaited else None
+    is_long = session.protocol.streams or memory["content"] != NONE
+    digests = job.enter(Digests(reread)) if is_long or is_awaited else None
     header = {**describe_device(session), "memory": memory}
     return ArchiveWriter(stream, header, digests, first=_AWAITED_FIRST if is_awaited else CHUNK)
 
