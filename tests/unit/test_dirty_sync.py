@@ -347,6 +347,28 @@ def test_a_memfd_that_is_shortened_or_sealed_is_an_error_before_or_while_it_is_w
         os.close(sealed)
 
 
+@pytest.mark.parametrize("has_write", [True, False])
+def test_memory_that_can_only_be_mapped_must_be_mapped_before_the_job(
+    monkeypatch: pytest.MonkeyPatch, *, has_write: bool
+) -> None:
+    """Huge pages are set aside at the mapping; of a file with a write(2) the mapping is not needed."""
+
+    def pwrite(*_: Any) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def no_pages(*_: Any, **__: Any) -> mmap.mmap:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with memfd(bytes(PAGE)) as (_, path), MemoryMap(path, 0).open(writable=True) as memory:
+        monkeypatch.setattr(mmap, "mmap", no_pages)
+        if has_write:
+            memory.reserve(0, PAGE)
+            return
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(HostError, match=r"ENOMEM .*; there are too few free huge pages"):
+            memory.reserve(0, PAGE)
+
+
 def test_zeros_fill_no_hole_of_a_file_system_that_knows_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with memfd(b"") as (fd, path):
         os.ftruncate(fd, 64 * PAGE)

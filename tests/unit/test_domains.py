@@ -145,6 +145,7 @@ class FakeDomain:
         self.asked: list[str] = []
         self.answers: dict[str, Any] = {"query-cpus-fast": [{"thread-id": threading.get_native_id()}]}
         self.uri = ""
+        self.number = 1 if active else 5
 
     def name(self) -> str:
         return "win10"
@@ -156,7 +157,7 @@ class FakeDomain:
         return self.description
 
     def state(self) -> tuple[int, int]:
-        return (1 if self.active else 5), 0
+        return self.number, 0
 
     def suspend(self) -> int:
         self.asked.append("suspend")
@@ -400,6 +401,17 @@ def test_a_domain_that_is_shut_off_is_listed_with_what_stands_in_the_way(monkeyp
         assert "<memoryBacking>" in row.notes[0]
         (row,) = survey.list_vms(["win10"], connect="qemu+ssh://host/system")
         assert row.pid is None
+
+
+@pytest.mark.parametrize(
+    ("number", "state"), [(0, "no state"), (2, "running"), (7, "pmsuspended"), (8, "unknown"), (-1, "unknown")]
+)
+def test_a_state_of_a_newer_libvirt_is_unknown(monkeypatch: pytest.MonkeyPatch, number: int, state: str) -> None:
+    one = FakeDomain(active=False)
+    one.number = number
+    with played(monkeypatch, one):
+        (row,) = survey.list_vms(connect=URI)
+    assert row.state == state
 
 
 def test_a_domain_whose_devices_nobody_has_open_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

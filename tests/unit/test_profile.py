@@ -98,6 +98,16 @@ def test_a_patched_kernels_header_gives_the_shipped_numbers(header: Path) -> Non
     assert load_profile(str(header)) == DEFAULT_PROFILE._replace(source=str(header))
 
 
+def test_what_stands_in_a_comment_says_nothing(header: Path) -> None:
+    name = "VFIO_DEVICE_PCI_STOP"
+    header.write_text(
+        f"{OTHER}/**/ /*/ #define {name} 1\n // */ /***/ // #define {name} 2\n/* // */ /*\n#define {name} 4\n*/\n"
+    )
+    assert load_profile(str(header)) == load_profile(str(header))._replace(stop=16, start=32)
+    header.write_text(f"{OTHER.replace('0x10u', '/**/0x10u/*/ 1 /**/')}/* without an end\n#define {name} 1\n")
+    assert load_profile(str(header)).stop == 16
+
+
 def test_other_numbers_win(header: Path) -> None:
     header.write_text(OTHER)
     profile = load_profile(str(header))
