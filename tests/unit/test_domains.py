@@ -192,7 +192,8 @@ class FakeLibvirt(ModuleType):
             getType=lambda: self.kind,
             lookupByName=self.look_up,
             lookupByUUIDString=self.look_up,
-            listAllDomains=lambda _flags: [self.one],
+            # VIR_CONNECT_LIST_DOMAINS_ACTIVE is 1; 0 is all of them
+            listAllDomains=lambda flags: [self.one] if flags == 0 or self.one.active else [],
             domainEventRegisterAny=lambda _domain, event, hear, _opaque: self.heard.__setitem__(event, hear),
             getLibVersion=lambda: 9000000,
             close=self.close,

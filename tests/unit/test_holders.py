@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Self
 import pytest
 
 from vfio_mig import proc
-from vfio_mig.device import Holder
+from vfio_mig.device import Device, Holder
 from vfio_mig.errors import DeviceBusyError
 from vfio_mig.host import holders as module
 from vfio_mig.host import opening
@@ -247,6 +247,20 @@ def test_of_a_process_that_is_not_here_it_is_said_where_it_might_be(node: str, m
     monkeypatch.setattr(opening, "look", lambda *_: View({}, module.NAMESPACE))
     with pytest.raises(DeviceBusyError, match=r"there is no PID \d+ here; run it in the host's PID namespace"):
         open_device(device_of(node), pid=2**22)
+
+
+def test_a_borrowed_device_is_held_until_its_holder_ends(node: str) -> None:
+    with Child(OPEN.format("os.O_RDWR"), node) as child:
+        holder = Holder(child.pid, "vmm", is_hold=False, fd=int(child.said))
+        device = Device(NAME, -1, how="borrowed", holder=holder, pidfd=opening._watch(holder))
+        assert device.is_held
+    with device:
+        assert not device.is_held
+    gone = opening._watch(holder)
+    assert gone == -1
+    assert not Device(NAME, -1, how="borrowed", holder=holder, pidfd=gone).is_held
+    assert Device(NAME, -1, how="inherited").is_held  # whoever has passed it on
+    assert not Device(NAME, -1, how="group").is_held
 
 
 def test_who_has_only_borrowed_it_is_asked_last(node: str) -> None:

@@ -44,12 +44,14 @@ from vfio_mig.jobs.migrate import _check_memory
 from vfio_mig.jobs.restore import OLD_PAGES, restore, restore_all
 from vfio_mig.jobs.save import save, save_all
 from vfio_mig.jobs.sync import sync_dirty
+from vfio_mig.protocols.abilities import Pending
 from vfio_mig.ranges import merge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from vfio_mig.protocols.abilities import HasP2p, LogsWrites
+    from vfio_mig.dirty.sync import Round
+    from vfio_mig.protocols.abilities import HasP2p, LogsWrites, SavesLive
 
 A, B = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
 PAGE: Final = 4096
@@ -99,6 +101,34 @@ class Logging(Knowing):
 
     def stop_log(self) -> None:
         self.gpu.calls.append("log ends")
+
+
+class Streaming(Knowing):
+    """Has a state that can be read in parts, of which the first is there while it runs."""
+
+    streams: ClassVar[bool] = True
+    left: int = 4
+
+    @property
+    def live(self) -> SavesLive | None:
+        return self
+
+    def begin_live(self) -> bool:
+        self.gpu.calls.append("begin_live")
+        return self.gpu.running
+
+    def read_live(self, limit: int) -> Iterator[bytes]:
+        assert self.gpu.running
+        self.gpu.calls.append("read_live")
+        self.left -= limit
+        yield b"live"[:limit]
+
+    def pending(self) -> Pending:
+        return Pending(self.left, 0, self.left + 4)
+
+    def read_chunks(self) -> Iterator[bytes]:
+        self.gpu.request("read_state")
+        yield b"rest"
 
 
 class Pci(Knowing):
@@ -371,6 +401,32 @@ def test_a_page_that_was_written_and_unmapped_between_rounds_is_not_old(
     play()
     sync_dirty(A, str(tmp_path / "copy"), settings, memory=maps(memory), rounds=2)
     assert page(tmp_path / "copy", 7) == 0x55
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_state_is_read_live_from_where_it_was_begun_and_every_round_is_told(
+    gpus: dict[str, Vgpu], memory: Path, tmp_path: Path, settings: Settings, warned: list[str], *, runs: bool
+) -> None:
+    gpus[A].protocol, gpus[A].running = Streaming, runs
+    gpus[A].rounds = [{1, 2}, {2}]
+    seen: list[Round] = []
+    live = Live(2, precopy=True, on_round=seen.append)
+    report = save(A, str(tmp_path / "image"), settings, memory=maps(memory), live=live)
+    with (tmp_path / "image").open("rb") as file, read_archive(file) as archive:
+        assert archive.state() == (b"liverest" if runs else b"rest")
+    first, *live_calls, stop, rest = gpus[A].calls
+    assert (first, set(live_calls), stop, rest) == (
+        "begin_live",
+        {"read_live"} if runs else set(),
+        "stop",
+        "read_state",
+    )
+    assert (report.precopy_bytes, report.state_bytes) == ((4, 8) if runs else (0, 4))
+    assert len(report.state_rounds) == len(live_calls)
+    assert [one for one in warned if "its state is read as usual" in one] == ([] if runs else warned[-1:])
+    assert report.rounds == seen
+    assert [one.stopped for one in report.rounds] == [False] * (len(seen) - 1) + [True]
+    assert len(seen) >= 2
 
 
 @pytest.mark.parametrize("link", [False, True])

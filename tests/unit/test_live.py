@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
@@ -97,6 +99,13 @@ def test_a_round_reads_what_was_pending_when_it_began_as_more_may_come_as_fast()
     state = run(Live(9), Pending(100, 0, 150), Pending(0, 40, 50), Pending(0, 20, 30), Pending(0, 20, 30))
     assert [(one.bytes_read, one.dirty_bytes) for one in state.rounds] == [(100, 40), (40, 20), (20, 20)]
     assert state.bytes_read == 160
+
+
+def test_the_rate_is_of_the_time_that_reading_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(1000.0, 2.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    state = run(Live(9), Pending(100, 0, 150), Pending(0, 40, 50), Pending(0, 0, 30))
+    assert [(one.bytes_read, one.read_time, one.rate) for one in state.rounds] == [(100, 2.0, 50.0), (40, 2.0, 35.0)]
 
 
 def test_rounds_end_when_nothing_is_dirty() -> None:

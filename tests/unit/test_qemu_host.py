@@ -699,6 +699,10 @@ VTD = ' AS "vtd-root", root: vtd-00.0\n AS "vtd-root", root: vtd-03.0'
         ),
         ("virtio-iommu-pci", with_view(' AS "v", root: virtio-iommu-memory-region-3-24', NO_RAM), False),
         ("arm-smmuv3", with_view(' AS "arm-smmuv3-24-1", root: smmuv3-iommu-memory-region-24-1', NO_RAM), False),
+        # here, too, another device's is on, and ours is not
+        ("amd-iommu", with_view(' AS "amd_iommu_devfn_32", root: amdvi_root', NO_RAM), True),
+        ("virtio-iommu-pci", with_view(' AS "v", root: virtio-iommu-memory-region-3-32', NO_RAM), True),
+        ("arm-smmuv3", with_view(' AS "arm-smmuv3-32-1", root: smmuv3-iommu-memory-region-32-1', NO_RAM), True),
         ("spapr-pci-host-bridge", FLAT_VIEW, False),
     ],
 )  # fmt: skip
