@@ -253,9 +253,10 @@ def test_a_borrowed_device_is_held_until_its_holder_ends(node: str) -> None:
     with Child(OPEN.format("os.O_RDWR"), node) as child:
         holder = Holder(child.pid, "vmm", is_hold=False, fd=int(child.said))
         device = Device(NAME, -1, how="borrowed", holder=holder, pidfd=opening._watch(holder))
-        assert device.is_held
+        held = [device.is_held]
     with device:
-        assert not device.is_held
+        held.append(device.is_held)
+    assert held == [True, False]
     gone = opening._watch(holder)
     assert gone == -1
     assert not Device(NAME, -1, how="borrowed", holder=holder, pidfd=gone).is_held
