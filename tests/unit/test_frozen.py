@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 THREADS: Final = 4
 # Counts in several threads, begins and ends others all the time, and says at SIGUSR1 that it came
 PROGRAM: Final = f"""
-import signal, sys, threading, time
+import os, signal, threading, time
 def count():
     while True:
         time.sleep(0.0001)
@@ -33,7 +33,8 @@ def begin():
     while True:
         threading.Thread(target=time.sleep, args=(0.001,)).start()
         time.sleep(0.0005)
-signal.signal(signal.SIGUSR1, lambda *_: print("signal", flush=True))
+# print() may not be interrupted by another print(), and the next signal comes as soon as the line is read
+signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b"signal\\n"))
 for _ in range({THREADS - 1}):
     threading.Thread(target=count, daemon=True).start()
 threading.Thread(target=begin, daemon=True).start()
