@@ -42,7 +42,13 @@ def script() -> str:
     """Write what is typed in the new Debian: each step leaves what it said and its exit status in /out."""
     installed = "\n".join(["set -e", *typed("README.md"), "PATH=$PATH:/opt/vfio-mig/bin", "vfio-mig list"])
     manual = "\n".join(["set -e", *typed("docs/install.md"), "vfio-mig --version", "complete -p vfio-mig"])
-    lines = ["export LANG=C.UTF-8 HOME=/root", "mkdir /out", "cd /root/vfio_mig", "mount -t tmpfs tmpfs /dev/shm"]
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # root's
+    lines = [
+        f"export LANG=C.UTF-8 HOME=/root PATH={path}",
+        "mkdir /out",
+        "cd /root/vfio_mig",
+        "mount -t tmpfs tmpfs /dev/shm",
+    ]
     for name, command in {**STEPS, "readme": installed, "install": manual}.items():
         lines += [
             f"cat >/root/step <<'STEP'\n{command}\nSTEP",
