@@ -249,6 +249,10 @@ def test_writing_stores_what_is_memory_and_leaves_the_rest_out() -> None:
             assert memory.write(0x2000, memoryview(page(1) + page(2))) == 2
             assert memory.write(0x4000, memoryview(page(3) + page(4))) == 1
             assert memory.write(0x9000, memoryview(page(5))) == 0
+            for gpa, size in ((0, PAGE), (0x2000, 2 * PAGE), (0x3000, PAGE)):  # what is in front, and behind
+                for access in (memory.maps[0].read, memory.maps[0].write):
+                    with pytest.raises(ValueError, match=f"{size} bytes at {gpa:#x} are not in"):
+                        access(gpa, memoryview(bytearray(size)))
         assert os.pread(one, 2 * PAGE, 0) == page(0) + page(1)
         assert os.pread(two, 3 * PAGE, 0) == page(2) + page(3)
 

@@ -74,6 +74,15 @@ def test_kernels_that_may_hang_are_told(root: Path, monkeypatch: pytest.MonkeyPa
     assert the(examine_host(root=str(root)), "kernel").result == result
 
 
+def test_a_capability_is_a_bit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        proc, "read_small", lambda _: b"Name:\tx\nCapPrm:\tffffffffffffffff\nCapEff:\t0000000000080001\n"
+    )
+    assert [number for number in range(64) if proc.has_capability(number)] == [0, 19]
+    monkeypatch.setattr(proc, "read_small", lambda _: b"Name:\tx\n")
+    assert not proc.has_capability(0)
+
+
 def test_a_host_that_has_everything_has_no_problem(root: Path) -> None:
     for path in (
         "dev/vfio/vfio",

@@ -22,7 +22,7 @@ from vfio_mig.errors import HostError, ImageError
 from vfio_mig.image import archive as reader
 from vfio_mig.image import layout, tar
 from vfio_mig.image.archive import read_archive
-from vfio_mig.image.layout import CHUNK, MEMBER_MAX, DirtyBitmap
+from vfio_mig.image.layout import CHUNK, HEADER_MAX, MEMBER_MAX, DirtyBitmap
 from vfio_mig.image.writer import ArchiveWriter
 
 HEADER = {"protocol": "gvt-rfc", "device": "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "time": 1.5}
@@ -155,6 +155,17 @@ def test_a_flip_of_any_byte_is_refused() -> None:
         bad[at] ^= 1 << at % 8
         with pytest.raises(ImageError):
             read_archive(as_file(bytes(bad)))
+
+
+def test_a_header_may_have_a_mebibyte_and_no_more() -> None:
+    for size in (HEADER_MAX, HEADER_MAX + 1):
+        header = ("header.json", GOOD_HEADER[1].ljust(size))
+        whole = rebuilt([header, manifest_for([header])])
+        if size == HEADER_MAX:
+            assert read_archive(as_file(whole)).header == json.loads(GOOD_HEADER[1])
+        else:
+            with pytest.raises(ImageError, match="1048577 bytes are too many, at most 1048576 are allowed"):
+                read_archive(as_file(whole))
 
 
 def test_flips_and_cuts_of_a_large_archive_are_refused() -> None:

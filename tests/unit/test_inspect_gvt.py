@@ -174,6 +174,14 @@ def test_engines_and_registers_have_names() -> None:
     assert {offset: registers.register_name(offset) for offset in names} == names
 
 
+def test_capabilities_of_the_guest_s_view_are_named_by_their_bits() -> None:
+    (at,) = [at for at, (name, _) in registers.PVINFO_FIELDS.items() if name == "vgt_caps"]
+    for caps, names in ((0, []), (1 << 3, ["hwsp-emulation"]), (1 << 2 | 1 << 4 | 1 << 9, ["full-ppgtt", "huge-gtt"])):
+        page = bytearray(PAGE)
+        struct.pack_into("<I", page, at, caps)
+        assert registers.pvinfo(bytes(page))["vgt_caps_bits"] == names
+
+
 def test_mapped_ranges_are_runs_on_both_sides() -> None:
     high = LOW // PAGE
     entries = [

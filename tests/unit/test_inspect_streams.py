@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.unit.test_image_gvt import image
 from tools.fuzz import builders
 from vfio_mig.decode import qemu, qemu_parts, streams
+from vfio_mig.decode.section import LISTED_MAX, listed, plain
 from vfio_mig.errors import ImageError
 from vfio_mig.image.bytesource import BufferSource, FileSource, PartSource, PiecesSource, find
 
@@ -365,3 +366,22 @@ def test_a_vfio_device_put_into_qemus_own_stream_is_found(own_stream: bytes) -> 
     assert states(stream, content) == [builders.mtty()]
     assert stream.devices[0].config is not None
     assert stream.devices[0].config[1] == len(builders.DEVICE_CONFIG)
+
+
+def deep(kind: type) -> Any:
+    """Return lists or objects in each other, too deep for a recursion."""
+    found: Any = 1
+    for _ in range(100_000):
+        found = [found] if kind is list else {"x": found}
+    return found
+
+
+def test_what_comes_of_a_file_is_cut_to_what_can_be_read() -> None:
+    assert listed([1, 2]) == {"count": 2, "listed": [1, 2]}
+    assert listed([1, 2], 5)["count"] == 5
+    assert listed([], 0) == {"count": 0, "listed": []}
+    many = list(range(LISTED_MAX + 2))
+    assert listed(many) == {"count": LISTED_MAX + 2, "listed": many[:-2]}
+    assert plain(many)[-1] == "… 2 more"
+    for nested in (deep(list), deep(dict)):
+        assert len(json.dumps(plain(nested))) < 10_000

@@ -776,6 +776,21 @@ def test_a_job_on_one_device_passes_on_all_that_it_was_asked(
     assert calls == [(([("gpu", "file")], "settings"), given)]
 
 
+def test_only_one_image_from_standard_input_has_a_word_behind_it(gpus: dict[str, Vgpu], settings: Settings) -> None:
+    cases: list[tuple[list[tuple[str, str]], dict[str, Any]]] = [
+        ([(A, "file")], {}),
+        ([(A, "-"), (B, "file")], {}),
+        ([(A, "-")], {"start": True}),
+        ([(A, "-")], {"raw": True}),
+    ]
+    for pairs, asked in cases:
+        with pytest.raises(UsageError, match="to wait for a word is for one image from standard input"):
+            restore_all(pairs, settings, await_verdict=True, **asked)
+    with pytest.raises(UsageError, match="two devices cannot be restored from standard input"):
+        restore_all([(A, "-"), (B, "-")], settings)
+    assert gpus[A].calls == gpus[B].calls == []
+
+
 # --- several devices stop and start as one
 
 
