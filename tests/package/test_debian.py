@@ -40,7 +40,7 @@ TRIALS: Final = {
     "documents": "ls /usr/share/doc/vfio-mig /usr/share/doc/vfio-mig/docs",
 }
 FOR_TRIALS: Final = "man-db bsdextrautils bash-completion zsh fish systemd"
-LIBRARIES: Final = "python3-cffi-backend python3-click python3-numpy"
+LIBRARIES: Final = "python3-cffi-backend python3-click python3-numpy python3-tqdm"
 # What belongs to us afterwards: all but the notes of apt, dpkg and of the other packages' caches.
 NOT_OURS: Final = "/proc /sys /dev /root /out /tmp /run /debs /var/lib/apt /var/lib/dpkg /var/log /var/cache"
 FILES: Final = f"find / -xdev \\( -path {' -o -path '.join(NOT_OURS.split())} \\) -prune -o -print | sort"
@@ -91,7 +91,8 @@ def field(package: Path, name: str) -> str:
 def test_the_package_is_for_every_machine_and_needs_what_debian_has(packages: Path) -> None:
     ours = packages / f"vfio-mig_{version()}_all.deb"
     names = {re.split(r"[ :]", one)[0] for one in field(ours, "Depends").split(", ")}
-    assert names == {"python3", "python3-cffi-backend", "python3-click", "python3-numpy", "python3-ioctl-opt"}
+    ours_need = {"cffi-backend", "click", "numpy", "ioctl-opt", "tqdm"}
+    assert names == {"python3", *(f"python3-{one}" for one in ours_need)}
     assert field(ours, "Version") == version()
     (other,) = packages.glob("python3-ioctl-opt_*_all.deb")
     # Debian's own would be newer

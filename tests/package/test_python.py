@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # pyproject.toml's; pyparsing is Debian 12's, as newer ones warn of what matplotlib 3.6 does.
-FLOORS: Final = ["cffi==1.15.1", "click==8.1.3", "numpy==1.24.2", "matplotlib==3.6.3", "pyparsing==3.0.9"]
+FLOORS: Final = [
+    "cffi==1.15.1",
+    "click==8.1.3",
+    "numpy==1.24.2",
+    "tqdm==4.64.1",
+    "matplotlib==3.6.3",
+    "pyparsing==3.0.9",
+]
 TEST_NEEDS: Final = ["pytest>=8", "hypothesis", "jsonschema", "pycparser", "qemu.qmp"]
 SHARED: Final = {
     *(f"man/man1/vfio-mig-{name}.1" for name in COMMANDS),
@@ -118,7 +125,7 @@ def test_the_wheel_brings_the_program_and_only_what_it_needs(wheel: Path, image:
     assert shared(bare.parent) == SHARED
     listed = run([bare / "pip", "list", "--format=freeze"], tmp_path).stdout
     installed = set(re.findall(r"^[\w.-]+", listed.lower().replace("_", "-"), re.MULTILINE))
-    assert installed - {"pip", "setuptools"} == {"vfio-mig", "cffi", "pycparser", "click", "ioctl-opt", "numpy"}
+    assert installed - {"pip", "setuptools"} == {"vfio-mig", "cffi", "pycparser", "click", "ioctl-opt", "numpy", "tqdm"}
     use = "import vfio_mig; print(vfio_mig.__file__, vfio_mig.verify_image, vfio_mig.list_devices)"
     assert run([bare / "python", "-W", "error", "-c", use], tmp_path).stdout.startswith(str(bare.parent / "lib"))
     run([bare / "pip", "uninstall", "-q", "-y", "vfio_mig"], tmp_path)

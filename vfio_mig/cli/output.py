@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
@@ -169,45 +170,37 @@ def repeat(look: Callable[[], _Seen], show: Callable[[_Seen], object], seconds: 
 class Meter:
     """Shows on a terminal's stderr how far a copy has come; silent elsewhere, and in the first second.
 
-    Called with the bytes of each step. The line is drawn here, and no library is loaded for it: that would prolong the
-    stop, and those that there are hide the cursor, which a job that is killed would leave hidden.
+    Called with the bytes of each step. tqdm draws it, and is loaded here, before anything is stopped.
     """
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._shown = sys.stderr.isatty() and not options.quiet
-        self._began: float | None = None
-        self._next = 0.0
-        self._bytes = 0
-        self._total = 0
-        self._written = False
+        self._make_bar = _bars() if sys.stderr.isatty() and not options.quiet else None
+        self._bar: Any = None
 
     def expect(self, size: int) -> None:
         """Take note that so many bytes are still to come."""
-        self._total = self._bytes + size
-        self._begin()
+        if self._make_bar is not None:
+            self._begin()
+            self._bar.total = self._bar.n + size
 
-    def _begin(self) -> float:
-        """Return when the first byte was about to come: what was done before that is no copying."""
-        if self._began is None:
-            self._began = time.monotonic()
-            self._next = self._began + _PATIENCE
-        return self._began
+    def _begin(self) -> None:
+        """Begin when the first byte is about to come: what was done before that is no copying."""
+        if self._bar is None and self._make_bar is not None:
+            self._bar = self._make_bar()
 
     def __call__(self, size: int) -> None:
         """Count one step."""
-        self._bytes += size
-        began = self._begin()
-        if self._shown and (now := time.monotonic()) >= self._next:
-            self._next = now + _REDRAWN
-            self._written = True
-            self._draw(f"\r{meter_line(self._bytes, self._total, now - began)}\033[K")
+        if self._make_bar is not None:
+            self._begin()
+            with suppress(OSError):  # a terminal that has gone is not a reason to end a copy
+                self._bar.update(size)
 
     def clear(self) -> None:
         """Make room for a line of words."""
-        if self._written:
-            self._written = False
-            self._draw("\r\033[K")
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.clear()
 
     def __enter__(self) -> Self:
         self._options.meter = self
@@ -215,45 +208,40 @@ class Meter:
 
     def __exit__(self, *_: object) -> None:
         self._options.meter = None
-        self.clear()
-
-    @staticmethod
-    def _draw(text: str) -> None:
-        """Print what is meant to move the cursor: characters and numbers of ours alone."""
-        with suppress(OSError):  # a terminal that has gone is not a reason to end a copy
-            click.echo(text, err=True, nl=False)
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.close()
 
 
 _PATIENCE: Final = 1.0
 """Seconds before a copy is shown; *_REDRAWN*: before it is shown anew."""
 _REDRAWN: Final = 0.2
-_BAR: Final = 24
-_MIB: Final = 1 << 20
-_GIB: Final = 1 << 30
-_LONG: Final = 120
-"""Seconds that are told in minutes."""
+_COLUMNS: Final = 80
+_ROWS: Final = 24
 
 
-def meter_line(done: int, total: int, seconds: float) -> str:
-    """Return how far a copy has come, in less than 80 columns.
+def _bars() -> Callable[[], Any]:
+    """Load what draws bars, and return what makes one."""
+    from threading import RLock
 
-    :param done: bytes; *total*: at the end, 0 where that is not known.
+    from tqdm import tqdm
 
-    >>> meter_line(512 << 20, 1 << 30, 2.0)
-    '[############------------]  50 %  512 of 1024 MiB  256 MiB/s  2 s left'
-    >>> meter_line(512 << 20, 0, 2.0)
-    '512 MiB copied  256 MiB/s'
-    """
-    rate = done / seconds if seconds else 0.0
-    speed = f"{rate / _MIB:.0f} MiB/s"
-    if total <= 0 or done > total:
-        return f"{done // _MIB} MiB copied  {speed}"
-    filled = done * _BAR // total
-    bar = f"[{'#' * filled}{'-' * (_BAR - filled)}] {done * 100 // total:>3} %"
-    unit, name = (_GIB, "GiB") if total >= 10 * _GIB else (_MIB, "MiB")
-    left = (total - done) / rate if rate else 0.0
-    time_left = f"{left:.0f} s" if left < _LONG else f"{left / 60:.0f} min"
-    return f"{bar}  {done // unit} of {total // unit} {name}  {speed}  {time_left} left"
+    columns = 0
+    with suppress(OSError):
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    tqdm.monitor_interval = 0  # no thread that looks after the bars
+    tqdm.set_lock(RLock())  # nor a lock that processes share
+    return partial(
+        tqdm,
+        unit="B",  # in thousands, as tqdm counts the rate in these whatever is said
+        unit_scale=True,
+        delay=_PATIENCE,
+        mininterval=_REDRAWN,
+        miniters=1,
+        ncols=(columns or _COLUMNS) - 1,
+        nrows=_ROWS,  # said, because a serial line has none, and there tqdm would show nothing
+        leave=False,
+    )
 
 
 memory_option = click.option(
