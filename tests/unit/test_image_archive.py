@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from vfio_mig.errors import HostError, ImageError
 from vfio_mig.image import archive as reader
-from vfio_mig.image import layout, tar
+from vfio_mig.image import kept, layout, tar
 from vfio_mig.image.archive import read_archive
+from vfio_mig.image.digests import Digests
 from vfio_mig.image.layout import CHUNK, HEADER_MAX, MEMBER_MAX, DirtyBitmap
-from vfio_mig.image.writer import ArchiveWriter
+from vfio_mig.image.writer import AWAITED, ArchiveWriter, _following
 
 HEADER = {"protocol": "gvt-rfc", "device": "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "time": 1.5}
 STATISTICS = {"stop_time": 0.25, "pages_dirty": 3}
@@ -472,14 +473,85 @@ def test_a_full_disk_and_a_broken_one_are_the_hosts_errors() -> None:
 def test_no_room_for_the_copy_of_a_pipe_is_the_hosts_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import tempfile
 
-    def make(_: int) -> BinaryIO:
-        full = Full()
-        full.tell = lambda: 0  # type: ignore[method-assign]
-        return cast("BinaryIO", full)
-
-    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", make)
+    monkeypatch.setattr(kept, "IN_MEMORY", PAGE)
+    full = Full()
+    full.seek = lambda *_: 0  # type: ignore[method-assign]
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)
     with pytest.raises(HostError, match="ENOSPC"):
-        read_archive(as_pipe(SMALL))
+        read_archive(as_pipe(written(lambda writer: writer.add_state(bytes(PAGE)))))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_comes_through_a_pipe_and_fits_into_memory_is_not_copied_again(alone: bool) -> None:
+    parts = [bytes([number]) * PAGE for number in range(3)]
+    data = written(lambda writer: [writer.add_state(part) for part in parts])
+    with read_archive(as_pipe(data), alone=alone) as archive:
+        assert archive.is_at_hand
+        state = archive.state()
+        assert isinstance(state, memoryview)
+        assert state == b"".join(parts)
+        assert all(isinstance(chunk, memoryview) for chunk in archive.state_chunks())
+    with read_archive(as_file(data)) as archive:
+        assert not archive.is_at_hand
+
+
+def test_a_pipe_s_state_with_memory_between_its_pieces_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(writer: ArchiveWriter) -> None:
+        writer.add_state(b"one")
+        writer.add_pages([(0, b"\x11" * PAGE)])
+        writer.add_state(b"two")
+
+    with read_archive(as_pipe(written(fill))) as archive:
+        assert archive.state() == b"onetwo"
+    monkeypatch.setattr(kept, "IN_MEMORY", PAGE)  # the page is in a file, and all else in memory
+    with read_archive(as_pipe(written(fill))) as archive:
+        assert archive.state() == b"onetwo"
+        assert [(gpa, bytes(view)) for gpa, view in archive.pages()] == [(0, b"\x11" * PAGE)]
+
+
+def test_memory_for_a_pipe_has_its_pages_before_somebody_waits_for_it() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+    for touched, least, most in ((False, 0, kept.IN_MEMORY // 2), (True, kept.IN_MEMORY, 2 * kept.IN_MEMORY)):
+        before = resident()
+        with kept.Kept(touched=touched):
+            assert least <= resident() - before + 64 * PAGE, touched
+            assert resident() - before <= most, touched
+
+
+def sizes(data: bytes) -> list[int]:
+    with read_archive(as_pipe(data)) as archive:
+        return [member.size for member in archive.members if member.kind == "state"]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_members_of_a_state_that_somebody_waits_for_grow_and_none_is_long_in_coming(streamed: bool) -> None:
+    """What is left to do behind the last byte is to take the digest of the last member."""
+    kib = 1 << 10
+    file = io.BytesIO()
+    state = bytes(range(256)) * (12 * kib)
+    with Digests(None) as digests:
+        writer = ArchiveWriter(file, HEADER, digests, first=256 * kib)
+        writer.add_state(iter([state[: 1 << 20], state[1 << 20 :]]) if streamed else state)
+        writer.finish()
+    assert sizes(file.getvalue()) == [256 * kib, 512 * kib, 1024 * kib, 1024 * kib, 256 * kib]
+    assert _following(AWAITED, 32 << 20) == 2 << 20
+    assert _following(AWAITED, 1 << 40) == _following(CHUNK, 0) == CHUNK
+
+
+def test_states_in_several_goes_share_buffers_and_each_keeps_its_digest() -> None:
+    """A live save reads a state in rounds; the digest of one round's last piece may be taken in the next one."""
+    file = io.BytesIO()
+    with Digests(None) as digests:
+        writer = ArchiveWriter(file, HEADER, digests, first=128 << 10)
+        for number in range(8):
+            writer.add_state(iter([bytes([number]) * (100 << 10)]))
+            writer.add_pages([(number * PAGE, b"\x11" * PAGE)])
+            writer.add_zero([(0, PAGE)])
+        writer.finish()
+    with read_archive(as_pipe(file.getvalue())) as archive:
+        assert archive.state() == b"".join(bytes([number]) * (100 << 10) for number in range(8))
 
 
 def test_wrong_use_is_a_value_error_and_writes_nothing() -> None:

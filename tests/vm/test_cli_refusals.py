@@ -333,7 +333,7 @@ def _flipped_in(name: str, text: bytes | int) -> Callable[[bytes], bytes]:
 
 def _bare_state(image: bytes) -> bytes:
     with read_archive(io.BytesIO(image)) as archive:
-        return archive.state()
+        return bytes(archive.state())
 
 
 def _other_tar(_: bytes) -> bytes:

@@ -113,7 +113,7 @@ def v2_rows(sides: Sides, mib: int, runs: int) -> Iterator[Row]:
         (vgpu.debugfs / "v2_extra_bytes").write_text(str(mib * MIB))
         # Digests are taken, and the image is verified, outside of what these times are of
         words = ("save", image, "--leave-running", "--open")
-        save, its_save = sides.pair(vgpu, words, "state_read_time", ("v2-save", raw), "read")
+        save, its_save = sides.pair(vgpu, words, "state_read_time", ("v2-save", raw), "copy")
         pairs = alternate(lambda: _without(image, save), lambda: _without(raw, its_save), runs)
         yield ratio(f"v2: {mib} MiB, device to file", "s", pairs, most)
         load = ("restore", image, "--start", "--open")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tools.bench.table import Row, alternate, ratio, show
-from tools.bench.window import window_rows
+from tools.bench.window import move_rows, window_rows
 from vfio_mig.dirty.memory import CHUNK
 
 if TYPE_CHECKING:
@@ -222,6 +222,7 @@ def measure() -> list[Row]:
         program = build(directory)
         rows = [
             *window_rows(lambda region: said(program, "window", region)["stopped"], directory),
+            *move_rows(lambda kind, file: said(program, "window-move", kind, file)["stopped"], directory),
             *decode_rows(program, directory),
             *copy_rows(program, directory),
         ]

@@ -7,14 +7,20 @@ The VM shows the same with a real kernel, but under emulation, where Python is 1
 from __future__ import annotations
 
 import io
+import json
 import os
 import struct
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Final, cast
 
+from tools.bench import played
 from tools.bench.table import Row, alternate, excess
+from tools.fuzz.corpus import good_image
 from vfio_mig.device import Device, Region
 from vfio_mig.dirty.memory import Memory
 from vfio_mig.dirty.ranges import PageRange
+from vfio_mig.host.lock import VARIABLE
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs.engine.job import Job
 from vfio_mig.jobs.engine.live import Live
@@ -22,16 +28,19 @@ from vfio_mig.jobs.engine.memory import MemoryCopy, Wanted, last_round
 from vfio_mig.jobs.engine.pause import Pause, stop_all
 from vfio_mig.jobs.engine.state import StateReader
 from vfio_mig.protocols.gvt_rfc import GvtRfc
+from vfio_mig.protocols.mainline_v2 import MainlineV2
 from vfio_mig.uapi.profile import DEFAULT_PROFILE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from vfio_mig.jobs.engine.session import Session
     from vfio_mig.uapi import Request
 
 OWN_MS: Final = 5
+STREAM: Final = 3_021_968
+"""Bytes of a v2 state, as kvmgt has it of a _8."""
 _HEAD: Final = struct.pack("<IIii", 1, 528, 0, 5 << 20)
 _PAGES: Final = 1 << 20
 
@@ -58,8 +67,13 @@ class _Session:
         """Write nothing down."""
 
     def resume(self) -> None:
-        """Start the device."""
+        """Start the device after a failure."""
+        self.let_go_on()
+
+    def let_go_on(self) -> bool:
+        """Start the device; there is nothing to write down."""
         self.protocol.start()
+        return False
 
 
 def _ours(path: Path, size: int) -> Callable[[], float]:
@@ -94,3 +108,37 @@ def window_rows(said: Callable[[Path], float], directory: Path) -> list[Row]:
     path.write_bytes(_HEAD + os.urandom(size - len(_HEAD)))
     pairs = alternate(_ours(path, size), lambda: said(path))
     return [excess("own time while stopped, RFC", pairs, OWN_MS, f"{size >> 20} MiB region, bitmap of 4 GiB")]
+
+
+def move_rows(said: Callable[[str, Path], float], directory: Path) -> Iterator[Row]:
+    """Compare a migration between two processes with the same bytes through a pipe in C, which verifies nothing.
+
+    :param said: runs the reference on a state's file, named by the protocol, and returns the seconds.
+    """
+    image = good_image()
+    for name, protocol, content in (
+        ("RFC", GvtRfc.name, image.ljust(DEFAULT_PROFILE.image_max, b"\0")),
+        ("v2", MainlineV2.name, image[:STREAM]),
+    ):
+        path = directory / name.lower()
+        path.write_bytes(content)
+        moved = mover(protocol, path, directory)
+        pairs = alternate(moved, lambda name=name, path=path: said(name.lower(), path))  # type: ignore[misc]
+        size = len(image) if name == "RFC" else STREAM
+        yield excess(f"own time while stopped, migrate, {name}", pairs, OWN_MS, f"{size / 1e6:.1f} MB, SHA-256 twice")
+
+
+def mover(protocol: str, path: Path, directory: Path) -> Callable[[], float]:
+    """Return what migrates between two devices that a file plays, and gives the seconds of the downtime."""
+    reach = played.rsh(directory, protocol, path)
+    words = [sys.executable, "-m", played.__name__, protocol, str(path), "-q", "--json"]
+    words += ["migrate", "--force", "one", f"ssh://here/{path.name}", "--rsh", str(reach)]
+    environment = {**os.environ, VARIABLE: str(directory / "locks")}
+
+    def run() -> float:
+        done = subprocess.run(words, capture_output=True, check=False, env=environment)
+        if done.returncode:
+            sys.exit(done.stderr.decode())
+        return float(json.loads(done.stdout)["downtime"])
+
+    return run

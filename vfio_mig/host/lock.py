@@ -206,6 +206,7 @@ class DeviceLock(Closing):
         self._since = time.time()
         self._step = ""
         self._is_taken = False
+        self._begin = ""
         self._length = min(os.fstat(self._fd).st_size, _NOTE_MAX)
 
     def take_over(self, holder: Holder | None) -> Leftover | None:
@@ -218,7 +219,7 @@ class DeviceLock(Closing):
         self._effect = _left(self._before, self._holder)
         self._before = {}
         self._is_taken = True
-        self._write()
+        self._write_anew()
         return self._effect
 
     def step(self, name: Step) -> None:
@@ -231,7 +232,7 @@ class DeviceLock(Closing):
         """Write down what is about to be done to the device, by :class:`Leftover`'s words; empty: all is well again."""
         kept = effect and self._holder is not None
         self._effect = Leftover(self._job, os.getpid(), effect) if kept else None
-        self._write()
+        self._write_anew()
 
     def close(self) -> None:
         """Give the device free; a second call does nothing. The note stays if not all is well, or nobody has looked."""
@@ -241,17 +242,21 @@ class DeviceLock(Closing):
                 os.ftruncate(fd, 0)
             os.close(fd)
 
-    def _write(self) -> None:
+    def _write_anew(self) -> None:
         note = {
             "job": self._job,
             "pid": os.getpid(),
             "since": self._since,
-            "step": self._step,
             "left": self._effect,
             "holder": self._holder,
         }
+        self._begin = json.dumps(note)[:-1]
+        self._write()
+
+    def _write(self) -> None:
+        # Steps follow each other while a device stands still, and only the step, a plain word, is another one then.
         # In one write and never shorter than before, so that a reader finds a whole note meanwhile
-        text = json.dumps(note).encode().ljust(self._length)
+        text = f'{self._begin}, "step": "{self._step}"}}'.encode().ljust(self._length)
         self._length = len(text)
         try:
             os.pwrite(self._fd, text, 0)

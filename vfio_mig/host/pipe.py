@@ -5,8 +5,9 @@ import fcntl
 from contextlib import suppress
 from typing import Final
 
-PIPE_BYTES: Final = 1 << 20
-"""What the kernel allows everybody for a pipe (/proc/sys/fs/pipe-max-size)."""
+PIPE_BYTES: Final = (16 << 20, 1 << 20)
+"""What a privileged process may have, enough for most devices' states; and what the kernel allows everybody for a pipe
+(/proc/sys/fs/pipe-max-size)."""
 
 
 def widen(fd: int) -> None:
@@ -14,5 +15,7 @@ def widen(fd: int) -> None:
 
     Where the kernel refuses, as it does once a user has many of them, the pipe stays as it is.
     """
-    with suppress(OSError):
-        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    for size in PIPE_BYTES:
+        with suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
+            return

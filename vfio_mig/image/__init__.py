@@ -4,7 +4,7 @@
 Works on bytes and files alone: nothing in here knows a device.
 
 - An archive: ``layout`` specifies it, ``tar`` is the form, ``writer`` writes, ``archive`` reads and verifies,
-  ``digests`` hashes beside the job.
+  ``digests`` hashes beside the job, ``kept`` has what came through a pipe.
 - Files: ``places`` (directories as fds), ``files`` (output that is whole or not there), ``directory`` (the same for
   several), ``bytesource`` (bytes that may be too many for memory), ``forms`` (what a file is that is not an archive),
   ``wrapped`` (compression, libvirt's header).

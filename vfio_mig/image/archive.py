@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Reads an archive and verifies all of it; :mod:`vfio_mig.image.layout` specifies it."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import accumulate
 from threading import Lock
-from typing import Any, BinaryIO, Final, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 from vfio_mig.closing import Closing
 from vfio_mig.errors import ImageError, excerpt
@@ -26,6 +27,7 @@ from vfio_mig.image.layout import (
     MEMBER_MAX,
     PAIR,
     VERSION,
+    Buffer,
     DirtyBitmap,
     Member,
     canonical,
@@ -34,7 +36,14 @@ from vfio_mig.image.layout import (
 from vfio_mig.interrupts import waiting
 from vfio_mig.ranges import PAGE
 
-_SPOOL_IN_MEMORY: Final = 8 << 20
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from vfio_mig.image.digests import Digests
+    from vfio_mig.image.kept import Kept
+
+_AT_WORK: Final = 2
+"""Members whose digests are being taken while the next one is read."""
 
 
 class Archive(Closing):
@@ -51,10 +60,11 @@ class Archive(Closing):
         header: dict[str, Any],
         members: list[Member],
         manifest: dict[str, Any],
-        spool: BinaryIO | None = None,
+        kept: Kept | None = None,
     ) -> None:
-        self._source = spool or source
-        self._spool = spool
+        self._source = source
+        self._kept = kept
+        self._stack = ExitStack()
         self._position = Lock()
         self.header = header
         self.members = members
@@ -64,10 +74,13 @@ class Archive(Closing):
         self.mtime = 0
         """The time in every member's tar header, seconds since 1970; the reader sets it."""
 
+    def own(self, stack: ExitStack) -> None:
+        """Have what belongs to the copy of a pipe closed with this."""
+        self._stack = stack
+
     def close(self) -> None:
         """Remove the copy of a pipe; a second call does nothing. The file stays open."""
-        if self._spool is not None:
-            self._spool.close()
+        self._stack.close()
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -93,12 +106,24 @@ class Archive(Closing):
         members = (member for member in self.members if member.kind in ("pages", "zero"))
         return sum(size // PAGE for member in members for _, size in self.index(member))
 
-    def state_chunks(self) -> Iterator[bytes]:
-        """Yield the device state, at most MEMBER_MAX bytes at a time."""
-        return map(self._content, self._of("state"))
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether all of the state is in memory, so that to read it takes no time."""
+        return all(self._view(member) is not None for member in self._of("state"))
 
-    def state(self) -> bytes:
+    def state_chunks(self) -> Iterator[bytes | memoryview]:
+        """Yield the device state, at most MEMBER_MAX bytes at a time."""
+        return (self._view(member) or self._content(member) for member in self._of("state"))
+
+    def state(self) -> bytes | memoryview:
         """Return the device state in one piece; compare :attr:`state_size` with what is reasonable first."""
+        members = list(self._of("state"))
+        if self._kept is not None and members:
+            first, size = members[0].offset, self.state_size
+            if members[-1].offset + members[-1].size == first + size:  # one behind the other, as a rule
+                view = self._kept.view(first, size)
+                if view is not None:
+                    return view
         return b"".join(self.state_chunks())
 
     def dirty(self) -> Iterator[DirtyBitmap]:
@@ -141,12 +166,21 @@ class Archive(Closing):
 
     def _peek(self, member: Member, size: int) -> bytes:
         """Read the beginning of a member as it is now."""
+        return self._read(member.offset, size)
+
+    def _read(self, at: int, size: int) -> bytes:
+        if self._kept is not None:
+            return self._kept.read(at, size, _read)
         with self._position:
             try:
-                self._source.seek(member.offset)
+                self._source.seek(at)
             except OSError as error:
                 raise host_error("cannot read", _name_of(self._source), error) from error
             return _read(self._source, size)
+
+    def _view(self, member: Member) -> memoryview | None:
+        """Return a member that is in memory, None for one that is not."""
+        return None if self._kept is None else self._kept.view(member.offset, member.size)
 
     def content(self, member: Member) -> bytes:
         """Return a member as it is, at most what the reader takes for one.
@@ -159,14 +193,9 @@ class Archive(Closing):
         return (member for member in self.members if member.kind == kind)
 
     def _content(self, member: Member) -> bytes:
-        with self._position:
-            try:
-                self._source.seek(member.offset)
-            except OSError as error:
-                raise host_error("cannot read", _name_of(self._source), error) from error
-            content = _read(self._source, member.size)
+        content = self._read(member.offset, member.size)
         # A file may be changed by others meanwhile; the copy of a pipe has no name, and is nobody's but ours
-        is_safe = self._spool is not None or self.is_frozen()
+        is_safe = self._kept is not None or self.is_frozen()
         if not is_safe and hashlib.sha256(content).hexdigest() != member.sha256:
             raise ImageError(f"{member.name}: the file has changed while it was used")
         return content
@@ -181,18 +210,24 @@ def read_archive(file: BinaryIO, *, alone: bool = True, is_frozen: Callable[[], 
     :raises ImageError: anything is wrong; the message names the member or the byte offset.
     :raises HostError: reading failed, or there is no room for the copy of a pipe.
     """
-    spool: BinaryIO | None = None
-    if not file.seekable():
-        import tempfile
+    if file.seekable():
+        return _Reader(file, None, None, alone=alone, is_frozen=is_frozen).read()
+    from vfio_mig.image.digests import Digests
+    from vfio_mig.image.kept import Kept
 
-        spool = cast("BinaryIO", tempfile.SpooledTemporaryFile(_SPOOL_IN_MEMORY))  # noqa: SIM115 -- Archive closes it
-    try:
-        return _Reader(file, spool, alone=alone, is_frozen=is_frozen).read()
-    except BaseException:
-        if spool is not None:
-            with suppress(OSError):  # what it could not write is not wanted any more
-                spool.close()
-        raise
+    # Who writes more behind it waits for us, as a rule while a device stands still: so the archive ends the threads
+    with ExitStack() as stack:
+        kept = Kept(touched=not alone)
+        stack.callback(_close, kept)
+        digests = stack.enter_context(Digests(None))
+        archive = _Reader(file, kept, digests, alone=alone, is_frozen=is_frozen).read()
+        archive.own(stack.pop_all())
+        return archive
+
+
+def _close(kept: Kept) -> None:
+    with suppress(OSError):  # what it could not write is not wanted any more
+        kept.close()
 
 
 def _name_of(file: BinaryIO) -> str:
@@ -216,6 +251,32 @@ def _read(file: BinaryIO, size: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+@waiting  # for the writer of a pipe
+def _read_into(file: BinaryIO, room: memoryview) -> int:
+    """Fill memory; returns the bytes, fewer at the end of the file only."""
+    done = 0
+    while done < len(room):
+        try:
+            part = file.readinto(room[done:])  # type: ignore[attr-defined]
+        except OSError as error:
+            raise host_error("cannot read", _name_of(file), error) from error
+        if not part:
+            break
+        done += part
+    return done
+
+
+class _Read(NamedTuple):
+    """A member that was read, and what waits for its digest."""
+
+    member: Member
+    digest: Callable[[], str] | None
+
+    def settled(self) -> _Read:
+        """Wait for the digest."""
+        return self if self.digest is None else _Read(self.member._replace(sha256=self.digest()), None)
+
+
 def _cut_off(what: str, at: int) -> ImageError:
     """Return the error for an archive that ends too early."""
     return ImageError(f"{what}: cut off at byte {at}", hint="the file is incomplete; save it again")
@@ -224,32 +285,45 @@ def _cut_off(what: str, at: int) -> ImageError:
 class _Reader:
     """One pass over an archive."""
 
-    def __init__(self, file: BinaryIO, spool: BinaryIO | None, *, alone: bool, is_frozen: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        kept: Kept | None,
+        digests: Digests | None,
+        *,
+        alone: bool,
+        is_frozen: Callable[[], bool],
+    ) -> None:
         self.file = file
         self.is_frozen = is_frozen
         self.alone = alone
-        self.spool = spool
-        self.base = file.tell() if spool is None else 0
+        self.kept = kept
+        self.digests = digests
+        self.base = file.tell() if kept is None else 0
         self.offset = 0
         self.mtime: int | None = None
         self.counts = dict.fromkeys(KINDS, 0)
 
     def read(self) -> Archive:
         name, content, first = self._member()
+        members: list[_Read]
         if name != "header.json":
             raise ImageError(f"{NO_IMAGE}: it begins with {name!r} instead of header.json")
-        header = _load_object(name, content)
+        header = _load_object(name, bytes(content))
         _check_version(name, header)
         members = [first]
         while True:
+            if len(members) > _AT_WORK:  # else what cannot be kept in memory would be there until its digest is taken
+                members[-_AT_WORK] = members[-_AT_WORK].settled()
             name, content, member = self._member()
             if name == "manifest.json":
                 break
             self._check_name(name)
-            _check_memory(member.kind, name, memoryview(content))
+            _check_memory(member.member.kind, name, memoryview(content))
             members.append(member)
-        manifest = _load_manifest(content)
-        archive = Archive(self.file, header, _match(members, manifest["members"]), manifest, self.spool)
+        manifest = _load_manifest(bytes(content))
+        found = [member.settled().member for member in members]
+        archive = Archive(self.file, header, _match(found, manifest["members"]), manifest, self.kept)
         archive.is_frozen = self.is_frozen
         archive.mtime = self.mtime or 0
         self._check_end()
@@ -258,7 +332,7 @@ class _Reader:
                 raise ImageError(f"dirty bitmap: {problem}")
         return archive
 
-    def _member(self) -> tuple[str, bytes, Member]:
+    def _member(self) -> tuple[str, Buffer, _Read]:
         """Read one member whole; its size is checked before anything of that size is allocated."""
         at = self.offset
         block = self._take(tar.BLOCK, f"member header at {at:#x}") if at else self._first()
@@ -273,12 +347,28 @@ class _Reader:
         if size > limit:
             raise ImageError(f"{name}: {size} bytes are too many, at most {limit} are allowed")
         offset = self.base + self.offset
-        content = self._take(size, name)
+        content = self._content(size, name)
+        if self.kept is not None:
+            offset = self._keep(self.kept, memoryview(content))
+        member = Member(name, size, "", offset, {})
+        if self.digests is None:
+            read = _Read(member._replace(sha256=hashlib.sha256(content).hexdigest()), None)
+        else:
+            read = _Read(member, self.digests.of_memory(memoryview(content)))
         if any(self._take(tar.padding(size), name)):
             raise ImageError(f"{name}: the padding behind it is damaged")
-        if self.spool is not None:
-            offset = self._keep(content)
-        return name, content, Member(name, size, hashlib.sha256(content).hexdigest(), offset, {})
+        return name, content, read
+
+    def _content(self, size: int, name: str) -> Buffer:
+        """Read a member's content; of a pipe, straight to where it is kept."""
+        room = None if self.kept is None else self.kept.room(size)
+        if room is None:
+            return self._take(size, name)
+        done = _read_into(self.file, room)
+        self.offset += done
+        if done < size:
+            raise _cut_off(name, self.offset)
+        return room
 
     def _first(self) -> bytes:
         """Read the first block, and tell what the file is if it is not an image."""
@@ -296,14 +386,12 @@ class _Reader:
             raise _cut_off(what, self.offset)
         return data
 
-    def _keep(self, content: bytes) -> int:
-        assert self.spool is not None  # noqa: S101 -- for the type checker
+    @staticmethod
+    def _keep(kept: Kept, content: memoryview) -> int:
         try:
-            offset = self.spool.tell()
-            self.spool.write(content)
+            return kept.keep(content)
         except OSError as error:
             raise host_error("cannot copy the input to it", "temporary file", error) from error
-        return offset
 
     def _check_name(self, name: str) -> None:
         kind = name.partition("/")[0]

@@ -22,7 +22,7 @@ _BUFFER: Final = 1 << 20
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def _write(fd: int, part: bytes) -> None:
+def _write(fd: int, part: bytes | memoryview) -> None:
     """Write all of it at once, without a buffer that would still change the file when it is closed."""
     view = memoryview(part)
     while view:
@@ -89,7 +89,7 @@ class NewDirectory:
             )
         return fd, is_new
 
-    def write(self, name: str, parts: Iterable[bytes]) -> int:
+    def write(self, name: str, parts: Iterable[bytes | memoryview]) -> int:
         """Write a new file; *name* may have one directory in front, which is made. Returns its bytes."""
         directory, _, base = name.rpartition("/")
         size = 0

@@ -7,7 +7,7 @@ import hashlib
 import mmap
 import os
 import time
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from vfio_mig.image import tar
 from vfio_mig.image.files import host_error
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from vfio_mig.image.digests import Digests
 
 
+AWAITED: Final = 1 << 20
+"""Bytes of a state member, at most, for whoever waits for the end of an image; a large state's are larger."""
+
+
 class ArchiveWriter:
     """Write an archive to a file or pipe, front to back. Not complete before :meth:`finish`; never closes the file.
 
@@ -43,8 +47,9 @@ class ArchiveWriter:
     :param digests: takes the digests of state and guest memory beside the job; if it can read *file*, which is empty
         then, nothing of a streamed state is kept in memory, and its digests are not waited for before :meth:`finish`.
     :param mtime: of every member, seconds since 1970; now, if it is not said.
-    :param first: bytes of the first state member, at most CHUNK; each has twice as much as the one before. Small ones
-        give whoever reads the archive from a pipe something to do while the rest is gathered.
+    :param first: bytes of the first state member, at most CHUNK; each has twice as much as the one before, up to
+        AWAITED, and later a sixteenth of what came before it. Small ones give whoever reads the archive from a pipe
+        something to do while the rest is gathered, and little to do when the last one has come.
     :raises HostError: a write failed; what is in the file is not an archive.
     """
 
@@ -72,6 +77,10 @@ class ArchiveWriter:
         """Numbers of the members whose content is in one of the buffers."""
         self._end = 0
         """Behind all ranges that wait: pages mostly rise, so that there is nothing to compare."""
+        self._for_state: list[memoryview] = []
+        if digests is not None and digests.fd is None:
+            # Who gives digests to a pipe has somebody wait for it: the pages are there before the first is needed
+            self._for_state = [_touched(first) for _ in range(2)]
         if not isinstance(header, bytes):
             header = canonical({**header, "format": FORMAT, "version": VERSION})
         self._put("header.json", [header])
@@ -91,14 +100,17 @@ class ArchiveWriter:
         size, at = self._first, 0
         while at < len(state):
             self._put_state(state[at : at + size])
-            at, size = at + size, min(2 * size, CHUNK)
+            at, size = at + size, _following(size, at + size)
         return len(state)
 
     def _gather(self, chunks: Iterable[memoryview]) -> int:
         """Gather members in memory, as a member's size stands in front of it: what a pipe needs."""
         total = filled = 0
         size = self._first
-        buffers = self._make_buffers()
+        for number, (member, _) in enumerate(self._members):  # an earlier part of the state was in the same buffers
+            if member.kind == "state":
+                self._settle(number)
+        buffers = self._for_state or self._make_buffers()
         for chunk in chunks:
             view = chunk
             total += len(view)
@@ -110,7 +122,7 @@ class ArchiveWriter:
                     self._put_state(buffers[0][:filled])
                     buffers.reverse()
                     self._settle(len(self._members) - len(buffers))  # whose buffer is to be filled again
-                    filled, size = 0, min(2 * size, CHUNK)
+                    filled, size = 0, _following(size, total - len(view))
         if filled:
             self._put_state(buffers[0][:filled])
         return total
@@ -311,6 +323,19 @@ class ArchiveWriter:
 
     def _failed(self, error: OSError) -> HostError:
         return host_error("cannot write", str(getattr(self._file, "name", "output")), error)
+
+
+def _following(size: int, total: int) -> int:
+    """Return the bytes of the next state member, behind one of *size* and *total* bytes of state."""
+    return min(max(size if size > AWAITED else min(2 * size, AWAITED), total // 16), CHUNK)
+
+
+def _touched(first: int) -> memoryview:
+    """Return memory for a member, of which there are pages for the first members."""
+    buffer = memoryview(mmap.mmap(-1, CHUNK))
+    touched = max(first, AWAITED)
+    buffer[:touched:PAGE] = bytes(len(range(0, touched, PAGE)))
+    return buffer
 
 
 def _entry(member: Member, digest: Callable[[], str] | None) -> dict[str, Any]:

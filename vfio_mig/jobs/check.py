@@ -116,7 +116,7 @@ def header_checks(session: Session, archive: Archive) -> Iterator[FitCheck]:
     yield FitCheck("state-size", OK if size <= limit else MISMATCH, f"{size} bytes, the device takes {limit}")
 
 
-def state_checks(session: Session, state: bytes, archive: Archive | None = None) -> Iterator[FitCheck]:
+def state_checks(session: Session, state: bytes | memoryview, archive: Archive | None = None) -> Iterator[FitCheck]:
     """Parse a state and compare it with a device; reads its configuration space and PVINFO and changes nothing.
 
     :param archive: the image that it is in; None for a bare state.
@@ -177,7 +177,9 @@ def memory_checks(known: KnownState, archive: Archive | None) -> Iterator[FitChe
     yield FitCheck(MEMORY, NOTE, missing_memory(known.relies_on, content, has_pages=has_pages))
 
 
-def fit_checks(session: Session, state: bytes, archive: Archive | None, *, verify_state: bool = True) -> list[FitCheck]:
+def fit_checks(
+    session: Session, state: bytes | memoryview, archive: Archive | None, *, verify_state: bool = True
+) -> list[FitCheck]:
     """Make all checks of an image, or without *archive* of a raw state, against a device."""
     found = [] if archive is None else list(header_checks(session, archive))
     if verify_state:

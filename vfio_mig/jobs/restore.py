@@ -108,6 +108,7 @@ class _Target:
         if self._await_verdict:  # before the sender of an image stops anything
             self.require_own()
         self.pause = Pause(job, session)
+        session.protocol.prepare()
         if self._await_verdict:  # its sender's device stands still from some time on
             rehearse(session)
         job.step("waiting", session)
@@ -122,7 +123,6 @@ class _Target:
             self.warnings.insert(0, UNVERIFIED)
         if not session.device.borrowed:
             self.warnings.append(NOT_HELD)
-        session.protocol.prepare()
         self._chunks = image.chunks()
 
     def require_own(self) -> None:

@@ -65,6 +65,7 @@ class GvtRfc(MigrationProtocol):
         self._region = region
         self._buffer: bytearray | None = None
         self._request = bytearray()  # of the last bitmap: new memory for each would be page faults
+        self._clear = b""
 
     @property
     def state_size_max(self) -> int:
@@ -101,9 +102,12 @@ class GvtRfc(MigrationProtocol):
         )
 
     def prepare(self) -> None:
-        """Have memory for the region, every page of it touched: page faults would prolong the stop."""
+        """Have memory for the region and for a bitmap, every page of it touched: page faults would prolong the stop."""
         if self._buffer is None:
             self._buffer = bytearray(self._region.size)
+        if not self._request:
+            self._clear = bytes((DIRTY_PAGES_MAX // 64 + 1) * 8)
+            self._request = bytearray(_DIRTY_HEAD) + self._clear
 
     def _take_buffer(self) -> bytearray:
         """Return the prepared memory, all zeros: each state has its own."""
@@ -159,7 +163,7 @@ class GvtRfc(MigrationProtocol):
         tail = ((nr_pages + 63) // 64 + 1) * 8
         request = self._request
         if len(request) == _DIRTY_HEAD + tail:
-            memoryview(request)[_DIRTY_HEAD:] = bytes(tail)
+            memoryview(request)[_DIRTY_HEAD:] = self._clear if len(self._clear) == tail else bytes(tail)
         else:
             request = self._request = bytearray(_DIRTY_HEAD + tail)
         struct.pack_into("=QQ", request, 0, start_page * PAGE, nr_pages)

@@ -55,6 +55,7 @@ BY_HAND: Final[tuple[State, ...]] = ("running", "running-p2p", "stop")
 CHUNK: Final = 1 << 20
 """Bytes of one read of the data fd."""
 _AT_REST: Final = (STOP, RUNNING, RUNNING_P2P)
+_LIVE: Final = (PRE_COPY, PRE_COPY_P2P)
 _QUIET: Final = {RUNNING: RUNNING_P2P, PRE_COPY: PRE_COPY_P2P}
 _PARTS: Final = {STOP_COPY_FLAG: "stop-copy", P2P_FLAG: "p2p", PRE_COPY_FLAG: "pre-copy"}
 _STATE: Final = struct.Struct("=IIIi")  # vfio_device_feature + vfio_device_feature_mig_state
@@ -158,8 +159,8 @@ class MainlineV2(MigrationProtocol):
 
         :raises DeviceError: says where the device is now: a walk over several arcs may stop on its way.
         """
-        now = self._get()
-        if now == STOP_COPY and state in (PRE_COPY, PRE_COPY_P2P):
+        # Only a live save's states need a question before: a request more is made while the device stands still
+        if state in _LIVE and self._get() == STOP_COPY:
             raise UsageError(
                 "no kernel before 7.2 survives the way from stop-copy to pre-copy", device=self.device.name
             )

@@ -3,13 +3,21 @@
  * What the same work costs in C: the same requests and the same bytes, without any check of what comes back beyond
  * its errno. Prints one line of "name number" pairs; times are seconds.
  *
- *   reference rfc-save GROUP DEVICE FILE	stop, fetch the dirty bitmap of 4 GiB, read the state region (timed so far),
- *					start; then write and sync FILE
+ * GROUP is a number, or PID:FD, the group's file that another process has open: the device is borrowed as vfio-mig
+ * does. "stop", "bitmap", "read", "load" and "start" are what the requests to the device took, and nothing else;
+ * "stopped" and "downtime" are all of the time in which it stood still.
+ *
+ *   reference rfc-save GROUP DEVICE FILE	stop, fetch the dirty bitmap of 4 GiB, read the state region, start; then write
+ *					and sync FILE
  *   reference rfc-load GROUP DEVICE FILE	stop, write FILE to the state region (timed), start
  *   reference window FILE			what rfc-save does while the device is stopped, with FILE for a region
+ *   reference window-move rfc|v2 FILE		what rfc-move or v2-move does with the state while the device is stopped
  *   reference dirty GROUP DEVICE PAGES		fetch the dirty bitmap of PAGES pages and count them
- *   reference v2-save GROUP DEVICE FILE	stop, copy the stream to FILE, stop again (timed so far), start, sync FILE
+ *   reference v2-save GROUP DEVICE FILE	stop, copy the stream to FILE, stop again ("copy"), start; then sync FILE
  *   reference v2-load GROUP DEVICE FILE	stop, copy FILE to the device, have it loaded (timed so far), start
+ *   reference rfc-move GROUP DEVICE GROUP DEVICE	save into a pipe, from which a second process loads the other device and
+ *					starts it; the first one stays stopped
+ *   reference v2-move GROUP DEVICE GROUP DEVICE	the same by protocol v2
  *   reference decode BITMAP		count the dirty pages of a bitmap, and find their runs
  *   reference copy SOURCE TARGET BITMAP	copy the dirty pages of a file to a sparse one, zeros left out
  */
@@ -25,6 +33,8 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -73,17 +83,38 @@ static int create(const char *path)
 	return fd;
 }
 
-static int open_device(const char *number, const char *name)
+static int borrow(int pid, int fd)
+{
+	int process = syscall(SYS_pidfd_open, pid, 0), copy;
+
+	if (process < 0)
+		err(1, "process %d", pid);
+	copy = syscall(SYS_pidfd_getfd, process, fd, 0);
+	if (copy < 0)
+		err(1, "fd %d of process %d", fd, pid);
+	close(process);
+	return copy;
+}
+
+static int open_group(const char *number)
 {
 	char path[64];
-	int container = open("/dev/vfio/vfio", O_RDWR), group, device;
+	int container = open("/dev/vfio/vfio", O_RDWR), group;
 
 	snprintf(path, sizeof(path), "/dev/vfio/%s", number);
 	group = open(path, O_RDWR);
 	if (container < 0 || group < 0 || ioctl(group, VFIO_GROUP_SET_CONTAINER, &container) ||
 	    ioctl(container, VFIO_SET_IOMMU, VFIO_TYPE1v2_IOMMU))
 		err(1, "%s", path);
-	device = ioctl(group, VFIO_GROUP_GET_DEVICE_FD, name);
+	return group;
+}
+
+static int open_device(const char *number, const char *name)
+{
+	const char *fd = strchr(number, ':');
+	int group = fd ? borrow(atoi(number), atoi(fd + 1)) : open_group(number);
+	int device = ioctl(group, VFIO_GROUP_GET_DEVICE_FD, name);
+
 	if (device < 0)
 		err(1, "%s", name);
 	return device;
@@ -137,30 +168,56 @@ static struct vfio_region_info state_region(int device)
 	return info;
 }
 
-static void rfc_save(int device, const char *file)
+/* Moments of a save, each the end of what it is named after */
+struct moments {
+	double began, stop, bitmap, read, start;
+};
+
+struct region {
+	struct vfio_region_info info;
+	struct dirty *dirty;
+	char *state;
+};
+
+static struct region prepare(int device)
 {
-	struct vfio_region_info info = state_region(device);
-	struct dirty *request = take(sizeof(*request));
-	double began, read_time, stopped;
-	char *state = take(info.size);
-	int out = create(file);
+	struct region region = { .info = state_region(device), .dirty = take(sizeof(*region.dirty)) };
+
+	region.state = take(region.info.size);
+	memset(region.state, 0, region.info.size);
+	memset(region.dirty, 0, sizeof(*region.dirty));
+	return region;
+}
+
+static uint32_t rfc_read(int device, struct region *region, struct moments *at)
+{
 	uint32_t size;
 
-	memset(state, 0, info.size);
-	memset(request, 0, sizeof(*request));
-	began = now();
+	at->began = now();
 	set_status(device, 1);
-	fetch_dirty(device, request, 0, DIRTY_PAGES);
-	read_time = now();
-	if (pread(device, state, info.size, info.offset) != (ssize_t)info.size)
+	at->stop = now();
+	fetch_dirty(device, region->dirty, 0, DIRTY_PAGES);
+	at->bitmap = now();
+	if (pread(device, region->state, region->info.size, region->info.offset) != (ssize_t)region->info.size)
 		err(1, "state");
-	read_time = now() - read_time;
+	at->read = now();
+	memcpy(&size, region->state + 12, sizeof(size));	/* data_size of the HEAD record */
+	return size;
+}
+
+static void rfc_save(int device, const char *file)
+{
+	struct region region = prepare(device);
+	struct moments at;
+	int out = create(file);
+	uint32_t size = rfc_read(device, &region, &at);
+
 	set_status(device, 2);
-	stopped = now() - began;
-	memcpy(&size, state + 12, sizeof(size));	/* data_size of the HEAD record */
-	write_all(out, state, size);
+	at.start = now();
+	write_all(out, region.state, size);
 	fsync(out);
-	printf("stopped %.6f read %.6f total %.6f bytes %u\n", stopped, read_time, now() - began, size);
+	printf("stopped %.6f stop %.6f bitmap %.6f read %.6f start %.6f total %.6f bytes %u\n", at.start - at.began,
+	       at.stop - at.began, at.bitmap - at.stop, at.read - at.bitmap, at.start - at.read, now() - at.began, size);
 }
 
 static void rfc_load(int device, const char *file)
@@ -218,29 +275,56 @@ static int set_state(int device, uint32_t state)
 	return mig->data_fd;
 }
 
-static void v2_save(int device, const char *file)
+/* Copy a device's stream to @out; @read gets the seconds that the device took for it. */
+static unsigned long long v2_read(int device, int out, char *chunk, double *read_time)
 {
-	char *chunk = take(CHUNK);
-	int out = create(file), data;
 	unsigned long long total = 0;
-	double began, read_time;
+	double began = now();
+	int data = set_state(device, VFIO_DEVICE_STATE_STOP_COPY);
 	ssize_t size;
 
-	set_state(device, VFIO_DEVICE_STATE_STOP);
-	began = now();
-	data = set_state(device, VFIO_DEVICE_STATE_STOP_COPY);
-	while ((size = read(data, chunk, CHUNK)) > 0) {
+	for (;;) {
+		size = read(data, chunk, CHUNK);
+		*read_time += now() - began;
+		if (size <= 0)
+			break;
 		write_all(out, chunk, size);
 		total += size;
+		began = now();
 	}
 	if (size < 0)
 		err(1, "data");
+	began = now();
 	close(data);
 	set_state(device, VFIO_DEVICE_STATE_STOP);
-	read_time = now() - began;
+	*read_time += now() - began;
+	return total;
+}
+
+static char *take_chunk(void)
+{
+	char *chunk = take(CHUNK);
+
+	memset(chunk, 0, CHUNK);
+	return chunk;
+}
+
+static void v2_save(int device, const char *file)
+{
+	char *chunk = take_chunk();
+	int out = create(file);
+	unsigned long long total;
+	double began = now(), stopped, copied, end, read_time = 0;
+
+	set_state(device, VFIO_DEVICE_STATE_STOP);
+	stopped = now();
+	total = v2_read(device, out, chunk, &read_time);
+	copied = now();
 	set_state(device, VFIO_DEVICE_STATE_RUNNING);
+	end = now();
 	fsync(out);
-	printf("read %.6f total %.6f bytes %llu\n", read_time, now() - began, total);
+	printf("stopped %.6f stop %.6f read %.6f copy %.6f start %.6f total %.6f bytes %llu\n", end - began,
+	       stopped - began, read_time, copied - stopped, end - copied, now() - began, total);
 }
 
 static void v2_load(int device, const char *file)
@@ -265,6 +349,179 @@ static void v2_load(int device, const char *file)
 	write_time = now() - began;
 	set_state(device, VFIO_DEVICE_STATE_RUNNING);
 	printf("write %.6f bytes %llu\n", write_time, total);
+}
+
+/* What the second process says when its device runs */
+struct arrival {
+	double load, start, end;
+};
+
+static void rfc_receive(int device, int in, struct region *region, struct arrival *said)
+{
+	size_t filled = 0;
+	double began;
+	ssize_t size;
+
+	while ((size = read(in, region->state + filled, region->info.size - filled)) > 0)
+		filled += size;
+	if (size < 0)
+		err(1, "pipe");
+	began = now();
+	set_status(device, 1);
+	if (pwrite(device, region->state, region->info.size, region->info.offset) != (ssize_t)region->info.size)
+		err(1, "state");
+	said->load = now() - began;
+	began = now();
+	set_status(device, 2);
+	said->end = now();
+	said->start = said->end - began;
+}
+
+static void v2_receive(int device, int in, char *chunk, struct arrival *said)
+{
+	int data = -1;
+	double began;
+	ssize_t size;
+
+	while ((size = read(in, chunk, CHUNK)) > 0) {
+		began = now();
+		if (data < 0)
+			data = set_state(device, VFIO_DEVICE_STATE_RESUMING);
+		write_all(data, chunk, size);
+		said->load += now() - began;
+	}
+	if (size < 0 || data < 0)
+		err(1, "pipe");
+	began = now();
+	close(data);
+	set_state(device, VFIO_DEVICE_STATE_STOP);
+	said->load += now() - began;
+	began = now();
+	set_state(device, VFIO_DEVICE_STATE_RUNNING);
+	said->end = now();
+	said->start = said->end - began;
+}
+
+static void receive(int device, int in, int answer, int is_v2)
+{
+	struct region region = is_v2 ? (struct region){ .state = take_chunk() } : prepare(device);
+	struct arrival said = { 0 };
+
+	write_all(answer, "r", 1);
+	if (is_v2)
+		v2_receive(device, in, region.state, &said);
+	else
+		rfc_receive(device, in, &region, &said);
+	write_all(answer, (char *)&said, sizeof(said));
+	exit(0);
+}
+
+static unsigned long long send_state(int device, int out, int is_v2, struct moments *at)
+{
+	struct region region = { 0 };
+	unsigned long long total;
+	double read_time = 0;
+
+	if (!is_v2) {
+		region = prepare(device);
+		total = rfc_read(device, &region, at);
+		write_all(out, region.state, total);
+		return total;
+	}
+	region.state = take_chunk();
+	at->began = now();
+	set_state(device, VFIO_DEVICE_STATE_STOP);
+	at->stop = at->bitmap = now();
+	total = v2_read(device, out, region.state, &read_time);
+	at->read = at->bitmap + read_time;
+	return total;
+}
+
+static void move(int source, int target, int is_v2)
+{
+	int data[2], answer[2], status;
+	unsigned long long total;
+	struct arrival said;
+	struct moments at;
+	char ready;
+	pid_t child;
+
+	if (pipe(data) || pipe(answer) || fcntl(data[1], F_SETPIPE_SZ, CHUNK) < 0)
+		err(1, "pipe");
+	child = fork();
+	if (child < 0)
+		err(1, "fork");
+	if (!child) {
+		close(data[1]);
+		receive(target, data[0], answer[1], is_v2);
+	}
+	close(data[0]);
+	close(answer[1]);
+	if (read(answer[0], &ready, 1) != 1)
+		err(1, "target");
+	total = send_state(source, data[1], is_v2, &at);
+	close(data[1]);
+	if (read(answer[0], &said, sizeof(said)) != sizeof(said) || waitpid(child, &status, 0) != child || status)
+		errx(1, "target: failed");
+	printf("downtime %.6f stop %.6f bitmap %.6f read %.6f load %.6f start %.6f bytes %llu\n", said.end - at.began,
+	       at.stop - at.began, at.bitmap - at.stop, at.read - at.bitmap, said.load, said.start, total);
+}
+
+static void window_receive(int in, int answer, char *state, size_t size)
+{
+	int sink = open("/dev/null", O_WRONLY);
+	size_t filled = 0;
+	ssize_t part;
+	double end;
+
+	write_all(answer, "r", 1);
+	while ((part = read(in, state + filled, size - filled)) > 0) {
+		if (size == CHUNK)
+			write_all(sink, state, part);	/* a stream goes on at once, a region in one piece */
+		else
+			filled += part;
+	}
+	if (filled)
+		write_all(sink, state, size);
+	end = now();
+	write_all(answer, (char *)&end, sizeof(end));
+	exit(0);
+}
+
+static void window_move(const char *path, int is_v2)
+{
+	int data[2], answer[2], fd = open(path, O_RDONLY);
+	struct stat status;
+	double began, end;
+	ssize_t part;
+	size_t size;
+	char *state, ready;
+
+	if (fd < 0 || fstat(fd, &status) || pipe(data) || pipe(answer) || fcntl(data[1], F_SETPIPE_SZ, CHUNK) < 0)
+		err(1, "%s", path);
+	size = is_v2 ? CHUNK : status.st_size;
+	state = take(size);
+	memset(state, 0, size);
+	if (!fork()) {
+		close(data[1]);
+		memset(state, 1, size);		/* pages of its own */
+		window_receive(data[0], answer[1], state, size);
+	}
+	close(data[0]);
+	close(answer[1]);
+	if (read(answer[0], &ready, 1) != 1)
+		err(1, "target");
+	began = now();
+	while ((part = read(fd, state, size)) > 0) {
+		uint32_t whole;
+
+		memcpy(&whole, state + 12, sizeof(whole));	/* data_size of the HEAD record */
+		write_all(data[1], state, is_v2 ? (size_t)part : whole);
+	}
+	close(data[1]);
+	if (part < 0 || read(answer[0], &end, sizeof(end)) != sizeof(end))
+		err(1, "%s", path);
+	printf("stopped %.6f\n", end - began);
 }
 
 static uint64_t *map(const char *path, size_t *size)
@@ -340,8 +597,12 @@ int main(int argc, char **argv)
 		v2_save(open_device(argv[2], argv[3]), argv[4]);
 	else if (argc == 5 && !strcmp(what, "v2-load"))
 		v2_load(open_device(argv[2], argv[3]), argv[4]);
+	else if (argc == 6 && (!strcmp(what, "rfc-move") || !strcmp(what, "v2-move")))
+		move(open_device(argv[2], argv[3]), open_device(argv[4], argv[5]), !strcmp(what, "v2-move"));
 	else if (argc == 3 && !strcmp(what, "window"))
 		window(argv[2]);
+	else if (argc == 4 && !strcmp(what, "window-move"))
+		window_move(argv[3], !strcmp(argv[2], "v2"));
 	else if (argc == 3 && !strcmp(what, "decode"))
 		decode(argv[2]);
 	else if (argc == 5 && !strcmp(what, "copy"))

@@ -57,7 +57,8 @@ class DirtyLog:
     @property
     def is_snapshot(self) -> bool:
         """Whether it tells, at any time, the pages that the device may write then: the RFC's, or pinned ones."""
-        return (self._pinned or self._session.protocol.has_dirty) and not self.is_log
+        # In this order: to ask whether there is a log takes a request, and a device may stand still by now
+        return not self.is_log and (self._pinned or self._session.protocol.has_dirty)
 
     def require(self) -> None:
         """Refuse a device that cannot be asked: it has no log, and neither its IOMMU nor its container can tell.

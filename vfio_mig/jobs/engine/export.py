@@ -93,9 +93,9 @@ class Source:
 
     def finish(self, dirty: Sequence[Dirty], statistics: Mapping[str, Any]) -> KnownState | None:
         """Write what could wait; the image is whole then. Returns the state, where its layout is known."""
-        # refused now rather than at the restore
-        known = self.session.protocol.parse_state(memoryview(self.reader.state))
         self.reader.write_rest(dirty)
+        # Refused now rather than at the restore; whoever reads the image meanwhile does not have the end of it
+        known = self.session.protocol.parse_state(memoryview(self.reader.state))
         if self.writer is not None:
             self.writer.finish(statistics)
         return known

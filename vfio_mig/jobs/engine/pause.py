@@ -76,8 +76,10 @@ class Pause:
     def resume(self) -> None:
         """Let the device go on as it was found."""
         with self.phase("start_time"):
-            self.session.resume()
+            goes_on = self.session.let_go_on()
         self.end()
+        if goes_on:
+            self.session.journal("")
         self.job.step("after-start", self.session)
 
     def start(self) -> None:

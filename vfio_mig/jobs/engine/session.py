@@ -156,8 +156,16 @@ class Session(Closing):
 
         :raises DeviceError: the device did not follow; one of ours in the error state was reset.
         """
+        if self.let_go_on():
+            self.journal("")
+
+    def let_go_on(self) -> bool:
+        """Do as :meth:`resume`, but leave it to the caller to write down that all is well: the device need not wait.
+
+        :returns: whether there is something to write down.
+        """
         if self.is_half_loaded or (self.is_moved and self._state_or_unknown() == UNKNOWN):
-            return
+            return False
         try:
             self.protocol.restore_run_state()
         except DeviceError as error:
@@ -171,7 +179,7 @@ class Session(Closing):
             raise DeviceError(
                 "it was in the error state and has been reset: what it was doing is lost", device=self.device.name
             ) from error
-        self.journal("")
+        return True
 
     def _state_or_unknown(self) -> str:
         try:

@@ -30,7 +30,7 @@ class Image(NamedTuple):
     :param bare: a raw state of any size.
     """
 
-    state: bytes
+    state: bytes | memoryview
     archive: Archive | None
     bare: BinaryIO | None = None
 
@@ -41,7 +41,7 @@ class Image(NamedTuple):
             return self.archive.state_size
         return len(self.state) if self.bare is None else self.bare.seek(0, os.SEEK_END)
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes | memoryview]:
         """Return an iterator over the state, some MiB at a time; the first piece may be read from now on."""
         if self.state:
             return iter((self.state,))
@@ -51,7 +51,8 @@ class Image(NamedTuple):
 
             # A member is read once more, and as a rule verified, which may take longer than to load it
             chunks = self.archive.state_chunks()
-            return ahead(chunks) if self.archive.state_size > MEMBER else chunks
+            is_long = self.archive.state_size > MEMBER and not self.archive.is_at_hand
+            return ahead(chunks) if is_long else chunks
         return self._bare_chunks()
 
     def _bare_chunks(self) -> Iterator[bytes]:
