@@ -32,6 +32,8 @@ from vfio_mig.image.archive import read_archive
 from vfio_mig.image.memoryplan import memory_note
 from vfio_mig.image.writer import ArchiveWriter
 from vfio_mig.jobs import control
+from vfio_mig.jobs import restore as restoring
+from vfio_mig.jobs.check import MEMORY, NOTE, FitCheck
 from vfio_mig.jobs.control import device_status, start_device, start_devices, stop_device, stop_devices
 from vfio_mig.jobs.engine import session
 from vfio_mig.jobs.engine.export import describe_device
@@ -489,6 +491,19 @@ def test_a_log_tells_only_what_is_written_from_now_on(
     assert warned == [f"{A}: {SINCE_NOW}"]
 
 
+def test_an_image_of_a_device_that_lost_its_log_says_that_it_has_every_page(
+    gpus: dict[str, Vgpu], memory: Path, tmp_path: Path, settings: Settings, warned: list[str]
+) -> None:
+    def lose() -> None:
+        raise DeviceError("REPORT failed: EIO", device=A)
+
+    gpus[A].protocol, gpus[A].on_fetch = Logging, lose
+    report = save(A, str(tmp_path / "image"), settings, memory=maps(memory))
+    assert pages_of(tmp_path / "image").keys() == set(range(PAGES))
+    assert report.memory == "all"
+    assert any("every page is taken as dirty" in one for one in warned)
+
+
 @pytest.mark.parametrize("paused", [True, False])
 def test_every_page_is_copied_if_asked_for_or_where_no_cpu_runs(
     gpus: dict[str, Vgpu], memory: Path, tmp_path: Path, settings: Settings, warned: list[str], *, paused: bool
@@ -774,6 +789,36 @@ def test_a_job_on_one_device_passes_on_all_that_it_was_asked(
     monkeypatch.setattr(sys.modules[several.__module__], several.__name__, play)
     assert one("gpu", "file", "settings", **given) == "report"
     assert calls == [(([("gpu", "file")], "settings"), given)]
+
+
+@pytest.mark.parametrize("no_memory", [True, False])
+def test_who_says_that_the_memory_is_there_is_not_told_that_it_must_be(
+    gpus: dict[str, Vgpu], tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, *, no_memory: bool
+) -> None:
+    image = image_of(tmp_path / "image", {})
+    found = [FitCheck(MEMORY, NOTE, "the target must have the rest"), FitCheck("kernel", NOTE, "another one")]
+    monkeypatch.setattr(restoring, "fit_checks", lambda *_, **__: found)
+    report = restore(A, str(image), settings, no_memory=no_memory)
+    told = ["guest memory: the target must have the rest"]
+    assert [one for one in report.warnings if "must have" in one] == ([] if no_memory else told)
+    assert gpus[A].state == b"state"
+
+
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("is_hold", [True, False])
+def test_another_process_s_device_is_not_reset_after_a_failure_unless_by_force(
+    gpus: dict[str, Vgpu], settings: Settings, *, is_hold: bool, force: bool
+) -> None:
+    """Its owner would lose interrupts and configuration."""
+    gpus[A].holder = Holder(4711, "qemu-system-x86", is_hold=is_hold, fd=3)
+    with session.open_session(A, settings, job="restore") as opened:
+        if is_hold or force:
+            restoring._abandon(opened, force=force)
+            assert "reset" in gpus[A].calls
+            return
+        with pytest.raises(DeviceError, match=f"left stopped.*vfio-mig reset --force {A}', or end PID 4711"):
+            restoring._abandon(opened, force=force)
+        assert gpus[A].calls == []
 
 
 def test_only_one_image_from_standard_input_has_a_word_behind_it(gpus: dict[str, Vgpu], settings: Settings) -> None:

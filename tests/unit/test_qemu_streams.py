@@ -408,6 +408,21 @@ def test_the_work_is_linear_in_what_is_read(kind: str) -> None:
     assert works[2] <= 4.5 * works[0] + (1 << 18)
 
 
+def test_a_description_among_the_sections_is_passed_over_whole() -> None:
+    one = VFIO + part(7, be64(builders.DATA, 1) + b"x" + be64(builders.END))
+    found = read(HEAD + b"\6\0\0\0\4{\0\0}" + one + b"\0")
+    assert (found.complete, found.problems, len(found.devices[0].frames)) == (True, [], 1)
+
+
+def test_more_pieces_of_state_than_are_kept_end_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pieces(number: int) -> QemuStream:
+        return read(ENDED + VFIO + part(7, (be64(builders.DATA, 1) + b"x") * number + be64(builders.END)) + b"\0")
+
+    monkeypatch.setattr(qemu, "FRAMES_MAX", 100)
+    assert len(pieces(100).devices[0].frames) == 100
+    assert any("more than 100 pieces of device state" in one for one in pieces(101).problems)
+
+
 def test_configurations_without_an_end_are_linear_in_a_large_stream_too() -> None:
     """Each is looked for in the next MiB."""
     content = UGLY["configurations without an end"](35_000)
