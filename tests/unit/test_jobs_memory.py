@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 import pytest
 from hypothesis import given
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
     from vfio_mig.dirty.sync import Round
     from vfio_mig.protocols.abilities import HasP2p, LogsWrites, SavesLive
+    from vfio_mig.words import Effect
 
 A, B = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"
 PAGE: Final = 4096
@@ -789,6 +790,24 @@ def test_a_job_on_one_device_passes_on_all_that_it_was_asked(
     monkeypatch.setattr(sys.modules[several.__module__], several.__name__, play)
     assert one("gpu", "file", "settings", **given) == "report"
     assert calls == [(([("gpu", "file")], "settings"), given)]
+
+
+@pytest.mark.parametrize("left", [LOADING, MOVED, "stopped", ""])
+def test_what_an_earlier_job_has_left_stays_written_down_until_it_is_not_so_any_more(left: Effect) -> None:
+    written: list[str] = []
+    device, lock = Device(A, -1), SimpleNamespace(journal=written.append)
+    opened = Session(found(A), device, Knowing(device, Vgpu()), cast("DeviceLock", lock))
+    opened.leftover = Leftover("restore", 1, left) if left else None
+    passing: tuple[Effect, ...] = ("stopped", "live", "")  # a stop and its undo
+    changes: tuple[Effect, ...] = ("loading", "moved")
+    for effect in passing:
+        opened.journal(effect)
+    assert written == ([] if left in {LOADING, MOVED} else [*passing])
+    written.clear()
+    for effect in changes:
+        opened.journal(effect)
+    opened.clear_journal()
+    assert written == [LOADING, MOVED, ""]
 
 
 @pytest.mark.parametrize("no_memory", [True, False])
