@@ -476,7 +476,8 @@ def test_no_room_for_the_copy_of_a_pipe_is_the_hosts_error(monkeypatch: pytest.M
     monkeypatch.setattr(kept, "IN_MEMORY", PAGE)
     full = Full()
     full.seek = lambda *_: 0  # type: ignore[method-assign]
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)
+    full.seekable = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: io.BufferedWriter(full, 1 << 20))  # which takes it at first
     with pytest.raises(HostError, match="ENOSPC"):
         read_archive(as_pipe(written(lambda writer: writer.add_state(bytes(PAGE)))))
 

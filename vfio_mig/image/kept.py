@@ -59,6 +59,7 @@ class Kept(Closing):
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with this
         at = self._file.seek(0, os.SEEK_END)
         self._file.write(piece)
+        self._file.flush()  # that the disk is full is told now, and not when somebody reads
         return at
 
     def view(self, at: int, size: int) -> memoryview | None:
