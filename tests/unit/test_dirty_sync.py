@@ -169,6 +169,8 @@ def test_a_mapping_is_shared_with_the_file_and_writable_only_where_asked() -> No
             assert mapping is writable.map()
             assert len(mapping) == PAGE
             mapping[0] = 9
+        with pytest.raises(ValueError, match="released"):  # the mapping went with its owner
+            mapping[0] = 1
         assert os.pread(fd, 2, PAGE) == b"\x09\x02"
         with MemoryMap(path, 0).open() as readable, pytest.raises(TypeError):
             readable.map()[0] = 1
@@ -349,6 +351,16 @@ def test_a_memfd_that_is_shortened_or_sealed_is_an_error_before_or_while_it_is_w
             memory.reserve(0, PAGE)
     finally:
         os.close(sealed)
+
+
+def test_room_is_set_aside_in_each_file_that_a_range_lies_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda _fd, offset, size: asked.append((offset, size)))
+    with memfd(bytes(4 * PAGE)) as (_, one), memfd(bytes(4 * PAGE)) as (_, two):
+        maps = [MemoryMap(one, 0x1000, 2 * PAGE, 2 * PAGE), MemoryMap(two, 0x4000, 4 * PAGE)]
+        with Memory(maps, writable=True) as memory:
+            memory.reserve(0x2000, 3 * PAGE)
+    assert asked == [(3 * PAGE, PAGE), (0, PAGE)]
 
 
 @pytest.mark.parametrize("has_write", [True, False])

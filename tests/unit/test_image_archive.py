@@ -158,6 +158,25 @@ def test_a_flip_of_any_byte_is_refused() -> None:
             read_archive(as_file(bytes(bad)))
 
 
+@pytest.mark.parametrize(
+    ("gpa", "size"),
+    [
+        (1, 4096),
+        (0, 4095),
+        (0, 0),
+        (0, -4096),
+        (-4096, 4096),
+        (layout.ADDRESS_END, 4096),
+        (layout.ADDRESS_END - 4096, 8192),
+    ],
+)
+def test_pages_that_cannot_be_are_not_written(gpa: int, size: int) -> None:
+    writer = ArchiveWriter(io.BytesIO(), HEADER)
+    with pytest.raises(ValueError, match="no whole pages"):
+        writer.add_zero([(gpa, size)])
+    writer.add_zero([(layout.ADDRESS_END - 4096, 4096)])  # the last one that can be
+
+
 def test_a_header_may_have_a_mebibyte_and_no_more() -> None:
     for size in (HEADER_MAX, HEADER_MAX + 1):
         header = ("header.json", GOOD_HEADER[1].ljust(size))

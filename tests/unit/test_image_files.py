@@ -358,6 +358,17 @@ def test_a_hidden_name_that_is_taken_is_not_used(tmp_path: Path, monkeypatch: py
     with committed(tmp_path / "image", force=True) as file:
         file.write(b"new")
     assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {"taken": b"theirs", "image": b"new"}
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(HostError, match="EIO"):
+        write(tmp_path / "image", b"newer", force=True)
+    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {"taken": b"theirs", "image": b"new"}
 
 
 def test_a_killed_process_leaves_no_file_of_that_name(tmp_path: Path) -> None:

@@ -22,10 +22,18 @@ from vfio_mig import interrupts
 from vfio_mig.device import Device, Holder
 from vfio_mig.dirty.memory import MemoryMap
 from vfio_mig.dirty.ranges import PageRange
-from vfio_mig.errors import DeviceError, HostError, MismatchError, OpenError, UnsupportedError, UsageError
+from vfio_mig.errors import (
+    DeviceBusyError,
+    DeviceError,
+    HostError,
+    MismatchError,
+    OpenError,
+    UnsupportedError,
+    UsageError,
+)
 from vfio_mig.host.devices import HostDevice
 from vfio_mig.host.discover import Host, Snapshot
-from vfio_mig.host.holders import View
+from vfio_mig.host.holders import NAMESPACE, View
 from vfio_mig.host.lock import LOADING, MOVED, VARIABLE, DeviceLock, Leftover
 from vfio_mig.image import memoryplan
 from vfio_mig.image.archive import read_archive
@@ -461,6 +469,16 @@ def test_a_borrowed_device_is_ours_if_our_holder_has_it(holder: Holder | None, *
     assert Session(found(A), device, Knowing(device, Vgpu())).is_ours is is_ours
     own = Device(A, -1, how="group")
     assert Session(found(A), own, Knowing(own, Vgpu())).is_ours
+
+
+def test_of_a_device_that_nobody_is_seen_to_have_it_is_not_said_that_nobody_has_it() -> None:
+    for unseen, words in (
+        (None, "nobody has it open, .*vfio-mig hold"),
+        (NAMESPACE, f"no process that can be seen .*{NAMESPACE.reason}"),
+    ):
+        seen: Any = SimpleNamespace(holder_of=lambda _: None, unseen=unseen)
+        with pytest.raises(DeviceBusyError, match=words):
+            session.require_holder(found(A), "stop", seen)
 
 
 @pytest.mark.parametrize("step", ["_open_found", "_take_over"])

@@ -161,6 +161,15 @@ def test_a_log_tells_what_was_written_since_it_began_and_every_page_after_it_was
     assert protocol.log.count("stop") == 1
 
 
+def test_of_a_device_that_does_not_log_nothing_is_lost_that_could_be_told(warned: list[str]) -> None:
+    protocol = Played()
+    protocol.broken = True
+    log = DirtyLog(session(protocol, warned), [PageRange(16, 100)])
+    with pytest.raises(DeviceError, match="REPORT failed"):
+        log.fetch()
+    assert (log.was_lost, warned) == (False, [])
+
+
 def test_a_log_is_not_read_under_an_owner_who_is_migrating(monkeypatch: pytest.MonkeyPatch, warned: list[str]) -> None:
     from vfio_mig.host import migrating
 

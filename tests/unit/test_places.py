@@ -228,5 +228,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
             assert into.write("dirty/0000", [b"xy", b"", b"z"]) == 3
         with suppress(UsageError, HostError), committed(tmp_path / path / "file"):
             pass
+    with Directory(str(tmp_path / "new")) as made, made.open("dirty/0000") as file:
+        assert file.read() == b"xyz"
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
