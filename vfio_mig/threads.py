@@ -6,7 +6,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from threading import Barrier, Thread
@@ -33,20 +33,6 @@ def start(thread: Thread) -> None:
         thread.start()
 
 
-def submit(pool: ThreadPoolExecutor, work: Callable[[], T]) -> Callable[[], T]:
-    """Have *work* done in a thread that gets no signal, as those are to interrupt the job itself; return its result.
-
-    :raises OSError: as :func:`start`, where the pool has not made all of its threads yet.
-    """
-    # A new thread has the mask of the one that makes it
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        with _told():
-            return pool.submit(work).result
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
 @contextmanager
 def _told() -> Iterator[None]:
     """Make an error of the host of what Python says."""
@@ -58,24 +44,42 @@ def _told() -> Iterator[None]:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), "a new thread") from error
 
 
-def make_pool(count: int) -> ThreadPoolExecutor | None:
+def need_pool(count: int) -> ThreadPoolExecutor:
     """Make a pool whose threads are all there: none is made later, while a device stands still.
+
+    They get no signal, as those are to interrupt the job itself.
+
+    :raises OSError: as :func:`start`.
+    """
+    pool = ThreadPoolExecutor(count)
+    together = Barrier(count)  # else the first one would do the others' work
+    # A new thread has the mask of the one that makes it
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        with _told():
+            waiting = [pool.submit(together.wait) for _ in range(count)]
+    except OSError:
+        together.abort()
+        pool.shutdown()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for one in waiting:
+        one.result()
+    return pool
+
+
+def make_pool(count: int) -> ThreadPoolExecutor | None:
+    """Make a pool as :func:`need_pool`.
 
     :returns: None where there is to be no thread, or may be none: what they would do is then done without.
     """
     if count < 1:
         return None
-    pool = ThreadPoolExecutor(count)
-    together = Barrier(count)  # else the first one would do the others' work
     try:
-        waiting = [submit(pool, together.wait) for _ in range(count)]
+        return need_pool(count)
     except OSError:
-        together.abort()
-        pool.shutdown()
         return None
-    for wait in waiting:
-        wait()
-    return pool
 
 
 class Workers:
@@ -106,7 +110,7 @@ class Workers:
             if self._pool is None or is_small(item):
                 waiting.append((item, partial(_same, work(item))))
             else:
-                waiting.append((item, submit(self._pool, partial(work, item))))
+                waiting.append((item, self._pool.submit(work, item).result))
             if len(waiting) > self.count:
                 first, wait = waiting.popleft()
                 yield first, wait()
@@ -128,11 +132,11 @@ def ahead(source: Iterator[T]) -> Iterator[T]:
     pool = make_pool(min(spare_cpus(), 1))  # its thread ends with the iterator
     if pool is None:
         return source
-    return _ahead(source, pool, submit(pool, lambda: next(source, None)))
+    return _ahead(source, pool, pool.submit(next, source, None))
 
 
-def _ahead(source: Iterator[T], pool: ThreadPoolExecutor, following: Callable[[], T | None]) -> Iterator[T]:
+def _ahead(source: Iterator[T], pool: ThreadPoolExecutor, following: Future[T | None]) -> Iterator[T]:
     with pool:
-        while (item := following()) is not None:
-            following = submit(pool, lambda: next(source, None))
+        while (item := following.result()) is not None:
+            following = pool.submit(next, source, None)
             yield item

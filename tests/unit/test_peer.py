@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
 import time
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import pytest
 
@@ -257,6 +258,27 @@ os._exit(7)
     with pytest.raises(HostError, match="failed there: gone"):
         remote(tmp_path, source).status()
     assert time.monotonic() - began < 10
+
+
+def test_a_command_does_not_outlive_a_host_that_gives_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def begin(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
+        begun.append(popen(*arguments, **more))
+        return begun[-1]
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    there = answers(tmp_path, STATUS)
+    monkeypatch.setattr(subprocess, "Popen", begin)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(OSError, match="temporarily unavailable: 'a new thread'"):
+        there.status()
+    assert [one.returncode for one in begun] == [-signal.SIGKILL]
 
 
 def test_a_command_that_does_not_want_to_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import hashlib
 import os
 import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -112,9 +111,13 @@ def test_a_thread_that_is_needed_and_not_to_be_had_is_the_host_s_error(few: int)
         threads.start(threading.Thread(target=int))
     assert caught.value.errno == errno.EAGAIN
 
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        threads.need_pool(2)
 
-def test_no_other_error_of_a_pool_is_taken_for_that() -> None:
-    pool = ThreadPoolExecutor(1)
-    pool.shutdown()
-    with pytest.raises(RuntimeError, match="after shutdown"):
-        threads.submit(pool, int)
+
+def test_no_other_error_is_taken_for_that() -> None:
+    thread = threading.Thread(target=int)
+    threads.start(thread)
+    with pytest.raises(RuntimeError, match="can only be started once"):
+        threads.start(thread)
+    thread.join()

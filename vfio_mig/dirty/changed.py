@@ -50,8 +50,9 @@ class Fingerprints:
             block = self._blocks.get(number)
             if block is None:
                 block = self._blocks[number] = bytearray(BLOCK * SIZE)
-            old = bytes(block[place])
-            if old != new:
+                block[place] = new
+                yield done, count
+            elif (old := bytes(block[place])) != new:
                 block[place] = new
                 for one in range(count):
                     if old[one * SIZE : (one + 1) * SIZE] != new[one * SIZE : (one + 1) * SIZE]:

@@ -9,7 +9,7 @@ from typing import Final, Self
 from vfio_mig.errors import HostError
 from vfio_mig.image.layout import Buffer
 from vfio_mig.interrupts import protected
-from vfio_mig.threads import WORKERS_MAX, make_pool, spare_cpus, submit
+from vfio_mig.threads import WORKERS_MAX, make_pool, spare_cpus
 
 SMALL: Final = 64 << 10
 """Bytes: to hand less than this to a thread takes longer than to take its digest."""
@@ -51,7 +51,7 @@ class Digests:
         return self._submit(lambda: self._read(offset, size))
 
     def _submit(self, work: Callable[[], str]) -> Callable[[], str]:
-        return work if self._pool is None else submit(self._pool, work)
+        return work if self._pool is None else self._pool.submit(work).result
 
     def _read(self, offset: int, size: int) -> str:
         from vfio_mig.image.files import host_error

@@ -13,7 +13,6 @@ import re
 import select
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from vfio_mig.errors import (
@@ -31,7 +30,7 @@ from vfio_mig.errors import (
 from vfio_mig.host.pipe import widen
 from vfio_mig.interrupts import waiting
 from vfio_mig.jobs.reach import Way, prefix
-from vfio_mig.threads import submit
+from vfio_mig.threads import need_pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -190,8 +189,8 @@ class _Tail:
         self._pipe = pipe
         self._kept = bytearray()
         self._ending = os.eventfd(0, os.EFD_CLOEXEC)
-        self._pool = ThreadPoolExecutor(1)
-        self._done = submit(self._pool, self._read)
+        self._pool = need_pool(1)
+        self._done = self._pool.submit(self._read).result
 
     def _read(self) -> None:
         both = select.poll()
@@ -237,7 +236,12 @@ class Run:
         self._process = process
         self._bytes = self._lines_read = 0
         assert process.stderr is not None  # noqa: S101 -- it was asked for
-        self._errors = _Tail(process.stderr)
+        try:
+            self._errors = _Tail(process.stderr)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
 
     def __enter__(self) -> Self:
         return self
