@@ -188,8 +188,8 @@ class _Tail:
     def __init__(self, pipe: IO[bytes]) -> None:
         self._pipe = pipe
         self._kept = bytearray()
-        self._ending = os.eventfd(0, os.EFD_CLOEXEC)
         self._pool = need_pool(1)
+        self._ending = os.eventfd(0, os.EFD_CLOEXEC)
         self._done = self._pool.submit(self._read).result
 
     def _read(self) -> None:
@@ -239,8 +239,8 @@ class Run:
         try:
             self._errors = _Tail(process.stderr)
         except OSError:
-            process.kill()
-            process.wait()
+            with process:  # which closes its pipes
+                process.kill()
             raise
 
     def __enter__(self) -> Self:
