@@ -495,6 +495,12 @@ def test_finishing_never_shortens_a_file() -> None:
         assert os.fstat(out).st_size == 3 * PAGE
 
 
+def test_the_rate_of_a_round_is_of_the_pages_that_it_had_to_look_at() -> None:
+    done = Round(False, 100, 10, 5, 65, 20, 10 * PAGE, 0.25, 0.5)
+    assert (done.pages_changed, done.rate, done.estimated_downtime) == (15, 160 * PAGE, 0.75)
+    assert done._replace(copy_time=0.0).rate == 0.0
+
+
 def test_pages_outside_the_memory_are_counted() -> None:
     with memfd(page(1) * 2) as (_, path), memfd(b"") as (out, _), Memory([MemoryMap(path, PAGE)]) as memory:
         assert copied(memory, Dirty(0, 8, b"\xff"), SparseFile(out, "out")) == (8, 2, 6)

@@ -177,6 +177,17 @@ def test_pages_that_cannot_be_are_not_written(gpa: int, size: int) -> None:
     writer.add_zero([(layout.ADDRESS_END - 4096, 4096)])  # the last one that can be
 
 
+def test_an_index_has_at_least_its_count() -> None:
+    for size in (8, 7):
+        members = [GOOD_HEADER, ("zero/0000", bytes(size))]
+        whole = rebuilt([*members, manifest_for(members)])
+        if size == 8:
+            assert list(read_archive(as_file(whole)).memory()) == []
+        else:
+            with pytest.raises(ImageError, match="zero/0000: too short"):
+                read_archive(as_file(whole))
+
+
 def test_a_header_may_have_a_mebibyte_and_no_more() -> None:
     for size in (HEADER_MAX, HEADER_MAX + 1):
         header = ("header.json", GOOD_HEADER[1].ljust(size))

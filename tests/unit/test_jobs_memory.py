@@ -319,6 +319,12 @@ def image_of(path: Path, pages: dict[int, int], time: int | None = 1, **head: An
     return path
 
 
+def test_an_image_says_of_which_device_it_is() -> None:
+    device = Device(A, -1)
+    head = describe_device(Session(found(A), device, Knowing(device, Vgpu())))
+    assert head["device"] == {"name": A, "kind": "mdev", "type": "i915-GVTg_V4_8", "driver": "vfio_mdev"}
+
+
 def test_of_images_of_several_saves_the_newest_page_counts_in_any_order(
     gpus: dict[str, Vgpu], tmp_path: Path, settings: Settings
 ) -> None:

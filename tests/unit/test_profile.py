@@ -108,6 +108,20 @@ def test_what_stands_in_a_comment_says_nothing(header: Path) -> None:
     assert load_profile(str(header)).stop == 16
 
 
+def test_what_stands_between_if_0_and_its_end_says_nothing_and_what_follows_does(header: Path) -> None:
+    stop, start = ("#define VFIO_DEVICE_PCI_" + rest for rest in ("STOP 0x10u", "START 32"))
+    dead = "#if 0\n#define VFIO_DEVICE_PCI_STOP 1\n#ifdef X\n#endif\n#define VFIO_DEVICE_PCI_START 2\n"
+    rest = "".join(f"{line}\n" for line in OTHER.splitlines() if line not in {stop, start})
+    for text in (
+        f"{rest}{dead}#endif\n{stop}\n{start}\n",
+        f"{rest}{dead}#else\n{stop}\n#endif\n{start}\n",
+        f"{dead}#endif\n#ifdef Y\n{stop}\n#endif\n{start}\n{rest}",
+    ):
+        header.write_text(text)
+        profile = load_profile(str(header))
+        assert (profile.stop, profile.start, profile.migratable_flag) == (16, 32, 0x200)
+
+
 def test_other_numbers_win(header: Path) -> None:
     header.write_text(OTHER)
     profile = load_profile(str(header))

@@ -103,6 +103,29 @@ def test_an_error_that_a_file_passes_on_is_not_told_as_another_one(error: Except
     assert not getattr(error, "undo_errors", [])
 
 
+def test_what_fails_to_close_after_a_job_that_went_well_is_an_error_and_the_rest_is_closed() -> None:
+    closed: list[str] = []
+    second = HostError("the disk is full")
+
+    @contextmanager
+    def file(name: str, error: Exception | None = None) -> Iterator[None]:
+        yield
+        closed.append(name)
+        if error is not None:
+            raise error
+
+    def work() -> None:
+        with Rollback() as rollback:
+            rollback.enter(file("first"))
+            rollback.enter(file("second", second))
+            rollback.enter(file("third"))
+
+    with pytest.raises(HostError) as caught:
+        work()
+    assert caught.value is second
+    assert closed == ["third", "second"]  # the first one was closed for an error, and did not get here
+
+
 def test_an_undo_runs_once_even_if_the_block_is_left_twice() -> None:
     done: list[int] = []
     rollback = Rollback()
