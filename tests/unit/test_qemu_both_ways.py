@@ -143,6 +143,7 @@ def test_files_are_replaced_by_force_only_and_options_that_mean_nothing_are_refu
         ("pack", tmp_path / "parts", tmp_path / "x", "--device", "vfio0"),
     ):
         refusal(UsageError, *words)
+    assert "has no standard output" in refusal(UsageError, "extract", vm, "-", "--device", NAME)
     assert "ENOENT" in refusal(HostError, "pack", tmp_path / "no", tmp_path / "x", "--into", vm)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["i", "kept", "vm"]
 
