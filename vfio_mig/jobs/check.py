@@ -196,7 +196,7 @@ def require_fit(name: str, found: list[FitCheck], *, force: bool = False) -> lis
     """
     wrong = [one for one in found if one.result == MISMATCH and not (force and one.forcible)]
     if wrong:
-        more = f" (and {len(wrong) - 1} more mismatches)" if len(wrong) > 1 else ""
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise MismatchError(
             f"the image does not fit: {wrong[0].name}: {wrong[0].text}{more}",
             device=name,
