@@ -58,6 +58,7 @@ finish() {{
 	printf '%s\\n' "$1" >$run/{STATUS}.new
 	busybox mv $run/{STATUS}.new $run/{STATUS}
 	busybox sync
+	exec >/dev/null 2>&1 # the files that this reads may go first
 	echo o >/proc/sysrq-trigger  # power off at once; there is nothing here to shut down
 	busybox sleep 60
 }}
@@ -200,6 +201,7 @@ load_modules || fail 'the sample driver could not be loaded'
 [[ -z $gvt ]] || load_gvt || fail 'the host driver of GVT-g could not be loaded'
 [[ -z $link ]] || connect || fail 'the network of --link could not be set up'
 if ((interactive)); then
+	echo 5 >/proc/sys/kernel/printk # warnings, and what is worse
 	printf '%s\n' '' 'You are root in the VM, and vfio-mig is installed. exit ends it; what you write is lost,' \
 		"except below $out"
 	inside /bin/bash {_RUN}/command.sh

@@ -142,6 +142,8 @@ def virtme_command(
         "--overlay-rwdir", "/etc",
         *how,
         *(part for option in _KERNEL_OPTIONS for part in ("--kopt", option)),
+        # What a boot without udev complains of is no user's business at a prompt; guest.py lets more through again.
+        *(["--kopt", "loglevel=3"] if interactive else []),
         "--qemu-opts",  # takes all that follows
         *([] if options.kvm else ["-cpu", _EMULATED_CPU]),  # the last one counts
         *_share(Path("/"), guest.ROOT_TAG, readonly=True),
