@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
-from tools.bench import native, phases, table, window
+from tools.bench import __main__ as bench
+from tools.bench import bars, native, phases, stopped, table, window
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -91,3 +95,105 @@ def test_the_stopped_window_is_measured_by_the_job_s_own_steps(tmp_path: Path) -
     [row] = window.window_rows(lambda _: 0.0, tmp_path)
     assert 0 < row.ours < 10_000
     assert row.goal == "at most 5 ms more"
+
+
+def measured(interface: str, job: str, work: str, load: float, *, ours: float = 0.0, qemu: float | None = None) -> Any:
+    """Make up a comparison: C takes 1 ms for each phase but the load, and 2 ms beside them."""
+    reference = {**dict.fromkeys(stopped.PHASES, 0.001), "load": load, stopped.STATE: 4096.0}
+    reference[stopped.TOTAL] = load + 0.006
+    mine = {**reference, stopped.TOTAL: ours} if ours else {}
+    return stopped.Measured(interface, job, work, "6.12", mine, reference, qemu)
+
+
+def all_measured() -> list[Any]:
+    return [
+        measured(stopped.V2, stopped.SAVE, stopped.FRESH, 0.0, ours=0.0109),
+        measured(stopped.V2, stopped.MOVE, stopped.FRESH, 0.1, ours=0.110, qemu=0.2),
+        measured(stopped.V2, stopped.MOVE, stopped.QUEUED, 0.1, ours=0.112),
+        measured(stopped.V2, stopped.MOVE, stopped.MAPPED, 0.3),
+    ]
+
+
+def test_all_sides_take_turns_and_the_first_time_of_each_does_not_count() -> None:
+    order: list[str] = []
+
+    def side(name: str) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            order.append(name)
+            return {stopped.TOTAL: float(len(order))}
+
+        return run
+
+    found = stopped.in_turn([side("C"), side("ours"), side("QEMU")], 3)
+    assert order == ["QEMU", "ours", "C", "C", "ours", "QEMU", "QEMU", "ours", "C", "C", "ours", "QEMU"]
+    assert [one[stopped.TOTAL] for one in found] == [9.0, 8.0, 7.0]
+
+
+def test_a_stopped_window_is_compared_with_c_by_a_difference_and_with_qemu_by_order() -> None:
+    save, move, queued, mapped = all_measured()
+    assert (save.met, move.met, queued.met, mapped.met) == (True, True, False, True)
+    assert move._replace(qemu=0.1).met is False
+    assert move.driver == pytest.approx(0.104)
+    assert move.our_rest == pytest.approx(0.006)
+    quicker = move._replace(ours={**move.ours, "load": 0.05})  # another run of the same has found the driver quicker
+    assert quicker.our_rest == pytest.approx(0.056)
+
+
+def test_the_tables_of_stopped_windows_say_where_the_time_goes() -> None:
+    lines = stopped.text(all_measured()).splitlines()
+    assert "| v2: save, fresh | 4,096 | 10.9 ms | 6.0 ms | 4.9 ms |  | C + 5 ms: met |" in lines
+    both = "C + 5 ms: met; QEMU: met"
+    assert f"| v2: migrate, fresh | 4,096 | 110.0 ms | 106.0 ms | 4.0 ms | 200.0 ms | {both} |" in lines
+    assert "| v2: migrate, queued work | 4,096 | 112.0 ms | 106.0 ms | 6.0 ms |  | C + 5 ms: **missed** |" in lines
+    phases = ("1.0 ms", "1.0 ms", "1.0 ms", "300.0 ms", "1.0 ms", "304.0 ms", "2.0 ms", "")
+    assert f"| v2: migrate, 8 MiB mapped | {' | '.join(phases)} |" in lines
+    assert lines[-1] == "v2: 2,048 guest pages to pin and map: 200.0 ms more of loading, 97.7 us a page"
+    *rest, mapped = all_measured()
+    lost = mapped._replace(reference={**mapped.reference, "load": 0.09})
+    assert stopped.text([*rest, lost]).endswith("to pin and map: less than what runs differ by\n")
+    assert bars.PIN not in dict(dict(bars.bars([*rest, lost]))[lost.name][0].parts)
+
+
+def test_figures_of_stopped_windows_are_kept_in_a_file(tmp_path: Path) -> None:
+    for one in all_measured():
+        stopped.write(one, tmp_path / "figures")
+    assert stopped.read(tmp_path / "figures") == all_measured()
+
+
+def test_the_picture_has_a_bar_for_everybody_and_says_in_words_what_its_colours_mean() -> None:
+    found = dict(bars.bars(all_measured()))
+    assert [[bar.name for bar in group] for group in found.values()] == [
+        ["C", "ours"], ["C", "ours", "QEMU"], ["C", "ours"], ["C"],
+    ]  # fmt: skip
+    (mapped,) = found["v2: migrate, 8 MiB mapped"]
+    assert dict(mapped.parts)[bars.PIN] == pytest.approx(0.2)
+    assert mapped.seconds == pytest.approx(0.306)
+    svg = ET.fromstring(bars.picture(all_measured()))  # noqa: S314 -- we have just made it
+    said = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {*bars.NAMES.values()} <= {*said}
+    assert {"C", "ours", "QEMU", "110 ms", "306 ms"} <= {*said}
+
+
+def test_tables_and_picture_are_made_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for one in all_measured():
+        stopped.write(one, tmp_path / "figures")
+    words = ["bench", "windows", "--svg", str(tmp_path / "picture.svg"), "--json", str(tmp_path / "figures")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert bench.main() == 1  # one has missed its goal
+    assert capsys.readouterr().out == stopped.text(all_measured())
+    assert (tmp_path / "picture.svg").read_text() == bars.picture(all_measured())
+    monkeypatch.setattr(sys, "argv", words[:4])
+    with pytest.raises(SystemExit, match="needs"):
+        bench.main()
+
+
+def test_a_migration_between_two_devices_that_a_file_plays_is_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes are real, and so are its pipes; its figures are the CPU's."""
+    monkeypatch.setattr(window, "alternate", lambda one, other: [(one(), other())])
+    rows = list(window.move_rows(lambda _kind, _file: 0.0, tmp_path))
+    assert [row.name for row in rows] == ["own time while stopped, migrate, RFC", "own time while stopped, migrate, v2"]
+    assert all(0 < row.ours < 10_000 for row in rows)

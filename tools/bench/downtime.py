@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """How long a device stands still while it moves: by ``vfio-mig migrate``, and by QEMU, in the same VM and in turn.
 
-The devices are the kernel's own mtty and, with the emulated GPU, a vGPU of our kvmgt with queued work; both speak
-protocol v2. QEMU's figure is its own, of a guest whose CPU halts and whose 64 MiB of memory are zeros but for a few
+The devices are the kernel's own mtty and, with the emulated GPU, a vGPU of our kvmgt without work; both speak protocol
+v2. QEMU's figure is its own, of a guest whose CPU halts and whose 64 MiB of memory are zeros but for a few
 pages, so next to nothing but the device is in it. Ours is what ``migrate`` reports: from the STOP request until the
 target says that it runs.
 """
@@ -71,7 +71,12 @@ def _qemu(device: str, name: str, paths: Path, *more: str) -> Iterator[QemuVm]:
             vm.quit()
 
 
-def _by_qemu(device: str, source: str, target: str, directory: Path) -> moves.Move:
+def by_qemu(device: str, source: str, target: str, directory: Path) -> moves.Move:
+    """Have two QEMUs move a device that nobody has open to another one.
+
+    :param device: MTTY or KVMGT.
+    :param directory: for their sockets; a short path.
+    """
     uri = f"unix:{directory / 'migration'}"
     with (
         _qemu(device, source, directory / "a") as one,
@@ -95,7 +100,7 @@ def _measured(device: str, pair: Callable[[ExitStack], tuple[str, str]], closed:
             ours.append(_migrate(*pair(stack)))
         with ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="q", dir="/run")))
-            qemu.append(_by_qemu(device, closed(stack), closed(stack), directory))
+            qemu.append(by_qemu(device, closed(stack), closed(stack), directory))
     counted = ours[1:]
     return Figures(
         device,
