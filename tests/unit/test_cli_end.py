@@ -7,6 +7,7 @@ Each command is a fork of this process that ends as Python does; some are proces
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -26,9 +27,9 @@ from tests.unit.saved_images import run as run_here
 from tests.unit.saved_images import write
 from tests.unit.test_image_gvt import BODY, image
 from vfio_mig.cli import conform, streams, transfer
-from vfio_mig.cli.main import COMMANDS, cli, main
+from vfio_mig.cli.main import COMMANDS, _error_of, cli, main
 from vfio_mig.cli.output import print_json
-from vfio_mig.errors import DeviceError
+from vfio_mig.errors import DeviceError, HostError
 from vfio_mig.host import mdev
 from vfio_mig.jobs import control, migrate, restore, save, sync
 from vfio_mig.jobs.engine.events import Hooks
@@ -435,3 +436,19 @@ def test_help_that_is_lost_is_said_in_one_line(words: list[str], loss: str) -> N
         done = run(*words, fds=fds)
     assert (done.returncode, done.stderr.count("\n")) == (7, 1)
     assert done.stderr.startswith(f"vfio-mig: standard output: {LOSSES[loss]} ")
+
+
+@pytest.mark.parametrize(
+    ("caught", "words"),
+    [
+        (MemoryError(), "out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),  # mmap(2)'s, of no file
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "it"), "it: ENOMEM"),
+        (OSError(errno.EAGAIN, "Resource temporarily unavailable", "a new thread"), "a new thread: EAGAIN"),
+        (OSError(errno.EPIPE, "Broken pipe"), "standard output: EPIPE"),
+    ],
+)
+def test_an_error_of_the_host_that_no_job_has_named_is_one_line(caught: BaseException, words: str) -> None:
+    error = _error_of(caught)
+    assert error.problem.startswith(words)
+    assert error.exit_code == HostError.exit_code

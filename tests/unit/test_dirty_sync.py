@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from vfio_mig import threads
 from vfio_mig.dirty import memory as dirty_memory
 from vfio_mig.dirty.bitmap import Dirty
-from vfio_mig.dirty.memory import CHUNK, Memory, MemoryMap
+from vfio_mig.dirty.memory import CHUNK, Buffers, Memory, MemoryMap
 from vfio_mig.dirty.ranges import PageRange
 from vfio_mig.dirty.runs import Runs
 from vfio_mig.dirty.sync import Copy, LiveCopy, Round, Sink, SparseFile, zero_runs
@@ -41,7 +41,7 @@ def runs(*ranges: tuple[int, int]) -> Runs:
 
 def pieces(memory: Memory, *ranges: tuple[int, int]) -> Iterator[tuple[int, memoryview]]:
     """What is read of such runs."""
-    for listed in memory.read([runs(*ranges)]):
+    for listed in memory.read([runs(*ranges)], Buffers(1)):
         yield from listed
 
 
@@ -437,7 +437,7 @@ def test_zero_runs_agree_with_the_reference(kinds: list[int], at: int) -> None:
 
 def copied(memory: Memory, dirty: Dirty, sink: SparseFile) -> tuple[int, int, int]:
     """Pages dirty, written, outside."""
-    copy = Copy(memory, sink)
+    copy = Copy(memory, sink, Buffers(1))
     copy.run([dirty])
     return copy.dirty, copy.written, copy.dirty - copy.inside
 

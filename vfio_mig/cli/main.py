@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import signal
@@ -259,7 +260,8 @@ def _error_of(caught: BaseException) -> VfioMigError:
     if isinstance(caught, KeyboardInterrupt):
         notes = getattr(caught, "__notes__", ())  # of a job that could not undo everything
         return InterruptedJobError(f"interrupted; {'; '.join(notes) or 'what was begun has been undone'}")
-    if isinstance(caught, OSError):  # jobs have errors of their own: this is click's help
+    is_memory = isinstance(caught, OSError) and caught.errno == errno.ENOMEM and caught.filename is None  # of mmap(2)
+    if isinstance(caught, OSError) and not is_memory:  # jobs have errors of their own: this is click's help
         return HostError(f"{caught.filename or 'standard output'}: {errno_text(caught.errno or 0)}")
     return HostError("out of memory")
 

@@ -440,7 +440,7 @@ class Memory(Closing):
             stored += range_.nr_pages
         return stored
 
-    def read(self, batches: Iterable[Runs], buffers: int = 1) -> Iterator[list[tuple[int, memoryview]]]:
+    def read(self, batches: Iterable[Runs], buffers: Buffers) -> Iterator[list[tuple[int, memoryview]]]:
         """Yield the pages that are guest memory in lists of (guest-physical address, content), CHUNK bytes at most.
 
         The contents of a list are in one buffer, which is used again after so many lists as there are buffers. Reads
@@ -458,11 +458,27 @@ class Memory(Closing):
             yield reader.pieces
 
 
+class Buffers:
+    """Memory of CHUNK bytes each for what is read, every page of it touched: no stopped device waits for that.
+
+    It is of huge pages where the kernel has some: to copy to and from them is up to a tenth faster.
+    """
+
+    def __init__(self, count: int) -> None:
+        # One more on either side, as what lies there may be less than a huge page
+        mapping = mmap.mmap(-1, (count + 2) * CHUNK)
+        with suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        whole = memoryview(mapping)[CHUNK:-CHUNK]
+        whole[::PAGE] = bytes(len(whole) // PAGE)
+        self.views: Final = [whole[at : at + CHUNK] for at in range(0, len(whole), CHUNK)]
+
+
 class _Reader:
     """Fills one buffer after the other with pages."""
 
-    def __init__(self, buffers: int) -> None:
-        self._buffers = cycle([memoryview(bytearray(CHUNK)) for _ in range(buffers)])
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = cycle(buffers.views)
         self._left = next(self._buffers)
         self.pieces: list[tuple[int, memoryview]] = []
         """What is in the buffer."""

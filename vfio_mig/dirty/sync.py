@@ -12,7 +12,7 @@ from vfio_mig import interrupts
 from vfio_mig.closing import Closing
 from vfio_mig.dirty.bitmap import Dirty
 from vfio_mig.dirty.changed import Fingerprints
-from vfio_mig.dirty.memory import Memory, data_extents, has_write
+from vfio_mig.dirty.memory import Buffers, Memory, data_extents, has_write
 from vfio_mig.dirty.pagehash import SIZE
 from vfio_mig.dirty.runs import Runs, find
 from vfio_mig.errors import HostError, UsageError, errno_text
@@ -196,10 +196,16 @@ class Copy:
     """
 
     def __init__(
-        self, memory: Memory, sink: Sink, known: Fingerprints | None = None, workers: Workers | None = None
+        self,
+        memory: Memory,
+        sink: Sink,
+        buffers: Buffers,
+        known: Fingerprints | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._memory = memory
         self._sink = sink
+        self._buffers = buffers
         self._known = known
         self._workers = workers
         self.dirty = self.inside = self.changed = self.written = 0
@@ -210,7 +216,7 @@ class Copy:
             assert self._workers is not None  # noqa: S101 -- for the type checker
             self._write_changed(self._known, self._workers, self._runs(dirty))
             return
-        for pieces in self._memory.read(self._runs(dirty)):
+        for pieces in self._memory.read(self._runs(dirty), self._buffers):
             interrupts.check()
             for gpa, view in pieces:
                 self.inside += len(view) // PAGE
@@ -231,7 +237,7 @@ class Copy:
         def take(pieces: _Pieces) -> bytes:
             return known.of_pages([view for _, view in pieces])
 
-        lists = self._memory.read(dirty, workers.count + 1)
+        lists = self._memory.read(dirty, self._buffers)
         for pieces, prints in workers.results(lists, take, _is_small):
             interrupts.check()
             at = 0
@@ -270,6 +276,8 @@ class LiveCopy(Closing):
         self._sink = sink
         self._known = Fingerprints() if remember else None
         self._workers = Workers() if remember else None
+        # One is read into while the fingerprints of the others are taken
+        self._buffers = Buffers(1 if self._workers is None else self._workers.count + 1)
 
     def close(self) -> None:
         """End its threads."""
@@ -292,7 +300,7 @@ class LiveCopy(Closing):
         dirty = list(self._fetch())
         middle = time.monotonic()
         fetched()
-        copy = Copy(self._memory, self._sink, self._known, self._workers)
+        copy = Copy(self._memory, self._sink, self._buffers, self._known, self._workers)
         copy.run(dirty)
         self._sink.end_round()
         done = time.monotonic()
