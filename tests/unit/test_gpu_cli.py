@@ -103,6 +103,23 @@ def test_a_signal_ends_it_and_its_sockets(tmp_path: Path, sent: signal.Signals) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_signal_that_comes_just_before_a_wait_ends_it() -> None:
+    """Its handler has run by then, or is to run behind the wait: either way the wait ends at once."""
+    program = """
+import os, select, signal
+from tools.gpu import cli
+cli.end_on_signals()
+signal.signal(signal.SIGTERM, lambda *_: None)  # as if it had run before the wait
+signal.raise_signal(signal.SIGTERM)
+ends = os.pipe()
+print(cli._poll({ends[0]: select.POLLIN}, 60))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True, timeout=30
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
 def test_it_ends_with_its_parent(tmp_path: Path) -> None:
     path = tmp_path / "gpu"
     parent = subprocess.Popen(

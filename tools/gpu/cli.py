@@ -61,8 +61,16 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+_wakes: Final[list[int]] = []
+"""An fd that each signal makes readable, in a program that has called :func:`end_on_signals`."""
+
+
 def end_on_signals() -> None:
     """Have SIGTERM and SIGHUP end the program as its parent's end does."""
+    # A handler runs between two steps of the interpreter, and not in a poll(2) that a signal came just before
+    end, begin = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    _wakes.append(end)
+    signal.set_wakeup_fd(begin)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
 
@@ -128,10 +136,10 @@ def _turn(gpu: Gpu, connection: Connection, server: Server, control: ControlServ
 
 def _poll(watched: dict[int, int], seconds: float | None) -> list[int]:
     poller = select.poll()
-    for fd, events in watched.items():
+    for fd, events in [*watched.items(), *((wake, select.POLLIN) for wake in _wakes)]:
         poller.register(fd, events)
     # Rounded up: a wait that ends too early finds nothing to do.
-    return [fd for fd, _ in poller.poll(None if seconds is None else -int(-seconds * 1000 // 1))]
+    return [fd for fd, _ in poller.poll(None if seconds is None else -int(-seconds * 1000 // 1)) if fd in watched]
 
 
 def _accept(listener: socket.socket, control: ControlServer | None) -> Connection:
