@@ -5,7 +5,7 @@ import errno
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
-from vfio_mig.dirty.bitmap import Buffer, Dirty, size, trim
+from vfio_mig.dirty.bitmap import Buffer, Dirty, count, size, trim
 from vfio_mig.dirty.ranges import PageRange
 from vfio_mig.errors import DeviceError
 
@@ -13,6 +13,8 @@ MAX_PAGES: Final = 1 << 20
 """Pages of one request (4 GiB of guest memory): the RFC's kernel allocates unchecked and counts in 32 bits."""
 MIN_PAGES: Final = 64
 """Pages of the smallest request: one word of the kernel's bitmap; who refuses this refuses for another reason."""
+_CLEAN: Final = bytes(size(MAX_PAGES))
+"""What chunks without a dirty page share, as most are: new memory for each would be page faults."""
 _TOO_LARGE: Final = (errno.EINVAL, errno.ENOMEM, errno.E2BIG)
 
 
@@ -28,7 +30,6 @@ def fetch(
     :raises DeviceError: the kernel refused the smallest request, any request for another reason, or answered too short.
     """
     limit = max(max_pages, 1)
-    blank = b""
     for range_ in ranges:
         start = range_.start
         while start < range_.end:
@@ -42,8 +43,10 @@ def fetch(
                 continue
             if len(bitmap) < size(nr_pages):
                 raise DeviceError(f"dirty bitmap of {nr_pages} pages has only {len(bitmap)} bytes")
-            bits = trim(bitmap, nr_pages)
-            if len(blank) != len(bits):
-                blank = bytes(len(bits))
-            yield Dirty(start, nr_pages, blank if bits == blank else bits)  # most chunks share one
+            yield Dirty(start, nr_pages, trim(bitmap, nr_pages) if count(bitmap, nr_pages) else _clean(nr_pages))
             start += nr_pages
+
+
+def _clean(nr_pages: int) -> bytes:
+    length = size(nr_pages)
+    return _CLEAN if length == len(_CLEAN) else bytes(length)

@@ -29,9 +29,11 @@ class DirtyLog:
     """
 
     def __init__(self, session: Session, ranges: Sequence[PageRange], *, pinned: bool = False) -> None:
-        # Imported here, before the device is stopped
+        # Imported here, and what counts is loaded, before the device is stopped
+        from vfio_mig.dirty.bitmap import count
         from vfio_mig.dirty.fetch import fetch
 
+        count(bytes(8), 64)
         self._session = session
         self._ranges = list(ranges)
         self._fetch = fetch
