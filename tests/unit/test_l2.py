@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tools.l2 import cpio, image
-from tools.l2.machine import L2, Counts, GuestError, arguments, stuck_at
+from tools.l2.machine import L2, Counts, GuestError, LostGuestError, arguments, stuck_at
 from tools.vm.errors import RunnerError
 from tools.vm.gvt import load_order
 from tools.vm.kernels import Kernel
@@ -168,6 +169,22 @@ def test_waiting_ends_with_the_time_or_with_qemu(guest: L2) -> None:
     guest.process.wait()
     with pytest.raises(GuestError, match="QEMU has ended with -9"):
         guest.await_ready(5.0)
+
+
+@pytest.mark.parametrize(
+    ("places", "is_lost"),
+    [(["ffff", "ffff"], True), (["ffff", "fffe"], False), ([None, "ffff", None], False), ([None, None], False)],
+)
+def test_a_guest_whose_cpu_stands_at_two_looks_is_lost_and_not_waited_for(
+    guest: L2, monkeypatch: pytest.MonkeyPatch, places: list[str | None], is_lost: bool
+) -> None:
+    looks = itertools.cycle(places)
+    monkeypatch.setattr("tools.l2.machine.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(L2, "_standstill", lambda _: next(looks))
+    with pytest.raises(GuestError) as caught:
+        guest.await_right(1, 60.0 if is_lost else 0.8)
+    assert (type(caught.value) is LostGuestError) == is_lost
+    assert ("its CPU stands at ffff with interrupts off" in str(caught.value)) == is_lost
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ START_SECONDS: Final = 60.0
 SIGNATURE: Final = 0x4C32_0000
 """Upper half of each value that the load has the GPU store (load.c)."""
 
+LOOK_SECONDS: Final = 15.0
+"""After which a guest that says nothing new is looked at, and again before it counts as lost."""
 _END_SECONDS: Final = 20.0
 _POLL_SECONDS: Final = 0.05
 _KEPT_LINES: Final = 40
@@ -51,6 +53,10 @@ _OPTIONS: Final = (
 
 class GuestError(RuntimeError):
     """The guest, or its QEMU, has failed; has the last lines of what they said."""
+
+
+class LostGuestError(GuestError):
+    """Nested KVM has lost the guest's CPU (tools/kvmgt/README.md): that says nothing of the vGPU."""
 
 
 class Counts(NamedTuple):
@@ -154,30 +160,45 @@ class L2:
             raise self._error(f"QEMU has ended with {self.process.returncode}")
 
     def _await(self, is_so: Callable[[], bool], name: str, seconds: float) -> None:
-        end = time.monotonic() + seconds
+        """Wait until it is so.
+
+        :raises LostGuestError: the CPU does not move, its interrupts off, and did not so some time before either.
+        :raises GuestError: as :meth:`require_good`, or it took longer.
+        """
+        began = looked = time.monotonic()
+        before = None
         while not is_so():
             self.require_good()
-            if time.monotonic() > end:
-                raise self._error(f"no {name} within {seconds:g} s{self._standstill()}")
+            now = time.monotonic()
+            if now > began + seconds:
+                raise self._error(f"no {name} within {seconds:g} s")
+            if now > looked + LOOK_SECONDS:
+                where = self._standstill()
+                if where is not None and where == before:
+                    problem = f"no {name} in {now - began:.0f} s: its CPU stands at {where} with interrupts off"
+                    raise LostGuestError(self._said(problem))
+                looked, before = time.monotonic(), where
             time.sleep(_POLL_SECONDS)
 
-    def _standstill(self) -> str:
-        """Say so if the CPU does not move, its interrupts off: nested KVM has lost it (tools/kvmgt/README.md)."""
+    def _standstill(self) -> str | None:
+        """Return where the CPU is if it does not move and has its interrupts off."""
         if not self._own.exists():
-            return ""
+            return None
         try:
             seen = set()
             for _ in range(_LOOKS):
                 seen.add(stuck_at(str(self.qmp.execute("human-monitor-command", **{"command-line": "info registers"}))))
                 time.sleep(_POLL_SECONDS)
         except HostError:
-            return ""
-        [where] = seen if len(seen) == 1 else [None]
-        return "" if where is None else f"; its CPU stands at {where} with interrupts off"
+            return None
+        return seen.pop() if len(seen) == 1 else None
 
     def _error(self, problem: str) -> GuestError:
+        return GuestError(self._said(problem))
+
+    def _said(self, problem: str) -> str:
         said = "\n".join(self.lines()[-_KEPT_LINES:])
-        return GuestError(f"{problem}\n{said}\n{self.log.read_text(errors='replace')[-2000:]}")
+        return f"{problem}\n{said}\n{self.log.read_text(errors='replace')[-2000:]}"
 
     def end(self) -> None:
         """End QEMU, and close the monitor."""
