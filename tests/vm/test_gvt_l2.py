@@ -39,8 +39,12 @@ def name() -> Iterator[str]:
         yield made
 
 
+GUESTS = 5
+"""How many a test may have. On some machines nested KVM loses one in some hundreds of results, on others next to none."""
+
+
 class Guests:
-    """One guest after the other: a test that nested KVM has lost one for gets another, once."""
+    """One guest after the other: a test that nested KVM has lost one for gets another."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -61,12 +65,16 @@ class Guests:
         self._stack.close()
 
     def run(self, test: Callable[[L2], object]) -> None:
-        try:
-            test(self.get())
-        except LostGuestError as error:
-            print(f"once more: {error}")  # noqa: T201 -- pytest shows it of a test that fails, and with -s
-            self.close()
-            test(self.get())
+        for left in reversed(range(GUESTS)):
+            try:
+                test(self.get())
+            except LostGuestError as error:
+                self.close()
+                if not left:
+                    raise
+                print(f"once more: {error}")  # noqa: T201 -- pytest shows it of a test that fails, and with -s
+            else:
+                return
 
 
 @pytest.fixture(scope="module")
