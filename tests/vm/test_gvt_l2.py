@@ -40,7 +40,7 @@ def name() -> Iterator[str]:
 
 
 GUESTS = 5
-"""How many a test may have. On some machines nested KVM loses one in some hundreds of results, on others next to none."""
+"""How many a test may have. On some machines nested KVM loses one in some hundreds of results, on others hardly any."""
 
 
 class Guests:
