@@ -36,7 +36,7 @@ QUIESCE: Final = Path("/usr/local/bin/quiesce")
 # The options that come before the host's name are migrate's; what it asks for runs here.
 SSH: Final = '#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done\nshift\nexec bash -c "$*"\n'
 WALKED: Final = ("README.md", "tutorial-scripts.md", "tutorial-drivers.md", "tutorial-ci.md")
-IN_CI: Final = {"README.md", "tutorial-scripts.md", "usage.md"}
+IN_CI: Final = {"README.md", "usage.md"}
 RUNNABLE: Final = [one for one in examples() if one.page not in WALKED and (one.language == "python" or one.to_run())]
 GROUPS: Final = {
     (v2, page): list(group)
